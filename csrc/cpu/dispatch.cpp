@@ -1,0 +1,78 @@
+// Which instruction set's kernels run: the best one this machine has, or the one asked for.
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+#include "kernels.h"
+
+namespace layerskip {
+
+const Kernels* PortableKernels();
+#if defined(__x86_64__)
+const Kernels* Avx2Kernels();
+const Kernels* Avx512Kernels();
+#endif
+
+namespace {
+
+const Kernels* Tables(InstructionSet set) {
+  switch (set) {
+#if defined(__x86_64__)
+    case InstructionSet::kAvx2:
+      return Avx2Kernels();
+    case InstructionSet::kAvx512:
+      return Avx512Kernels();
+#endif
+    default:
+      return PortableKernels();
+  }
+}
+
+InstructionSet InitialInstructionSet() {
+  const char* asked = std::getenv("LAYERSKIP_ISA");
+  for (int i = kNumInstructionSets - 1; i >= 0; --i) {
+    const auto set = static_cast<InstructionSet>(i);
+    if (!IsSupported(set)) continue;
+    if (asked == nullptr || std::strcmp(asked, InstructionSetName(set)) == 0) return set;
+  }
+  throw std::invalid_argument(std::string("LAYERSKIP_ISA is '") + asked +
+                              "', which this machine lacks; unset it, or see `layerskip doctor` for the supported sets");
+}
+
+std::atomic<InstructionSet>& Current() {
+  static std::atomic<InstructionSet> current{InitialInstructionSet()};
+  return current;
+}
+
+}  // namespace
+
+const char* InstructionSetName(InstructionSet set) {
+  constexpr const char* kNames[] = {"portable", "avx2", "avx512"};
+  return kNames[static_cast<int>(set)];
+}
+
+bool IsSupported(InstructionSet set) {
+#if defined(__x86_64__)
+  const bool avx2 =
+      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  if (set == InstructionSet::kAvx2) return avx2;
+  if (set == InstructionSet::kAvx512)
+    return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+#endif
+  return set == InstructionSet::kPortable;
+}
+
+InstructionSet CurrentInstructionSet() { return Current(); }
+
+void SetInstructionSet(InstructionSet set) {
+  if (!IsSupported(set))
+    throw std::invalid_argument(std::string("this machine has no ") + InstructionSetName(set) + " instructions");
+  Current() = set;
+}
+
+const Kernels& KernelsFor(Dtype dtype) { return Tables(CurrentInstructionSet())[static_cast<int>(dtype)]; }
+
+}  // namespace layerskip

@@ -1,0 +1,435 @@
+// The bodies of kernels.h, compiled once per instruction set: see isa_*.cpp. Each reads like its line in
+// layerskip_kernels/reference.py; what differs is only which lanes run beside each other.
+
+#include "kernels.h"
+#include "simd.h"
+
+namespace layerskip {
+namespace {
+
+LAYERSKIP_FN int64_t Min(int64_t a, int64_t b) { return a < b ? a : b; }
+LAYERSKIP_FN int64_t Max(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// Calls f(std::integral_constant<int, n>) for a run-time n in 1..kMax.
+template <int kMax, class F>
+LAYERSKIP_FN void WithConstant(int64_t n, F f) {
+  if constexpr (kMax > 1) {
+    if (n < kMax) return WithConstant<kMax - 1>(n, f);
+  }
+  f(std::integral_constant<int, kMax>{});
+}
+
+template <class T>
+void Widen(const void* from, int64_t n, float* to) {
+  const T* typed = static_cast<const T*>(from);
+  for (int64_t i = 0; i < n; ++i) to[i] = ToFloat(typed[i]);
+}
+
+template <class T>
+void Narrow(const float* from, int64_t n, void* to) {
+  T* typed = static_cast<T*>(to);
+  for (int64_t i = 0; i < n; ++i) typed[i] = FromFloat<T>(from[i]);
+}
+
+void ExpAll(const float* x, int64_t n, float* out) {
+  for (int64_t i = 0; i < n; ++i) out[i] = Exp(x[i]);
+}
+
+void LogAll(const float* x, int64_t n, float* out) {
+  for (int64_t i = 0; i < n; ++i) out[i] = Log(x[i]);
+}
+
+void SiluAll(const float* x, int64_t n, float* out) {
+  for (int64_t i = 0; i < n; ++i) out[i] = Silu(x[i]);
+}
+
+LAYERSKIP_FN float InverseSqrt(float x) { return 1.0f / __builtin_sqrtf(x); }
+
+void InverseSqrtAll(const float* x, int64_t n, float* out) {
+  for (int64_t i = 0; i < n; ++i) out[i] = InverseSqrt(x[i]);
+}
+
+// ---- rule 1 ----
+
+// Where row n of a weight stands among the 16 of its group: bf16 keeps rows n and n + 8 in one 32-bit word.
+template <class T>
+LAYERSKIP_FN int64_t PackedLane(int64_t n) {
+  return std::is_same_v<T, BFloat16> ? (n < 8 ? 2 * n : 2 * (n - 8) + 1) : n;
+}
+
+template <class T>
+void Pack(const void* weight, int64_t n, int64_t k, int64_t group_begin, int64_t group_end, void* packed) {
+  const T* from = static_cast<const T*>(weight);
+  for (int64_t group = group_begin; group < group_end; ++group) {
+    T* to = static_cast<T*>(packed) + group * k * kGroup;
+    for (int64_t lane = 0; lane < kGroup; ++lane) {
+      const int64_t row = group * kGroup + lane;
+      for (int64_t i = 0; i < k; ++i) to[i * kGroup + PackedLane<T>(lane)] = row < n ? from[row * k + i] : T{};
+    }
+  }
+}
+
+template <class T>
+void Embed(const void* embedding, int64_t token, int64_t hidden_size, float* out) {
+  const T* group = static_cast<const T*>(embedding) + (token / kGroup) * hidden_size * kGroup;
+  const int64_t lane = PackedLane<T>(token % kGroup);
+  for (int64_t d = 0; d < hidden_size; ++d) out[d] = ToFloat(group[d * kGroup + lane]);
+}
+
+// What one pass over the weights holds in registers: rows x groups accumulators of 16 lanes.
+#if defined(LAYERSKIP_AVX512)
+constexpr int kRowsPerPass = 6;
+constexpr int GroupsPerPass(int64_t) { return 4; }
+#elif defined(LAYERSKIP_AVX2)
+constexpr int kRowsPerPass = 6;
+constexpr int GroupsPerPass(int64_t rows) { return rows == 1 ? 4 : rows <= 3 ? 2 : 1; }
+#else
+constexpr int kRowsPerPass = 2;
+constexpr int GroupsPerPass(int64_t) { return 1; }
+#endif
+
+template <class T, int kRows, int kGroups>
+void DotTile(const float* x, int64_t k, const T* weight, F32x16 (&out)[kRows][kGroups]) {
+  const int64_t length = (k + kSegments - 1) / kSegments;
+  F32x16 partial[kSegments][kRows][kGroups];
+  for (int s = 0; s < kSegments; ++s) {
+    const int64_t begin = Min(s * length, k), end = Min(begin + length, k);
+    F32x16 acc[kRows][kGroups];
+    for (int r = 0; r < kRows; ++r)
+      for (int g = 0; g < kGroups; ++g) acc[r][g] = Zero();
+    for (int64_t i = begin; i < end; ++i) {
+      F32x16 w[kGroups];
+#pragma GCC unroll 4
+      for (int g = 0; g < kGroups; ++g) w[g] = LoadPacked(weight + (g * k + i) * kGroup);
+#pragma GCC unroll 6
+      for (int r = 0; r < kRows; ++r) {
+        const F32x16 x_ri = Broadcast(x[r * k + i]);
+#pragma GCC unroll 4
+        for (int g = 0; g < kGroups; ++g) acc[r][g] = MulAdd<T>(x_ri, w[g], acc[r][g]);
+      }
+    }
+    for (int r = 0; r < kRows; ++r)
+      for (int g = 0; g < kGroups; ++g) partial[s][r][g] = acc[r][g];
+  }
+  for (int r = 0; r < kRows; ++r) {
+    for (int g = 0; g < kGroups; ++g) {
+      const auto p = [&](int s) { return partial[s][r][g]; };
+      out[r][g] = Add(Add(Add(p(0), p(1)), Add(p(2), p(3))), Add(Add(p(4), p(5)), Add(p(6), p(7))));
+    }
+  }
+}
+
+template <class T, int kRows, int kGroups>
+void LinearTile(const float* x, int64_t k, const T* weight, const T* bias, int64_t n, int64_t group, bool round,
+                float* out) {
+  F32x16 y[kRows][kGroups];
+  DotTile<T, kRows, kGroups>(x, k, weight + group * k * kGroup, y);
+  for (int g = 0; g < kGroups; ++g) {
+    const int64_t column = (group + g) * kGroup, columns = Min(kGroup, n - column);
+    for (int r = 0; r < kRows; ++r) {
+      F32x16 value = y[r][g];
+      if (bias != nullptr) value = Add(value, LoadFirst(bias + column, columns));
+      if (round) value = RoundLanes<T>(value);
+      if (columns == kGroup) {
+        Store(out + r * n + column, value);
+      } else {
+        StoreFirst(out + r * n + column, value, columns);
+      }
+    }
+  }
+}
+
+template <class T>
+void Linear(const float* x, int64_t rows, int64_t k, const void* weight, const void* bias, int64_t n,
+            int64_t group_begin, int64_t group_end, bool round, float* out) {
+  const int64_t groups_at_once = GroupsPerPass(Min(rows, kRowsPerPass));
+  for (int64_t group = group_begin; group < group_end;) {
+    const int64_t groups = Min(groups_at_once, group_end - group);
+    for (int64_t row = 0; row < rows; row += kRowsPerPass) {
+      const int64_t rows_now = Min(kRowsPerPass, rows - row);
+      WithConstant<kRowsPerPass>(rows_now, [&](auto r) {
+        constexpr int kRows = decltype(r)::value;
+        WithConstant<GroupsPerPass(kRows)>(groups, [&](auto g) {
+          constexpr int kGroups = decltype(g)::value;
+          LinearTile<T, kRows, kGroups>(x + row * k, k, static_cast<const T*>(weight), static_cast<const T*>(bias), n,
+                                        group, round, out + row * n);
+        });
+      });
+    }
+    group += groups;
+  }
+}
+
+// ---- rule 2 ----
+
+template <class T>
+void RmsNorm(const float* x, const void* weight, int64_t n, float eps, float* out) {
+  float lanes[kNormLanes] = {};
+  for (int64_t start = 0; start < n; start += kNormLanes) {
+    const int64_t count = Min(kNormLanes, n - start);
+    for (int64_t i = 0; i < count; ++i) lanes[i] += x[start + i] * x[start + i];
+  }
+  for (int width = kNormLanes / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) lanes[i] = lanes[2 * i] + lanes[2 * i + 1];
+  const float mean = lanes[0] / static_cast<float>(n);
+  const float inv = InverseSqrt(mean + eps);
+  const T* w = static_cast<const T*>(weight);
+  for (int64_t i = 0; i < n; ++i) out[i] = Round<T>(Round<T>(x[i] * inv) * ToFloat(w[i]));
+}
+
+// ---- elementwise ----
+
+template <class T>
+void AddResidual(const float* residual, int64_t n, float* y) {
+  for (int64_t i = 0; i < n; ++i) y[i] = Round<T>(residual[i] + y[i]);
+}
+
+template <class T>
+void SiluMul(const float* up, int64_t n, float* gate) {
+  for (int64_t i = 0; i < n; ++i) gate[i] = Round<T>(Round<T>(Silu(gate[i])) * up[i]);
+}
+
+// ---- rule 3 ----
+
+template <class T>
+void Rope(const float* cos, const float* sin, int64_t head_dim, float* head) {
+  const int64_t half = head_dim / 2;
+  for (int64_t i = 0; i < half; ++i) {
+    const float a = head[i], b = head[half + i];
+    head[i] = Round<T>(a * cos[i] - b * sin[i]);
+    head[half + i] = Round<T>(b * cos[i] + a * sin[i]);
+  }
+}
+
+template <class T>
+void Append(const float* k, const float* v, int64_t slot, int64_t kv_heads, int64_t head_dim, int64_t page_size,
+            void* k_pages, void* v_pages) {
+  const int64_t page = slot / page_size, offset = slot % page_size;
+  for (int64_t g = 0; g < kv_heads; ++g) {
+    const int64_t tile = (page * kv_heads + g) * head_dim * page_size;
+    T* k_tile = static_cast<T*>(k_pages) + tile;
+    T* v_row = static_cast<T*>(v_pages) + tile + offset * head_dim;
+    for (int64_t d = 0; d < head_dim; ++d) {
+      k_tile[d * page_size + offset] = FromFloat<T>(k[g * head_dim + d]);
+      v_row[d] = FromFloat<T>(v[g * head_dim + d]);
+    }
+  }
+}
+
+// ---- rule 4 ----
+
+constexpr int kPairs = 6;        // (row, query head) pairs whose scores are folded side by side
+constexpr int kValuePairs = 3;   // the same for the weighted sum of values ...
+constexpr int kValueGroups = 2;  // ... of which this many times 16 dimensions are folded at once
+
+// The pairs of one block and what rule 4 keeps for each.
+struct PairBlock {
+  const float* q[kPairs];
+  float* partial[kPairs];
+  int64_t visible[kPairs];  // positions of this chunk that the pair may see; none comes with 0
+  int64_t count, most_visible;
+  alignas(64) float scores[kPairs][kChunk + kLanes];
+};
+
+template <class T>
+struct Tile {
+  const T* k;  // [K, S] from the first position on
+  const T* v;  // [S, K] from the first position on
+  int64_t positions;
+};
+
+// The run of positions from `position` on that one page holds, at most `limit`.
+template <class T>
+LAYERSKIP_FN Tile<T> TileAt(const PageView& pages, int64_t kv_head, int64_t position, int64_t limit) {
+  const int64_t offset = position % pages.page_size;
+  const int64_t page = pages.table[position / pages.page_size];
+  const int64_t tile = (page * pages.kv_heads + kv_head) * pages.head_dim * pages.page_size;
+  return {static_cast<const T*>(pages.k) + tile + offset,
+          static_cast<const T*>(pages.v) + tile + offset * pages.head_dim, Min(limit, pages.page_size - offset)};
+}
+
+// Scores of 16 positions whose keys begin at k_tile; lanes beyond `lanes` are left unread.
+template <class T, int kCount>
+LAYERSKIP_FN void ScoreLanes(const PairBlock& block, const T* k_tile, const PageView& pages, int64_t lanes,
+                             float scale, float (*scores)[kChunk + kLanes], int64_t at) {
+  F32x16 acc[kCount];
+  for (int p = 0; p < kCount; ++p) acc[p] = Zero();
+  for (int64_t d = 0; d < pages.head_dim; ++d) {
+    const T* k_d = k_tile + d * pages.page_size;
+    const F32x16 k = lanes >= kLanes ? Load(k_d) : LoadFirst(k_d, lanes);
+#pragma GCC unroll 6
+    for (int p = 0; p < kCount; ++p) acc[p] = MulAdd<T>(Broadcast(block.q[p][d]), k, acc[p]);
+  }
+  const F32x16 scale_lanes = Broadcast(scale);
+  for (int p = 0; p < kCount; ++p) Store(scores[p] + at, Mul(acc[p], scale_lanes));
+}
+
+template <class T>
+void Scores(const ChunkTask& task, PairBlock& block) {
+  const int64_t start = task.chunk * kChunk;
+  WithConstant<kPairs>(block.count, [&](auto c) {
+    constexpr int kCount = decltype(c)::value;
+    for (int64_t done = 0; done < block.most_visible;) {
+      // A whole page may be read: positions beyond the visible ones give scores that nobody looks at.
+      const Tile<T> tile = TileAt<T>(task.pages, task.kv_head, start + done, kChunk - done);
+      const int64_t needed = Min(tile.positions, block.most_visible - done);
+      for (int64_t i = 0; i < needed; i += kLanes)
+        ScoreLanes<T, kCount>(block, tile.k + i, task.pages, tile.positions - i, task.scale, block.scores, done + i);
+      done += needed;
+    }
+  });
+}
+
+// scores -> p = to_dtype(exp(s - m)) in place; m and l into the partial results.
+template <class T>
+void Softmax(PairBlock& block) {
+  for (int64_t p = 0; p < block.count; ++p) {
+    float* s = block.scores[p];
+    float m = s[0];
+    for (int64_t j = 1; j < block.visible[p]; ++j) m = s[j] > m || s[j] != s[j] ? s[j] : m;
+    for (int64_t j = 0; j < block.visible[p]; ++j) s[j] = Round<T>(Exp(s[j] - m));
+    float l = 0.0f;
+    for (int64_t j = 0; j < block.visible[p]; ++j) l += s[j];
+    block.partial[p][0] = m;
+    block.partial[p][1] = l;
+  }
+}
+
+// Folds positions begin..end of a tile into the outputs of pairs first..first+kCount, dimensions d..d+16*kGroups.
+template <class T, int kCount, int kGroups>
+LAYERSKIP_FN void FoldValues(PairBlock& block, int64_t first, const T* v, int64_t head_dim, int64_t at, int64_t count,
+                             int64_t d) {
+  const int64_t columns = head_dim - d;
+  const bool whole = columns >= kGroups * kLanes;
+  F32x16 acc[kCount][kGroups];
+  for (int p = 0; p < kCount; ++p)
+    for (int g = 0; g < kGroups; ++g) {
+      const float* o = block.partial[first + p] + 2 + d + g * kLanes;
+      acc[p][g] = whole ? Load(o) : LoadFirst(o, Min(kLanes, columns - g * kLanes));
+    }
+  for (int64_t j = 0; j < count; ++j) {
+    F32x16 v_j[kGroups];
+    for (int g = 0; g < kGroups; ++g) {
+      const T* v_jd = v + j * head_dim + d + g * kLanes;
+      v_j[g] = whole ? Load(v_jd) : LoadFirst(v_jd, Min(kLanes, columns - g * kLanes));
+    }
+#pragma GCC unroll 3
+    for (int p = 0; p < kCount; ++p) {
+      const F32x16 p_j = Broadcast(block.scores[first + p][at + j]);
+      for (int g = 0; g < kGroups; ++g) acc[p][g] = MulAdd<T>(p_j, v_j[g], acc[p][g]);
+    }
+  }
+  for (int p = 0; p < kCount; ++p)
+    for (int g = 0; g < kGroups; ++g) {
+      float* o = block.partial[first + p] + 2 + d + g * kLanes;
+      StoreFirst(o, acc[p][g], Min(kLanes, columns - g * kLanes));
+    }
+}
+
+template <class T, int kCount>
+LAYERSKIP_FN void FoldTile(PairBlock& block, int64_t first, const T* v, int64_t head_dim, int64_t at, int64_t count) {
+  for (int64_t d = 0; d < head_dim; d += kValueGroups * kLanes) {
+    if (head_dim - d > kLanes) {
+      FoldValues<T, kCount, kValueGroups>(block, first, v, head_dim, at, count, d);
+    } else {
+      FoldValues<T, kCount, 1>(block, first, v, head_dim, at, count, d);
+    }
+  }
+}
+
+// o = fold of p_j * v_j: kValuePairs pairs side by side as far as all of them see, then each to its own end.
+template <class T>
+void WeightedValues(const ChunkTask& task, PairBlock& block) {
+  const int64_t head_dim = task.pages.head_dim, start = task.chunk * kChunk;
+  for (int64_t p = 0; p < block.count; ++p)
+    for (int64_t d = 0; d < head_dim; ++d) block.partial[p][2 + d] = 0.0f;
+  for (int64_t first = 0; first < block.count; first += kValuePairs) {
+    const int64_t count = Min(kValuePairs, block.count - first);
+    int64_t shared = kChunk, most = 0;
+    for (int64_t p = first; p < first + count; ++p) {
+      shared = Min(shared, block.visible[p]);
+      most = Max(most, block.visible[p]);
+    }
+    for (int64_t done = 0; done < most;) {
+      const Tile<T> tile = TileAt<T>(task.pages, task.kv_head, start + done, most - done);
+      const int64_t together = Max(0, Min(tile.positions, shared - done));
+      if (together > 0) {
+        WithConstant<kValuePairs>(count, [&](auto c) {
+          FoldTile<T, decltype(c)::value>(block, first, tile.v, head_dim, done, together);
+        });
+      }
+      for (int64_t p = first; p < first + count; ++p) {
+        const int64_t alone = Min(tile.positions, block.visible[p] - done) - together;
+        if (alone > 0) FoldTile<T, 1>(block, p, tile.v + together * head_dim, head_dim, done + together, alone);
+      }
+      done += tile.positions;
+    }
+  }
+}
+
+template <class T>
+void AttendChunk(const ChunkTask& task) {
+  const int64_t head_dim = task.pages.head_dim, heads_per_kv = task.num_heads / task.pages.kv_heads;
+  PairBlock block;
+  block.count = block.most_visible = 0;
+  const auto finish = [&] {
+    if (block.count == 0) return;
+    Scores<T>(task, block);
+    Softmax<T>(block);
+    WeightedValues<T>(task, block);
+    block.count = block.most_visible = 0;
+  };
+  for (int64_t r = 0; r < task.num_rows; ++r) {
+    const int64_t row = task.rows[r];
+    const int64_t visible = Min(kChunk, task.positions[row] + 1 - task.chunk * kChunk);
+    if (visible <= 0) continue;
+    for (int64_t h = 0; h < heads_per_kv; ++h) {
+      const int64_t head = row * task.num_heads + task.kv_head * heads_per_kv + h;
+      block.q[block.count] = task.q + head * head_dim;
+      block.partial[block.count] = task.partials + (head * task.max_chunks + task.chunk) * (2 + head_dim);
+      block.visible[block.count] = visible;
+      block.most_visible = Max(block.most_visible, visible);
+      if (++block.count == kPairs) finish();
+    }
+  }
+  finish();
+}
+
+template <class T>
+void MergeChunks(float* partials, int64_t num_chunks, int64_t head_dim, float* out) {
+  float* o = partials + 2;
+  for (int64_t c = 1; c < num_chunks; ++c) {
+    const float* next = partials + c * (2 + head_dim);
+    const float m = next[0] > partials[0] ? next[0] : partials[0];
+    const float a = Exp(partials[0] - m), b = Exp(next[0] - m);
+    partials[0] = m;
+    partials[1] = partials[1] * a + next[1] * b;
+    for (int64_t d = 0; d < head_dim; ++d) o[d] = o[d] * a + next[2 + d] * b;
+  }
+  for (int64_t d = 0; d < head_dim; ++d) out[d] = Round<T>(o[d] / partials[1]);
+}
+
+// ---- rule 6 ----
+
+Maximum Argmax(const float* x, int64_t n) {
+  Maximum best{x[0], 0, x[0] != x[0]};
+  for (int64_t i = 0; i < n; ++i) {
+    best.has_nan |= x[i] != x[i];
+    if (x[i] > best.value) {
+      best.value = x[i];
+      best.index = i;
+    }
+  }
+  return best;
+}
+
+template <class T>
+constexpr Kernels Table() {
+  return {sizeof(T), ExpAll,     LogAll,  SiluAll, InverseSqrtAll, Widen<T>,  Narrow<T>,      Pack<T>,        Embed<T>,
+          RmsNorm<T>, Linear<T>, AddResidual<T>, SiluMul<T>, Rope<T>, Append<T>, AttendChunk<T>, MergeChunks<T>, Argmax};
+}
+
+constexpr Kernels kTables[kNumDtypes] = {Table<BFloat16>(), Table<Float16>(), Table<float>()};
+
+}  // namespace
+}  // namespace layerskip

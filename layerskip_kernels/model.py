@@ -1,0 +1,104 @@
+"""A Llama model as the steps want it: its weights in a backend's layout, in one flat list.
+
+``run_layers`` is the only way through the layers: early exit, the rest, and the full depth are one function,
+and live in the backend (reference.run_layers says what it does).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from layerskip_kernels import ops, reference
+from layerskip_kernels.config import ModelConfig
+
+if TYPE_CHECKING:
+    from layerskip_kernels.loading import Checkpoint
+    from layerskip_kernels.tokenizer import Tokenizer
+
+__all__ = ["Model", "inverse_frequencies"]
+
+
+@dataclass(frozen=True)
+class Model:
+    """Weights, sizes and the backend that runs them.
+
+    ``weights``: reference.MODEL_WEIGHTS, then reference.LAYER_WEIGHTS for each layer, in ``dtype``; linear weights
+    and the embedding in the backend's layout; cos and sin fp32 [max_positions, head_dim / 2].
+    """
+
+    config: ModelConfig
+    dtype: torch.dtype
+    weights: list[Tensor]
+    backend: str
+    tokenizer: Tokenizer | None = None
+    name: str = "model"
+
+    @property
+    def ops(self) -> Any:
+        return ops.backend(self.backend)
+
+    @property
+    def sizes(self) -> tuple[int, int, float, float]:
+        """What run_layers wants after its rows: num_heads, intermediate_size, eps, softmax scale."""
+        c = self.config
+        return c.num_heads, c.intermediate_size, c.rms_norm_eps, c.softmax_scale
+
+    @property
+    def step_sizes(self) -> tuple[int, int, int, float, float]:
+        """The same for the steps, which also need vocab_size."""
+        c = self.config
+        return c.num_heads, c.intermediate_size, c.vocab_size, c.rms_norm_eps, c.softmax_scale
+
+    @classmethod
+    def from_checkpoint(cls, checkpoint: Checkpoint, backend: str = "cpu") -> Model:
+        """Lay a checkpoint's tensors out for a backend, taking each out of ``checkpoint.tensors`` as it goes."""
+        pack = ops.backend(backend).pack_weight
+        tensors, config = checkpoint.tensors, checkpoint.config
+        embedding = pack(tensors.pop("model.embed_tokens.weight"))
+        lm_head = embedding if config.tie_word_embeddings else pack(tensors.pop("lm_head.weight"))
+        cos, sin = reference.rope_tables(inverse_frequencies(config), config.max_positions)
+        weights = [embedding, tensors.pop("model.norm.weight"), lm_head, cos, sin]
+        for layer in range(config.num_layers):
+            weights += _layer_weights(tensors, f"model.layers.{layer}.", pack, config.attention_bias)
+        return cls(config, checkpoint.dtype, weights, backend, checkpoint.tokenizer, checkpoint.name)
+
+
+def _layer_weights(tensors: dict[str, Tensor], prefix: str, pack: Any, attention_bias: bool) -> list[Tensor]:
+    """One layer, in the order of reference.LAYER_WEIGHTS."""
+
+    def take(name: str) -> Tensor:
+        return tensors.pop(prefix + name)
+
+    attn_norm = take("input_layernorm.weight")
+    qkv_bias = out_bias = attn_norm.new_empty(0)
+    if attention_bias:
+        qkv_bias = torch.cat([take(f"self_attn.{p}_proj.bias") for p in "qkv"])
+        out_bias = take("self_attn.o_proj.bias")
+    wq, wk, wv, wo = (pack(take(f"self_attn.{p}_proj.weight")) for p in "qkvo")
+    mlp_norm = take("post_attention_layernorm.weight")
+    w_gate, w_up, w_down = (pack(take(f"mlp.{p}_proj.weight")) for p in ("gate", "up", "down"))
+    return [attn_norm, wq, wk, wv, qkv_bias, wo, out_bias, mlp_norm, w_gate, w_up, w_down]
+
+
+def inverse_frequencies(config: ModelConfig) -> Tensor:
+    """RoPE's frequencies, float64 [head_dim / 2], with the config's scaling applied.
+
+    ``llama3`` scaling (Llama 3.1): wavelengths beyond original_max_positions / low_freq_factor are stretched by
+    ``factor``, those below original_max_positions / high_freq_factor kept, the ones between interpolated.
+    """
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float64) / config.head_dim
+    frequencies = config.rope_theta**-exponents
+    scaling = config.rope_scaling
+    if scaling.kind == "linear":
+        return frequencies / scaling.factor
+    if scaling.kind == "llama3":
+        turns = scaling.original_max_positions * frequencies / (2 * math.pi)
+        kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+        kept = kept.clamp(0.0, 1.0)
+        return kept * frequencies + (1 - kept) * frequencies / scaling.factor
+    return frequencies

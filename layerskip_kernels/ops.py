@@ -1,0 +1,179 @@
+"""Table of contents of the ops.
+
+| op | reads -> gives |
+|---|---|
+| ``exp``, ``log``, ``silu``, ``inverse_sqrt`` | fp32, elementwise: rule 5, and 1 / sqrt |
+| ``pack_weight`` | a linear weight [N, K] -> the backend's own layout |
+| ``embed_tokens`` | tokens [T] -> hidden [T, D] |
+| ``linear`` | x [T, K] -> [T, N]: rule 1 |
+| ``rms_norm`` | x [T, D] -> [T, D]: rule 2 |
+| ``norm_qkv_rope_append`` | hidden [T, D] -> q [T, H, K]; k and v into their pages |
+| ``paged_attention`` | q [T, H, K], pages -> [T, H*K] |
+| ``out_residual`` | attention [T, H*K], residual [T, D] -> [T, D] |
+| ``norm_gate_up_silu`` | hidden [T, D] -> activation [T, F] |
+| ``down_residual`` | activation [T, F], residual [T, D] -> [T, D] |
+| ``norm_head_argmax`` | hidden [T, D] -> tokens [T], logits [T, V] |
+| ``accept_draft`` | drafts and targets -> accepted counts [B], next tokens [B] |
+| ``run_layers`` | the one move: rows from their own depths to a layer |
+| ``draft_step``, ``verify_step`` | the two steps, each one call |
+
+What each means, with shapes and dtypes, is said once, in ``reference.py``; schemas stand in ``csrc/bindings.cpp``,
+fakes below. A backend is anything with these names and signatures:
+
+- ``reference``: plain PyTorch, row-major weights.
+- ``cpu``: C++ (``torch.ops.layerskip``), weights packed by ``pack_weight``. Checks its arguments.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import register_fake
+
+import layerskip_kernels._C  # noqa: F401 - registers the ops
+from layerskip_kernels import reference
+
+__all__ = ["BACKENDS", "backend"]
+
+BACKENDS: dict[str, Any] = {"cpu": torch.ops.layerskip, "reference": reference}
+
+GROUP = 16  # output columns in a packed weight group of the cpu backend
+
+
+def backend(name: str) -> Any:
+    """The ops of a backend, by name; raises ValueError for one that does not exist."""
+    if name not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {name!r}")
+    return BACKENDS[name]
+
+
+# ---- fakes: shapes and dtypes without data, for torch.compile and export ----
+
+
+@register_fake("layerskip::exp")
+@register_fake("layerskip::log")
+@register_fake("layerskip::silu")
+@register_fake("layerskip::inverse_sqrt")
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@register_fake("layerskip::pack_weight")
+def _(weight: Tensor) -> Tensor:
+    return weight.new_empty((weight.size(0) + GROUP - 1) // GROUP, weight.size(1), GROUP)
+
+
+@register_fake("layerskip::embed_tokens")
+def _(tokens: Tensor, embedding: Tensor, hidden_size: int) -> Tensor:
+    return embedding.new_empty(tokens.size(0), hidden_size)
+
+
+@register_fake("layerskip::linear")
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
+    return x.new_empty(x.size(0), out_features)
+
+
+@register_fake("layerskip::rms_norm")
+def _(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return torch.empty_like(x)
+
+
+@register_fake("layerskip::norm_qkv_rope_append")
+def _(
+    hidden: Tensor,
+    norm_weight: Tensor,
+    wq: Tensor,
+    wk: Tensor,
+    wv: Tensor,
+    qkv_bias: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    slot_mapping: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    num_heads: int,
+    eps: float,
+) -> Tensor:
+    return hidden.new_empty(hidden.size(0), num_heads, k_pages.size(2))
+
+
+@register_fake("layerskip::paged_attention")
+def _(
+    q: Tensor, k_pages: Tensor, v_pages: Tensor, block_table: Tensor, query_start_loc: Tensor, positions: Tensor,
+    scale: float,
+) -> Tensor:  # fmt: skip
+    return q.new_empty(q.size(0), q.size(1) * q.size(2))
+
+
+@register_fake("layerskip::out_residual")
+def _(attention: Tensor, wo: Tensor, out_bias: Tensor | None, residual: Tensor) -> Tensor:
+    return torch.empty_like(residual)
+
+
+@register_fake("layerskip::norm_gate_up_silu")
+def _(
+    hidden: Tensor, norm_weight: Tensor, w_gate: Tensor, w_up: Tensor, intermediate_size: int, eps: float
+) -> Tensor:
+    return hidden.new_empty(hidden.size(0), intermediate_size)
+
+
+@register_fake("layerskip::down_residual")
+def _(activation: Tensor, w_down: Tensor, residual: Tensor) -> Tensor:
+    return torch.empty_like(residual)
+
+
+@register_fake("layerskip::norm_head_argmax")
+def _(hidden: Tensor, norm_weight: Tensor, lm_head: Tensor, vocab_size: int, eps: float) -> tuple[Tensor, Tensor]:
+    rows = hidden.size(0)
+    return hidden.new_empty(rows, dtype=torch.int64), hidden.new_empty(rows, vocab_size, dtype=torch.float32)
+
+
+@register_fake("layerskip::accept_draft")
+def _(tokens: Tensor, targets: Tensor, query_start_loc: Tensor, num_drafts: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(num_drafts), torch.empty_like(num_drafts)
+
+
+@register_fake("layerskip::run_layers")
+def _(*args: Any) -> None:
+    return None
+
+
+@register_fake("layerskip::draft_step")
+def _(
+    weights: list[Tensor],
+    k_cache: Tensor,
+    v_cache: Tensor,
+    hidden_cache: Tensor,
+    tokens: Tensor,
+    positions: Tensor,
+    num_drafts: Tensor,
+    block_table: Tensor,
+    exit_layer: int,
+    max_drafts: int,
+    *sizes: Any,
+) -> Tensor:
+    return tokens.new_empty(tokens.size(0), max_drafts)
+
+
+@register_fake("layerskip::verify_step")
+def _(
+    weights: list[Tensor],
+    k_cache: Tensor,
+    v_cache: Tensor,
+    hidden_cache: Tensor,
+    tokens: Tensor,
+    positions: Tensor,
+    depths: Tensor,
+    query_start_loc: Tensor,
+    num_drafts: Tensor,
+    block_table: Tensor,
+    num_heads: int,
+    intermediate_size: int,
+    vocab_size: int,
+    eps: float,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    judged = torch.library.get_ctx().new_dynamic_size()  # sum(num_drafts + 1) depends on data
+    logits = hidden_cache.new_empty(judged, vocab_size, dtype=torch.float32)
+    return torch.empty_like(num_drafts), torch.empty_like(num_drafts), logits

@@ -1,0 +1,206 @@
+"""The stages of decoding, as plain functions: prefill, draft_step, verify_step. ``cache.commit`` is the fourth.
+
+Each is one call into the backend. A batch may be ragged in every way: lengths, draft lengths, accepted counts.
+When a step raises, the cache is as it was before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from collections.abc import Sequence as ListLike
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from layerskip_kernels.kv_cache import PagedKVCache, Sequence
+from layerskip_kernels.model import Model
+
+__all__ = ["Draft", "Verdict", "draft_step", "prefill", "verify_step"]
+
+PREFILL_ROWS = 256  # rows of a prompt that go through the layers at once: bounds the scratch memory
+
+
+@dataclass(frozen=True)
+class Draft:
+    """Guessed continuations: tokens int64 [B, max_drafts] (-1 beyond a sequence's own), num_tokens int64 [B]."""
+
+    sequences: tuple[Sequence, ...]
+    tokens: Tensor
+    num_tokens: Tensor
+
+    @classmethod
+    def none(cls, sequences: ListLike[Sequence]) -> Draft:
+        """No guess at all: verifying it is plain decoding."""
+        num_sequences = len(sequences)
+        return cls(
+            tuple(sequences),
+            torch.empty(num_sequences, 0, dtype=torch.int64),
+            torch.zeros(num_sequences, dtype=torch.int64),
+        )
+
+    def of(self, b: int) -> list[int]:
+        """The drafted tokens of sequence ``b``."""
+        return self.tokens[b, : int(self.num_tokens[b])].tolist()
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the full model made of a draft.
+
+    num_accepted int64 [B]: drafts that agree; next_tokens int64 [B]: the token after them; logits fp32
+    [sum(num_tokens + 1), V]: for each sequence, of the row before each draft and of the last draft.
+    """
+
+    draft: Draft
+    num_accepted: Tensor
+    next_tokens: Tensor
+    logits: Tensor
+
+    def new_tokens(self, b: int) -> list[int]:
+        """What sequence ``b`` gains: its accepted drafts and one token more."""
+        return [*self.draft.of(b)[: int(self.num_accepted[b])], int(self.next_tokens[b])]
+
+    def new_logits(self, b: int) -> Tensor:
+        """The logits [num_accepted + 1, V] that new_tokens were chosen by."""
+        first = int((self.draft.num_tokens[:b] + 1).sum())
+        return self.logits[first : first + int(self.num_accepted[b]) + 1]
+
+
+def prefill(model: Model, cache: PagedKVCache, sequences: ListLike[Sequence]) -> Verdict:
+    """Bring all known tokens of the sequences into the cache, and say what follows. To be committed.
+
+    Long prompts go through in runs of PREFILL_ROWS, all but the last committed here.
+    """
+    with _rollback_on_error(cache, sequences):
+        while long := [s for s in sequences if len(s.tokens) - cache.length(s) > PREFILL_ROWS]:
+            _append(cache, long, [PREFILL_ROWS] * len(long))
+            rows = _pending_rows(cache, Draft.none(long))
+            model.ops.run_layers(model.weights, *cache.tensors, *rows, model.config.num_layers, *model.sizes)
+            _raise_all(cache, long, model.config.num_layers)
+            cache.pool.commit([s.id for s in long], cache.pool.lengths([s.id for s in long]).tolist())
+        return verify_step(model, cache, Draft.none(sequences))
+
+
+def draft_step(
+    model: Model,
+    cache: PagedKVCache,
+    sequences: ListLike[Sequence],
+    exit_layer: int,
+    num_speculations: int | ListLike[int],
+) -> Draft:
+    """Draft tokens with the first ``exit_layer`` layers (LayerSkip, arXiv 2404.16710, section 4.3).
+
+    ``num_speculations``: how many, for all sequences or one number for each (0: that one does not draft). Their K
+    and V of those layers and their hidden states stay in the cache for verify_step. Raises ValueError for an exit
+    layer outside 1..L-1, for a count below 1 (or 0 in a list), for a sequence not prefilled or without positions
+    left; CacheFull when pages run short.
+    """
+    if not 1 <= exit_layer < model.config.num_layers:
+        raise ValueError(f"exit_layer must be in 1..{model.config.num_layers - 1}, got {exit_layer}")
+    counts = _draft_counts(num_speculations, len(sequences))
+    for sequence, count in zip(sequences, counts, strict=True):
+        if len(sequence.tokens) != cache.length(sequence) + 1:
+            raise ValueError(
+                f"sequence {sequence.id} has {len(sequence.tokens)} tokens and {cache.length(sequence)} of them in the "
+                "cache; call prefill and commit its verdict before drafting"
+            )
+        if len(sequence.tokens) + count > cache.max_positions:
+            raise ValueError(
+                f"sequence {sequence.id} has {len(sequence.tokens)} tokens; {count} drafts would pass the model's "
+                f"{cache.max_positions} positions; draft fewer"
+            )
+    drafting = [s for s, count in zip(sequences, counts, strict=True) if count]
+    with _rollback_on_error(cache, drafting):
+        _append(cache, drafting, [count + 1 for count in counts if count])
+        ids = [s.id for s in sequences]
+        tokens = model.ops.draft_step(
+            model.weights,
+            *cache.tensors,
+            torch.tensor([s.tokens[-1] for s in sequences]),
+            torch.from_numpy(cache.pool.committed_lengths(ids)),
+            torch.tensor(counts),
+            torch.from_numpy(cache.pool.block_table(ids)),
+            exit_layer,
+            max(counts),
+            *model.step_sizes,
+        )
+        # The last draft has a row already, but has passed no layer yet.
+        cache.pool.raise_rows([s.id for s in drafting], [cache.pool.length(s.id) - 1 for s in drafting], exit_layer)
+    return Draft(tuple(sequences), tokens, torch.tensor(counts))
+
+
+def verify_step(model: Model, cache: PagedKVCache, draft: Draft) -> Verdict:
+    """Raise every pending row to the last layer in one batched pass, and judge the drafts. To be committed.
+
+    Drafted rows go on from their kept hidden states; only the last draft of each sequence still passes the early
+    layers. With ``Draft.none`` this is plain decoding.
+    """
+    sequences = draft.sequences
+    with _rollback_on_error(cache, sequences):
+        wanted = [len(s.tokens) + int(n) for s, n in zip(sequences, draft.num_tokens, strict=True)]
+        for sequence, length in zip(sequences, wanted, strict=True):
+            if length > cache.max_positions:
+                raise ValueError(
+                    f"sequence {sequence.id} needs position {length - 1}; the model has {cache.max_positions} positions"
+                )
+        missing = [length - cache.pool.length(s.id) for s, length in zip(sequences, wanted, strict=True)]
+        _append(cache, sequences, missing)
+        rows = _pending_rows(cache, draft)
+        *positions, block_table = rows
+        verdict = model.ops.verify_step(
+            model.weights, *cache.tensors, *positions, draft.num_tokens, block_table, *model.step_sizes
+        )
+        _raise_all(cache, sequences, model.config.num_layers)
+    return Verdict(draft, *verdict)
+
+
+def _draft_counts(num_speculations: int | ListLike[int], num_sequences: int) -> list[int]:
+    if isinstance(num_speculations, int):
+        if num_speculations < 1:
+            raise ValueError(f"num_speculations must be at least 1, got {num_speculations}; Draft.none drafts nothing")
+        return [num_speculations] * num_sequences
+    counts = [int(count) for count in num_speculations]
+    if len(counts) != num_sequences or min(counts) < 0 or max(counts) < 1:
+        raise ValueError(
+            f"num_speculations must hold {num_sequences} counts of at least 0, one of them 1 or more, got {counts}"
+        )
+    return counts
+
+
+def _append(cache: PagedKVCache, sequences: ListLike[Sequence], counts: list[int]) -> None:
+    cache.pool.append([s.id for s in sequences], counts)
+
+
+def _raise_all(cache: PagedKVCache, sequences: ListLike[Sequence], depth: int) -> None:
+    ids = [s.id for s in sequences]
+    cache.pool.raise_rows(ids, cache.pool.lengths(ids).tolist(), depth)
+
+
+def _pending_rows(cache: PagedKVCache, draft: Draft) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """All pending rows: tokens [T], positions [T], depths [T], query_start_loc [B+1], block_table."""
+    tokens: list[int] = []
+    positions: list[int] = []
+    for b, sequence in enumerate(draft.sequences):
+        start, stop = cache.length(sequence), cache.pool.length(sequence.id)
+        tokens += [*sequence.tokens[start:], *draft.of(b)][: stop - start]
+        positions += range(start, stop)
+    ids = [s.id for s in draft.sequences]
+    depths, query_start_loc = cache.pool.pending_depths(ids)
+    return (
+        torch.tensor(tokens),
+        torch.tensor(positions),
+        torch.from_numpy(depths),
+        torch.from_numpy(query_start_loc),
+        torch.from_numpy(cache.pool.block_table(ids)),
+    )
+
+
+@contextmanager
+def _rollback_on_error(cache: PagedKVCache, sequences: ListLike[Sequence]) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        cache.rollback(sequences)
+        raise

@@ -1,0 +1,124 @@
+"""Text to token ids and back, on the ``tokenizers`` library alone: Transformers takes seconds to import."""
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers.processors import TemplateProcessing
+
+__all__ = ["TextStream", "Tokenizer"]
+
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+
+
+class Tokenizer:
+    """Encodes and decodes as the Transformers tokenizer of the same directory does by default."""
+
+    def __init__(self, backend: tokenizers.Tokenizer) -> None:
+        backend.no_truncation()
+        backend.no_padding()
+        self._backend = backend
+
+    @classmethod
+    def from_directory(cls, directory: Path) -> "Tokenizer | None":
+        """Read tokenizer.json and, where it is there, tokenizer_config.json; None without tokenizer.json.
+
+        Raises ValueError naming the file when it cannot be read.
+        """
+        path = directory / "tokenizer.json"
+        if not path.is_file():
+            return None
+        try:
+            backend = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises plain Exception
+            raise ValueError(
+                f"{path} is no tokenizer that this version of tokenizers reads: {error}"
+            ) from error
+        _add_special_tokens_as_configured(backend, directory / "tokenizer_config.json")
+        return cls(backend)
+
+    @property
+    def vocab_size(self) -> int:
+        """The number of token ids, added tokens included."""
+        return self._backend.get_vocab_size()
+
+    def encode(self, text: str) -> list[int]:
+        """The token ids of a text, with the special tokens (such as BOS) that the model expects around it."""
+        return self._backend.encode(text).ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of token ids, without special tokens."""
+        return self._backend.decode(list(ids), skip_special_tokens=True)
+
+    def decode_stream(self, ids: Iterable[int]) -> Iterator[str]:
+        """The text in pieces, each once its characters are complete; joined, they are ``decode(ids)``."""
+        stream = TextStream(self)
+        for token_id in ids:
+            if piece := stream.push([token_id]):
+                yield piece
+        if rest := stream.finish():
+            yield rest
+
+
+class TextStream:
+    """Text of a growing sequence of token ids, held back while the last character is incomplete.
+
+    ``push`` new ids as they are generated and show what it returns; ``finish`` returns what was held back, a
+    replacement character where it ends within a character.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        # The ids shown last are decoded again with the new ones: some decoders drop a space at the start.
+        self._context: list[int] = []
+        self._pending: list[int] = []
+
+    def push(self, ids: Iterable[int]) -> str:
+        """The text that became complete with these ids, maybe empty."""
+        return "".join(self._push_one(token_id) for token_id in ids)
+
+    def finish(self) -> str:
+        """The rest; the stream is then empty."""
+        rest = self._new_text()
+        self._context, self._pending = [], []
+        return rest
+
+    def _push_one(self, token_id: int) -> str:
+        self._pending.append(token_id)
+        text = self._new_text()
+        if not text or text.endswith(REPLACEMENT):
+            return ""
+        self._context, self._pending = self._pending, []
+        return text
+
+    def _new_text(self) -> str:
+        shown = self._tokenizer.decode(self._context)
+        return self._tokenizer.decode(self._context + self._pending)[len(shown) :]
+
+
+def _add_special_tokens_as_configured(backend: tokenizers.Tokenizer, path: Path) -> None:
+    """Transformers lets add_bos_token and add_eos_token, when given, overrule tokenizer.json."""
+    if not path.is_file():
+        return
+    try:
+        config = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is no valid JSON: {error}") from error
+    if not isinstance(config, dict) or not {"add_bos_token", "add_eos_token"} & config.keys():
+        return
+    bos = _token_text(config.get("bos_token")) if config.get("add_bos_token") else None
+    eos = _token_text(config.get("eos_token")) if config.get("add_eos_token") else None
+    tokens = [token for token in (bos, eos) if token is not None]
+    for token in tokens:
+        if backend.token_to_id(token) is None:
+            raise ValueError(f"{path} adds {token!r}, which tokenizer.json does not have")
+    backend.post_processor = TemplateProcessing(
+        single=[token for token in (bos, "$A", eos) if token is not None],
+        special_tokens=[(token, backend.token_to_id(token)) for token in tokens],
+    )
+
+
+def _token_text(token: Any) -> str | None:
+    return token.get("content") if isinstance(token, dict) else token
