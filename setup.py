@@ -10,14 +10,26 @@ from pathlib import Path
 
 import pybind11
 from setuptools import Extension, setup
-from torch.utils.cpp_extension import BuildExtension, CppExtension
+from torch.utils.cpp_extension import BuildExtension, CppExtension, include_paths
 
 # -ffp-contract=off: the contract rounds every product and every sum, unless a line says fma.
 CXX_FLAGS = [
-    *("-O3", "-std=c++17", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),
-    *("-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-c++20-extensions", "-Wno-unused-parameter"),
+    *("-O3", "-g0", "-std=c++17", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unknown-pragmas"),
+    *("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),
+    # as system headers, so that warnings are about our own lines
+    *(f"-isystem{path}" for path in [*include_paths(), pybind11.get_include()]),
 ]
-INCLUDE = str(Path(__file__).parent.resolve() / "csrc" / "include")
+ROOT = Path(__file__).parent.resolve()
+INCLUDE = str(ROOT / "csrc" / "include")  # absolute: ninja compiles from inside the build folder
+
+
+class BuildOnce(BuildExtension):
+    """One folder of objects for every way to build (-e, wheel, ...): ninja compiles only what has changed."""
+
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        self.build_temp = str(ROOT / "build" / "objects")
+
 
 setup(
     ext_modules=[
@@ -38,5 +50,5 @@ setup(
             extra_link_args=["-fopenmp"],
         ),
     ],
-    cmdclass={"build_ext": BuildExtension},
+    cmdclass={"build_ext": BuildOnce},
 )

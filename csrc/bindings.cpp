@@ -37,7 +37,7 @@ TORCH_LIBRARY(layerskip, m) {
   m.def(
       "run_layers(Tensor[] weights, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor(c!) hidden_cache, Tensor tokens, "
       "Tensor positions, Tensor depths, Tensor query_start_loc, Tensor block_table, int stop, int num_heads, "
-      "int intermediate_size, float eps, float scale) -> ()");
+      "int intermediate_size, int vocab_size, float eps, float scale) -> ()");
   m.def(
       "draft_step(Tensor[] weights, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor(c!) hidden_cache, Tensor tokens, "
       "Tensor positions, Tensor num_drafts, Tensor block_table, int exit_layer, int max_drafts, int num_heads, "

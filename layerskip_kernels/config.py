@@ -246,8 +246,8 @@ class GenerationConfig:
 
     ``exit_layer``: how many layers draft (None: a third of them); ``num_speculations``: tokens drafted before
     each verification; ``eos_token_ids``: where to stop (None: the model's own, ``()``: nowhere);
-    ``return_logits``: keep the logits of every generated token; ``return_kv``: keep K and V. Raises TypeError or
-    ValueError naming the argument.
+    ``return_logits``: keep the logits of every generated token; ``return_kv``: keep K and V. Raises TypeError
+    or ValueError naming the argument.
     """
 
     strategy: Strategy = "self_speculative"
@@ -275,8 +275,7 @@ class GenerationConfig:
         exit_layer = default if self.exit_layer is None else self.exit_layer
         if num_layers < 2:
             raise ValueError(
-                f"exit_layer needs a model of at least 2 layers, got one of {num_layers}; "
-                "use strategy='autoregressive'"
+                f"exit_layer needs a model of at least 2 layers, got one of {num_layers}; use strategy='autoregressive'"
             )
         if exit_layer >= num_layers:
             raise ValueError(

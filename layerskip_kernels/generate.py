@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as ListLike
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from time import perf_counter
 
 import torch
@@ -71,117 +72,44 @@ def generate(
     the sequences (default: a new one of just the right size); it is left without them. Raises ValueError for bad
     prompts and settings, CacheFull when a given cache is too small.
     """
-    run = _Run(model, prompts, config or GenerationConfig(), cache, on_tokens)
-    try:
-        run.advance("prefill_seconds", lambda active: prefill(model, run.cache, active))
-        while active := run.active():
-            draft = run.timed("draft_seconds", lambda active=active: run.draft(active))
-            run.advance("verify_seconds", lambda _, draft=draft: verify_step(model, run.cache, draft))
-        return run.generations
-    finally:
-        run.close()
-
-
-class _Run:
-    """The state of one call of generate."""
-
-    def __init__(
-        self,
-        model: Model,
-        prompts: ListLike[ListLike[int] | str],
-        config: GenerationConfig,
-        cache: PagedKVCache | None,
-        on_tokens: Callable[[int, list[int]], None] | None,
-    ) -> None:
-        token_ids = [_encode(model, prompt) for prompt in prompts]
-        self.model, self.config, self.on_tokens = model, config, on_tokens
-        self.speculative = config.strategy == "self_speculative"
-        self.exit_layer = config.resolve_exit_layer(model.config.num_layers) if self.speculative else None
-        self.stop_ids = model.config.eos_token_ids if config.eos_token_ids is None else config.eos_token_ids
-        self.limits = [_length_limit(model, ids, config.max_new_tokens) for ids in token_ids]
-        self.cache = cache or PagedKVCache.with_room_for(model, self.limits)
-        self.generations = [Generation(len(ids)) for ids in token_ids]
-        self.kept_logits: list[list[Tensor]] = [[] for _ in token_ids]
-        self.sequences: list[Sequence] = []
-        try:
-            self.sequences += (self.cache.add_sequence(ids) for ids in token_ids)
-        except ValueError:
-            self.close()
-            raise
-
-    def active(self) -> list[Sequence]:
-        return [s for s, g in zip(self.sequences, self.generations, strict=True) if g.finish_reason is None]
-
-    def draft(self, active: list[Sequence]) -> Draft:
-        """As many drafts as asked for, but none that could not become an output token."""
-        if not self.speculative:
-            return Draft.none(active)
-        limits = [self.limits[self.sequences.index(s)] for s in active]
-        counts = [
-            min(self.config.num_speculations, limit - len(s.tokens) - 1)
-            for s, limit in zip(active, limits, strict=True)
+    config = config or GenerationConfig()
+    if config.strategy == "self_speculative":
+        config = replace(config, exit_layer=config.resolve_exit_layer(model.config.num_layers))
+    token_ids = [_encode(model, prompt) for prompt in prompts]
+    limits = [min(len(ids) + config.max_new_tokens, model.config.max_positions + 1) for ids in token_ids]
+    cache = cache or PagedKVCache.with_room_for(model, limits)
+    with _added(cache, token_ids) as sequences:
+        texts = [
+            _Text(i, s, limit, Generation(len(s.tokens)))
+            for i, (s, limit) in enumerate(zip(sequences, limits, strict=True))
         ]
-        if not any(counts):
-            return Draft.none(active)
-        assert self.exit_layer is not None
-        return draft_step(self.model, self.cache, active, self.exit_layer, counts)
+        with _clock(texts, "prefill_seconds"):
+            verdict = prefill(model, cache, sequences)
+            cache.commit(verdict)
+        _collect(model, cache, texts, verdict, config, on_tokens)
+        while active := [text for text in texts if text.generation.finish_reason is None]:
+            with _clock(active, "draft_seconds"):
+                draft = _draft(model, cache, active, config)
+            with _clock(active, "verify_seconds"):
+                verdict = verify_step(model, cache, draft)
+                cache.commit(verdict)
+            _collect(model, cache, active, verdict, config, on_tokens)
+            for b, text in enumerate(active):
+                text.generation.cycles += 1
+                text.generation.drafted += int(draft.num_tokens[b])
+                text.generation.accepted += int(verdict.num_accepted[b])
+        return [text.generation for text in texts]
 
-    def timed(self, stage: str, work: Callable[[], Draft]) -> Draft:
-        return self._clocked(stage, self.active(), work)
 
-    def advance(self, stage: str, work: Callable[[list[Sequence]], Verdict]) -> None:
-        """Run a stage that ends in a verdict, commit it and hand its tokens out."""
-        active = self.active()
-        verdict = self._clocked(stage, active, lambda: self._commit(work(active)))
-        for b, sequence in enumerate(active):
-            i = self.sequences.index(sequence)
-            self._collect(i, verdict, b, is_cycle=stage != "prefill_seconds")
+@dataclass
+class _Text:
+    """A text on its way: it ends at the latest with ``limit`` tokens, prompt included."""
 
-    def close(self) -> None:
-        for sequence in self.sequences:
-            self.cache.free(sequence)
-
-    def _commit(self, verdict: Verdict) -> Verdict:
-        self.cache.commit(verdict)
-        return verdict
-
-    def _clocked(self, stage, active, work):  # type: ignore[no-untyped-def]
-        start = perf_counter()
-        result = work()
-        seconds = perf_counter() - start
-        for sequence in active:
-            generation = self.generations[self.sequences.index(sequence)]
-            setattr(generation, stage, getattr(generation, stage) + seconds)
-        return result
-
-    def _collect(self, i: int, verdict: Verdict, b: int, is_cycle: bool) -> None:
-        generation, sequence = self.generations[i], self.sequences[i]
-        tokens = verdict.new_tokens(b)
-        stop = next((n for n, token in enumerate(tokens) if token in self.stop_ids), None)
-        if stop is not None:
-            tokens, generation.finish_reason = tokens[: stop + 1], "eos"
-        elif len(sequence.tokens) >= self.limits[i]:
-            generation.finish_reason = "length"
-        generation.token_ids += tokens
-        if is_cycle:
-            generation.cycles += 1
-            generation.drafted += int(verdict.draft.num_tokens[b])
-            generation.accepted += int(verdict.num_accepted[b])
-        if self.config.return_logits:
-            self.kept_logits[i].append(verdict.new_logits(b)[: len(tokens)].clone())
-        if self.on_tokens is not None:
-            self.on_tokens(i, tokens)
-        if generation.finish_reason is not None:
-            self._finish(i)
-
-    def _finish(self, i: int) -> None:
-        """The cache ends where plain decoding would: accepted tokens beyond the end of text are cut."""
-        generation, sequence = self.generations[i], self.sequences[i]
-        self.cache.truncate(sequence, generation.prompt_length + len(generation.token_ids) - 1)
-        if self.config.return_logits:
-            generation.logits = torch.cat(self.kept_logits[i])
-        if self.config.return_kv:
-            generation.kv = self.cache.export(sequence)
+    index: int
+    sequence: Sequence
+    limit: int
+    generation: Generation
+    logits: list[Tensor] = field(default_factory=list)
 
 
 def _encode(model: Model, prompt: ListLike[int] | str) -> list[int]:
@@ -192,6 +120,62 @@ def _encode(model: Model, prompt: ListLike[int] | str) -> list[int]:
     return model.tokenizer.encode(prompt)
 
 
-def _length_limit(model: Model, prompt: list[int], max_new_tokens: int) -> int:
-    """Where a text ends at the latest: prompt and output. The last token needs no position of its own."""
-    return min(len(prompt) + max_new_tokens, model.config.max_positions + 1)
+@contextmanager
+def _added(cache: PagedKVCache, prompts: list[list[int]]) -> Iterator[list[Sequence]]:
+    """Sequences of the prompts, in the cache for as long as the block runs."""
+    sequences: list[Sequence] = []
+    try:
+        for prompt in prompts:
+            sequences.append(cache.add_sequence(prompt))
+        yield sequences
+    finally:
+        for sequence in sequences:
+            cache.free(sequence)
+
+
+@contextmanager
+def _clock(texts: list[_Text], stage: str) -> Iterator[None]:
+    start = perf_counter()
+    yield
+    for text in texts:
+        setattr(text.generation, stage, getattr(text.generation, stage) + perf_counter() - start)
+
+
+def _draft(model: Model, cache: PagedKVCache, texts: list[_Text], config: GenerationConfig) -> Draft:
+    """As many drafts as asked for, but none that could not become an output token."""
+    sequences = [text.sequence for text in texts]
+    counts = [min(config.num_speculations, text.limit - len(text.sequence.tokens) - 1) for text in texts]
+    if config.strategy == "autoregressive" or not any(counts):
+        return Draft.none(sequences)
+    assert config.exit_layer is not None  # resolved by generate
+    return draft_step(model, cache, sequences, config.exit_layer, counts)
+
+
+def _collect(
+    model: Model,
+    cache: PagedKVCache,
+    texts: list[_Text],
+    verdict: Verdict,
+    config: GenerationConfig,
+    on_tokens: Callable[[int, list[int]], None] | None,
+) -> None:
+    """Hand a verdict's tokens out, up to the end of each text."""
+    stop_ids = model.config.eos_token_ids if config.eos_token_ids is None else config.eos_token_ids
+    for b, text in enumerate(texts):
+        generation, tokens = text.generation, verdict.new_tokens(b)
+        end = next((n for n, token in enumerate(tokens, 1) if token in stop_ids), None)
+        tokens = tokens[:end]
+        generation.token_ids += tokens
+        if config.return_logits:
+            text.logits.append(verdict.new_logits(b)[: len(tokens)].clone())
+        if on_tokens is not None:
+            on_tokens(text.index, tokens)
+        if end is None and len(text.sequence.tokens) < text.limit:
+            continue
+        generation.finish_reason = "length" if end is None else "eos"
+        # Tokens accepted beyond an end of text are cut: the cache ends where plain decoding would end.
+        cache.truncate(text.sequence, generation.prompt_length + len(generation.token_ids) - 1)
+        if config.return_logits:
+            generation.logits = torch.cat(text.logits)
+        if config.return_kv:
+            generation.kv = cache.export(text.sequence)

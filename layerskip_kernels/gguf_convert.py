@@ -177,9 +177,7 @@ def _vocab_size(gguf: GgufFile) -> int:
 
 
 def _head_dim(gguf: GgufFile, num_heads: int) -> int:
-    head_dim = _count(
-        gguf, "llama.attention.key_length", max(1, _count(gguf, "llama.embedding_length") // num_heads)
-    )
+    head_dim = _count(gguf, "llama.attention.key_length", max(1, _count(gguf, "llama.embedding_length") // num_heads))
     for key in ("llama.attention.value_length", "llama.rope.dimension_count"):
         if (value := _count(gguf, key, head_dim)) != head_dim:
             raise UnsupportedModel(key, value, f"the length of a head, {head_dim}")
@@ -217,9 +215,7 @@ def _llama3_scaling(gguf: GgufFile) -> dict[str, Any] | None:
     }
     expected = _llama3_divisors(head_dim, _number(gguf, "llama.rope.freq_base", 10000.0), factor)
     if divisors.shape != expected.shape or not torch.allclose(divisors, expected, rtol=1e-4, atol=0.0):
-        raise UnsupportedModel(
-            f"tensor {ROPE_FACTORS!r}", divisors.tolist(), "the scaling of Llama 3.1 to 3.3"
-        )
+        raise UnsupportedModel(f"tensor {ROPE_FACTORS!r}", divisors.tolist(), "the scaling of Llama 3.1 to 3.3")
     return scaling
 
 

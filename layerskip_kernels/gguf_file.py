@@ -93,8 +93,7 @@ class _Cursor:
     def need(self, count: int, what: str) -> None:
         if count > self.size - self.position:
             raise ValueError(
-                f"{self.path} is truncated: {what} takes {count} bytes at {self.position}, beyond its "
-                f"{self.size}"
+                f"{self.path} is truncated: {what} takes {count} bytes at {self.position}, beyond its {self.size}"
             )
 
     def take(self, count: int, what: str) -> bytes:
@@ -133,10 +132,7 @@ def read_gguf(path: Path) -> GgufFile:
         infos = _read_named(cursor, num_tensors, _read_tensor_info, "tensor")
     alignment = _alignment(path, metadata)
     data_start = -(-cursor.position // alignment) * alignment
-    tensors = {
-        name: _place(path, name, info, data_start, alignment, size - data_start)
-        for name, info in infos.items()
-    }
+    tensors = {name: _place(path, name, info, data_start, alignment, size - data_start) for name, info in infos.items()}
     _check_no_overlap(tensors)
     return GgufFile(path, metadata, tensors)
 
@@ -157,9 +153,7 @@ def _read_counts(cursor: _Cursor) -> tuple[int, int]:
     return num_tensors, num_entries
 
 
-def _read_named(
-    cursor: _Cursor, count: int, read: Callable[[_Cursor, str], Any], what: str
-) -> dict[str, Any]:
+def _read_named(cursor: _Cursor, count: int, read: Callable[[_Cursor, str], Any], what: str) -> dict[str, Any]:
     items: dict[str, Any] = {}
     for index in range(count):
         name = cursor.string(f"the name of {what} {index}")
@@ -250,9 +244,7 @@ def _check_no_overlap(tensors: dict[str, GgufTensor]) -> None:
     end = 0
     for tensor in sorted(tensors.values(), key=lambda tensor: tensor.offset):
         if tensor.offset < end:
-            raise ValueError(
-                f"{tensor} overlaps the one before it: it starts at {tensor.offset}, before {end}"
-            )
+            raise ValueError(f"{tensor} overlaps the one before it: it starts at {tensor.offset}, before {end}")
         end = tensor.offset + tensor.size
 
 

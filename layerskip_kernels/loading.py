@@ -56,9 +56,7 @@ def load_model(
     return Model.from_checkpoint(read_checkpoint(source, dtype), backend=backend)
 
 
-def read_checkpoint(
-    source: str | os.PathLike[str] | None = None, dtype: torch.dtype | None = None
-) -> Checkpoint:
+def read_checkpoint(source: str | os.PathLike[str] | None = None, dtype: torch.dtype | None = None) -> Checkpoint:
     """Read and check a model of the Llama family.
 
     ``source``: a directory with config.json and safetensors; a .gguf file (converted once, into the cache); a
@@ -87,9 +85,7 @@ def _locate(source: str | os.PathLike[str] | None) -> tuple[Path, str]:
         return converted_directory(path), path.stem
     if isinstance(source, str) and path.suffix.lower() != ".gguf" and HUB_ID.fullmatch(source):
         return _download(source), source
-    raise FileNotFoundError(
-        f"source {str(source)!r} is no directory, no .gguf file and no hub id (owner/name)"
-    )
+    raise FileNotFoundError(f"source {str(source)!r} is no directory, no .gguf file and no hub id (owner/name)")
 
 
 def _default_gguf() -> Path:
@@ -148,8 +144,8 @@ def _read_entries(directory: Path) -> dict[str, TensorEntry]:
     index = directory / "model.safetensors.index.json"
     if not index.is_file():
         raise FileNotFoundError(
-            f"{directory} has neither model.safetensors nor {index.name}; pickled weights are not read: convert "
-            "them with Transformers' save_pretrained"
+            f"{directory} has neither model.safetensors nor {index.name}; pickled weights are not read: "
+            "convert them with Transformers' save_pretrained"
         )
     return _read_shards(index)
 
@@ -173,9 +169,7 @@ def _read_shards(index: Path) -> dict[str, TensorEntry]:
 def _shard_path(index: Path, shard: object) -> Path:
     # By name alone: the files of a downloaded snapshot are links that lead out of it.
     if not isinstance(shard, str) or not re.fullmatch(r"[\w][\w.-]*\.safetensors", shard):
-        raise ValueError(
-            f"{index} names the shard {shard!r}; it must be a .safetensors file beside the index"
-        )
+        raise ValueError(f"{index} names the shard {shard!r}; it must be a .safetensors file beside the index")
     path = index.parent / shard
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing, but {index.name} names it; download all shards")

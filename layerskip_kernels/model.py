@@ -43,14 +43,8 @@ class Model:
         return ops.backend(self.backend)
 
     @property
-    def sizes(self) -> tuple[int, int, float, float]:
-        """What run_layers wants after its rows: num_heads, intermediate_size, eps, softmax scale."""
-        c = self.config
-        return c.num_heads, c.intermediate_size, c.rms_norm_eps, c.softmax_scale
-
-    @property
-    def step_sizes(self) -> tuple[int, int, int, float, float]:
-        """The same for the steps, which also need vocab_size."""
+    def sizes(self) -> tuple[int, int, int, float, float]:
+        """The last arguments of run_layers and the steps: what the tensors' shapes do not say."""
         c = self.config
         return c.num_heads, c.intermediate_size, c.vocab_size, c.rms_norm_eps, c.softmax_scale
 

@@ -112,9 +112,7 @@ def _(attention: Tensor, wo: Tensor, out_bias: Tensor | None, residual: Tensor) 
 
 
 @register_fake("layerskip::norm_gate_up_silu")
-def _(
-    hidden: Tensor, norm_weight: Tensor, w_gate: Tensor, w_up: Tensor, intermediate_size: int, eps: float
-) -> Tensor:
+def _(hidden: Tensor, norm_weight: Tensor, w_gate: Tensor, w_up: Tensor, intermediate_size: int, eps: float) -> Tensor:
     return hidden.new_empty(hidden.size(0), intermediate_size)
 
 

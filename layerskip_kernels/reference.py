@@ -379,6 +379,7 @@ def run_layers(
     stop: int,
     num_heads: int,
     intermediate_size: int,
+    vocab_size: int,
     eps: float,
     scale: float,
 ) -> None:
@@ -435,8 +436,7 @@ def draft_step(
     """
     drafts = torch.full((len(tokens), max_drafts), -1)
     _, final_norm, lm_head = weights[:3]
-    tokens = tokens.clone()
-    S, D = hidden_cache.shape[1:]
+    tokens, S = tokens.clone(), hidden_cache.size(1)
     for i in range(max_drafts):
         rows = (num_drafts > i).nonzero()[:, 0]
         if len(rows) == 0:
@@ -445,7 +445,7 @@ def draft_step(
         depths, start_loc = torch.zeros(len(rows), dtype=torch.int32), torch.arange(len(rows) + 1)
         run_layers(
             weights, k_cache, v_cache, hidden_cache, tokens[rows], at, depths, start_loc, table, exit_layer,
-            num_heads, intermediate_size, eps, scale,
+            num_heads, intermediate_size, vocab_size, eps, scale,
         )  # fmt: skip
         page = table[torch.arange(len(rows)), at // S].long()
         tokens[rows], _ = norm_head_argmax(hidden_cache[page, at % S], final_norm, lm_head, vocab_size, eps)
@@ -479,7 +479,7 @@ def verify_step(
     num_layers = len(weights[len(MODEL_WEIGHTS) :]) // len(LAYER_WEIGHTS)
     run_layers(
         weights, k_cache, v_cache, hidden_cache, tokens, positions, depths, query_start_loc, block_table, num_layers,
-        num_heads, intermediate_size, eps, scale,
+        num_heads, intermediate_size, vocab_size, eps, scale,
     )  # fmt: skip
     S = hidden_cache.size(1)
     sequence_of_row = torch.repeat_interleave(query_start_loc.diff().long())

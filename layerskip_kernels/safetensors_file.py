@@ -111,16 +111,12 @@ def _check_tiling(path: Path, entries: list[TensorEntry], data_start: int) -> No
     file_size, end = path.stat().st_size, data_start
     for entry in sorted(entries, key=lambda entry: (entry.offset, entry.size)):
         if entry.offset < end:
-            raise ValueError(
-                f"{entry} overlaps the tensor before it: it starts at {entry.offset}, before {end}"
-            )
+            raise ValueError(f"{entry} overlaps the tensor before it: it starts at {entry.offset}, before {end}")
         if entry.offset > end:
             raise ValueError(f"{entry} leaves a gap before it: it starts at {entry.offset}, not at {end}")
         end += entry.size
         if end > file_size:
-            raise ValueError(
-                f"{entry} ends at byte {end}, beyond the file's {file_size}: the file is truncated"
-            )
+            raise ValueError(f"{entry} ends at byte {end}, beyond the file's {file_size}: the file is truncated")
     if end != file_size:
         raise ValueError(f"{path} has {file_size - end} bytes after its last tensor")
 

@@ -124,7 +124,7 @@ def draft_step(
             torch.from_numpy(cache.pool.block_table(ids)),
             exit_layer,
             max(counts),
-            *model.step_sizes,
+            *model.sizes,
         )
         # The last draft has a row already, but has passed no layer yet.
         cache.pool.raise_rows([s.id for s in drafting], [cache.pool.length(s.id) - 1 for s in drafting], exit_layer)
@@ -150,7 +150,7 @@ def verify_step(model: Model, cache: PagedKVCache, draft: Draft) -> Verdict:
         rows = _pending_rows(cache, draft)
         *positions, block_table = rows
         verdict = model.ops.verify_step(
-            model.weights, *cache.tensors, *positions, draft.num_tokens, block_table, *model.step_sizes
+            model.weights, *cache.tensors, *positions, draft.num_tokens, block_table, *model.sizes
         )
         _raise_all(cache, sequences, model.config.num_layers)
     return Verdict(draft, *verdict)

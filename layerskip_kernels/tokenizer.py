@@ -1,12 +1,9 @@
 """Text to token ids and back, on the ``tokenizers`` library alone: Transformers takes seconds to import."""
 
-import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import tokenizers
-from tokenizers.processors import TemplateProcessing
 
 __all__ = ["TextStream", "Tokenizer"]
 
@@ -23,9 +20,10 @@ class Tokenizer:
 
     @classmethod
     def from_directory(cls, directory: Path) -> "Tokenizer | None":
-        """Read tokenizer.json and, where it is there, tokenizer_config.json; None without tokenizer.json.
+        """Read tokenizer.json; None when there is none. Raises ValueError naming the file if it is damaged.
 
-        Raises ValueError naming the file when it cannot be read.
+        Which special tokens stand around a text is said there, too: like Transformers, this does not look for
+        add_bos_token in tokenizer_config.json.
         """
         path = directory / "tokenizer.json"
         if not path.is_file():
@@ -33,10 +31,7 @@ class Tokenizer:
         try:
             backend = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises plain Exception
-            raise ValueError(
-                f"{path} is no tokenizer that this version of tokenizers reads: {error}"
-            ) from error
-        _add_special_tokens_as_configured(backend, directory / "tokenizer_config.json")
+            raise ValueError(f"{path} is no tokenizer that this version of tokenizers reads: {error}") from error
         return cls(backend)
 
     @property
@@ -96,29 +91,3 @@ class TextStream:
     def _new_text(self) -> str:
         shown = self._tokenizer.decode(self._context)
         return self._tokenizer.decode(self._context + self._pending)[len(shown) :]
-
-
-def _add_special_tokens_as_configured(backend: tokenizers.Tokenizer, path: Path) -> None:
-    """Transformers lets add_bos_token and add_eos_token, when given, overrule tokenizer.json."""
-    if not path.is_file():
-        return
-    try:
-        config = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path} is no valid JSON: {error}") from error
-    if not isinstance(config, dict) or not {"add_bos_token", "add_eos_token"} & config.keys():
-        return
-    bos = _token_text(config.get("bos_token")) if config.get("add_bos_token") else None
-    eos = _token_text(config.get("eos_token")) if config.get("add_eos_token") else None
-    tokens = [token for token in (bos, eos) if token is not None]
-    for token in tokens:
-        if backend.token_to_id(token) is None:
-            raise ValueError(f"{path} adds {token!r}, which tokenizer.json does not have")
-    backend.post_processor = TemplateProcessing(
-        single=[token for token in (bos, "$A", eos) if token is not None],
-        special_tokens=[(token, backend.token_to_id(token)) for token in tokens],
-    )
-
-
-def _token_text(token: Any) -> str | None:
-    return token.get("content") if isinstance(token, dict) else token

@@ -45,7 +45,10 @@ def checkpoint(config: ModelConfig, dtype: torch.dtype, seed: int = 0) -> Checkp
         return (1 + 0.2 * torch.randn(config.hidden_size, generator=generator)).to(dtype)
 
     c, q_size, kv_size = config, config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    tensors = {"model.embed_tokens.weight": random(c.vocab_size, c.hidden_size, scale=1.0), "model.norm.weight": norm()}
+    tensors = {
+        "model.embed_tokens.weight": random(c.vocab_size, c.hidden_size, scale=1.0),
+        "model.norm.weight": norm(),
+    }
     if not c.tie_word_embeddings:
         tensors["lm_head.weight"] = random(c.vocab_size, c.hidden_size)
     for layer in range(c.num_layers):

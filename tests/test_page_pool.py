@@ -228,9 +228,7 @@ def test_commit_needs_all_layers():
     pool = make_pool(lengths=[4, 4])
     pool.raise_rows([0, 1], [4, 2], 3)
     pool.raise_rows([1], [3], 2)
-    match = (
-        r"lengths\[1\] = 3 commits a row of sequence 1 at depth 2; a committed row has passed all 3 layers"
-    )
+    match = r"lengths\[1\] = 3 commits a row of sequence 1 at depth 2; a committed row has passed all 3 layers"
     assert_raises_unchanged(ValueError, match, pool, [0, 1], lambda: pool.commit([0, 1], [4, 3]))
     pool.commit([0, 1], [4, 2])
     assert pool.committed_lengths([0, 1]).tolist() == [4, 2]

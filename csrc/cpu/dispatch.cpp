@@ -37,8 +37,9 @@ InstructionSet InitialInstructionSet() {
     if (!IsSupported(set)) continue;
     if (asked == nullptr || std::strcmp(asked, InstructionSetName(set)) == 0) return set;
   }
-  throw std::invalid_argument(std::string("LAYERSKIP_ISA is '") + asked +
-                              "', which this machine lacks; unset it, or see `layerskip doctor` for the supported sets");
+  throw std::invalid_argument(
+      std::string("LAYERSKIP_ISA is '") + asked +
+      "', which this machine lacks; unset it, or see `layerskip doctor` for the supported sets");
 }
 
 std::atomic<InstructionSet>& Current() {
@@ -55,8 +56,7 @@ const char* InstructionSetName(InstructionSet set) {
 
 bool IsSupported(InstructionSet set) {
 #if defined(__x86_64__)
-  const bool avx2 =
-      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   if (set == InstructionSet::kAvx2) return avx2;
   if (set == InstructionSet::kAvx512)
     return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&

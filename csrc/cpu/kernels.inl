@@ -250,8 +250,8 @@ LAYERSKIP_FN Tile<T> TileAt(const PageView& pages, int64_t kv_head, int64_t posi
 
 // Scores of 16 positions whose keys begin at k_tile; lanes beyond `lanes` are left unread.
 template <class T, int kCount>
-LAYERSKIP_FN void ScoreLanes(const PairBlock& block, const T* k_tile, const PageView& pages, int64_t lanes,
-                             float scale, float (*scores)[kChunk + kLanes], int64_t at) {
+LAYERSKIP_FN void ScoreLanes(const PairBlock& block, const T* k_tile, const PageView& pages, int64_t lanes, float scale,
+                             float (*scores)[kChunk + kLanes], int64_t at) {
   F32x16 acc[kCount];
   for (int p = 0; p < kCount; ++p) acc[p] = Zero();
   for (int64_t d = 0; d < pages.head_dim; ++d) {
@@ -354,9 +354,8 @@ void WeightedValues(const ChunkTask& task, PairBlock& block) {
       const Tile<T> tile = TileAt<T>(task.pages, task.kv_head, start + done, most - done);
       const int64_t together = Max(0, Min(tile.positions, shared - done));
       if (together > 0) {
-        WithConstant<kValuePairs>(count, [&](auto c) {
-          FoldTile<T, decltype(c)::value>(block, first, tile.v, head_dim, done, together);
-        });
+        WithConstant<kValuePairs>(
+            count, [&](auto c) { FoldTile<T, decltype(c)::value>(block, first, tile.v, head_dim, done, together); });
       }
       for (int64_t p = first; p < first + count; ++p) {
         const int64_t alone = Min(tile.positions, block.visible[p] - done) - together;
@@ -425,8 +424,9 @@ Maximum Argmax(const float* x, int64_t n) {
 
 template <class T>
 constexpr Kernels Table() {
-  return {sizeof(T), ExpAll,     LogAll,  SiluAll, InverseSqrtAll, Widen<T>,  Narrow<T>,      Pack<T>,        Embed<T>,
-          RmsNorm<T>, Linear<T>, AddResidual<T>, SiluMul<T>, Rope<T>, Append<T>, AttendChunk<T>, MergeChunks<T>, Argmax};
+  return {sizeof(T),  ExpAll,  LogAll,    SiluAll,        InverseSqrtAll, Widen<T>,
+          Narrow<T>,  Pack<T>, Embed<T>,  RmsNorm<T>,     Linear<T>,      AddResidual<T>,
+          SiluMul<T>, Rope<T>, Append<T>, AttendChunk<T>, MergeChunks<T>, Argmax};
 }
 
 constexpr Kernels kTables[kNumDtypes] = {Table<BFloat16>(), Table<Float16>(), Table<float>()};

@@ -18,8 +18,8 @@ void NormRows(const Team& team, const Kernels& kernels, const void* weight, int6
 }
 
 // This thread's columns of out [rows, n].
-Range LinearShare(const Team& team, const Kernels& kernels, const float* x, int64_t rows, int64_t k,
-                  const void* weight, const void* bias, int64_t n, bool round, float* out) {
+Range LinearShare(const Team& team, const Kernels& kernels, const float* x, int64_t rows, int64_t k, const void* weight,
+                  const void* bias, int64_t n, bool round, float* out) {
   const Range groups = team.Share(Groups(n));
   kernels.linear(x, rows, k, weight, bias, n, groups.begin, groups.end, round, out);
   return {groups.begin * kGroup, std::min(groups.end * kGroup, n)};
@@ -53,8 +53,8 @@ RowsBySequence::RowsBySequence(const int32_t* sequences, int64_t count, int64_t 
 }
 
 void NormQkvRopeAppend(const Team& team, const Kernels& kernels, const Shape& shape, const LayerWeights& w, float eps,
-                       const float* cos, const float* sin, int64_t rows, const int64_t* positions,
-                       const int64_t* slots, void* k_pages, void* v_pages, int64_t page_size, Workspace& ws) {
+                       const float* cos, const float* sin, int64_t rows, const int64_t* positions, const int64_t* slots,
+                       void* k_pages, void* v_pages, int64_t page_size, Workspace& ws) {
   const int64_t hidden = shape.hidden_size, q_size = shape.q_size(), kv_size = shape.kv_size();
   NormRows(team, kernels, w.attn_norm, hidden, eps, rows, ws.hidden, ws.normed);
   LinearShare(team, kernels, ws.normed, rows, hidden, w.wq, w.qkv_bias, q_size, true, ws.q);
@@ -82,8 +82,8 @@ void NormQkvRopeAppend(const Team& team, const Kernels& kernels, const Shape& sh
 
 void PagedAttention(const Team& team, const Kernels& kernels, const Shape& shape, int64_t rows,
                     const int64_t* positions, const RowsBySequence& by_sequence, const void* k_pages,
-                    const void* v_pages, int64_t page_size, const int32_t* block_table, int64_t max_blocks,
-                    float scale, Workspace& ws) {
+                    const void* v_pages, int64_t page_size, const int32_t* block_table, int64_t max_blocks, float scale,
+                    Workspace& ws) {
   // Tasks are dealt to the threads in turn; who computes one does not change its bits.
   int64_t turn = 0;
   for (size_t b = 0; b + 1 < by_sequence.starts.size(); ++b) {
@@ -127,8 +127,8 @@ void LinearResidual(const Team& team, const Kernels& kernels, int64_t rows, cons
   team.Barrier();
 }
 
-void NormGateUpSilu(const Team& team, const Kernels& kernels, const Shape& shape, const void* norm,
-                    const void* w_gate, const void* w_up, float eps, int64_t rows, Workspace& ws) {
+void NormGateUpSilu(const Team& team, const Kernels& kernels, const Shape& shape, const void* norm, const void* w_gate,
+                    const void* w_up, float eps, int64_t rows, Workspace& ws) {
   const int64_t hidden = shape.hidden_size, size = shape.intermediate_size;
   NormRows(team, kernels, norm, hidden, eps, rows, ws.hidden, ws.normed);
   LinearShare(team, kernels, ws.normed, rows, hidden, w_up, nullptr, size, true, ws.up);
@@ -169,7 +169,7 @@ void Head::Run(const Team& team, const Kernels& kernels, const float* hidden) {
     tokens[r] = -1;
     float best = 0.0f;
     for (int64_t t = 0; t < team.size; ++t) {
-      const Range columns = Team{t, team.size}.Share(groups);
+      const Range columns = Team{t, team.size, nullptr}.Share(groups);
       const Maximum& next = maxima_[t * rows + r];
       if (columns.begin == columns.end || (tokens[r] >= 0 && !(next.value > best))) continue;
       tokens[r] = next.index;
@@ -225,7 +225,8 @@ void Move::Run(const Team& team) {
     }
   }
   for (int64_t r = mine.begin; r < mine.end; ++r)
-    kernels.narrow(ws_.hidden + r * shape.hidden_size, shape.hidden_size, cache_.hidden + rows_.slots[r] * hidden_bytes);
+    kernels.narrow(ws_.hidden + r * shape.hidden_size, shape.hidden_size,
+                   cache_.hidden + rows_.slots[r] * hidden_bytes);
   team.Barrier();
 }
 

@@ -37,8 +37,8 @@ struct ModelView {
 };
 
 struct CacheView {
-  char *k, *v;       // [L, P, G, K, S] and [L, P, G, S, K]
-  char* hidden;      // [P, S, D]
+  char *k, *v;   // [L, P, G, K, S] and [L, P, G, S, K]
+  char* hidden;  // [P, S, D]
   int64_t num_pages, page_size;
   int64_t layer_bytes;         // of one layer of k or of v
   const int32_t* block_table;  // [B, max_blocks]
@@ -77,20 +77,20 @@ struct RowsBySequence {
 };
 
 void NormQkvRopeAppend(const Team& team, const Kernels& kernels, const Shape& shape, const LayerWeights& w, float eps,
-                       const float* cos, const float* sin, int64_t rows, const int64_t* positions,
-                       const int64_t* slots, void* k_pages, void* v_pages, int64_t page_size, Workspace& ws);
+                       const float* cos, const float* sin, int64_t rows, const int64_t* positions, const int64_t* slots,
+                       void* k_pages, void* v_pages, int64_t page_size, Workspace& ws);
 
 void PagedAttention(const Team& team, const Kernels& kernels, const Shape& shape, int64_t rows,
                     const int64_t* positions, const RowsBySequence& by_sequence, const void* k_pages,
-                    const void* v_pages, int64_t page_size, const int32_t* block_table, int64_t max_blocks,
-                    float scale, Workspace& ws);
+                    const void* v_pages, int64_t page_size, const int32_t* block_table, int64_t max_blocks, float scale,
+                    Workspace& ws);
 
 // x = to_dtype(x + to_dtype(input . weight + bias)) for x [rows, D]; `projected` is scratch of the same size.
 void LinearResidual(const Team& team, const Kernels& kernels, int64_t rows, const float* input, int64_t input_size,
                     const void* weight, const void* bias, int64_t output_size, float* projected, float* x);
 
-void NormGateUpSilu(const Team& team, const Kernels& kernels, const Shape& shape, const void* norm,
-                    const void* w_gate, const void* w_up, float eps, int64_t rows, Workspace& ws);
+void NormGateUpSilu(const Team& team, const Kernels& kernels, const Shape& shape, const void* norm, const void* w_gate,
+                    const void* w_up, float eps, int64_t rows, Workspace& ws);
 
 // What the head makes of some rows: tokens [rows], logits [rows, V], and whether any logit is NaN.
 struct Head {

@@ -134,8 +134,17 @@ Tensor norm_qkv_rope_append(const Tensor& hidden, const Tensor& norm_weight, con
   CheckRange("positions", positions.const_data_ptr<int64_t>(), rows, 0, cos.size(0));
   CheckRange("slot_mapping", slot_mapping.const_data_ptr<int64_t>(), rows, -1, pages * page_size);
   const Kernels& kernels = KernelsFor(ModelDtype(dtype));
-  const LayerWeights weights{norm_weight.const_data_ptr(), wq.const_data_ptr(), wk.const_data_ptr(),
-                             wv.const_data_ptr(), bias, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr};
+  const LayerWeights weights{norm_weight.const_data_ptr(),
+                             wq.const_data_ptr(),
+                             wk.const_data_ptr(),
+                             wv.const_data_ptr(),
+                             bias,
+                             nullptr,
+                             nullptr,
+                             nullptr,
+                             nullptr,
+                             nullptr,
+                             nullptr};
   Workspace ws(shape, rows, 0);
   kernels.widen(hidden.const_data_ptr(), hidden.numel(), ws.hidden);
   InParallel([&](const Team& team) {
@@ -186,8 +195,7 @@ Tensor paged_attention(const Tensor& q, const Tensor& k_pages, const Tensor& v_p
   return Narrowed(kernels, ws.attention, {rows, shape.q_size()}, dtype);
 }
 
-Tensor out_residual(const Tensor& attention, const Tensor& wo, const OptionalTensor& out_bias,
-                    const Tensor& residual) {
+Tensor out_residual(const Tensor& attention, const Tensor& wo, const OptionalTensor& out_bias, const Tensor& residual) {
   return ResidualOp(attention, wo, out_bias, residual);
 }
 

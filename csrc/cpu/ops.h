@@ -29,8 +29,7 @@ Tensor norm_qkv_rope_append(const Tensor& hidden, const Tensor& norm_weight, con
                             int64_t num_heads, double eps);
 Tensor paged_attention(const Tensor& q, const Tensor& k_pages, const Tensor& v_pages, const Tensor& block_table,
                        const Tensor& query_start_loc, const Tensor& positions, double scale);
-Tensor out_residual(const Tensor& attention, const Tensor& wo, const OptionalTensor& out_bias,
-                    const Tensor& residual);
+Tensor out_residual(const Tensor& attention, const Tensor& wo, const OptionalTensor& out_bias, const Tensor& residual);
 Tensor norm_gate_up_silu(const Tensor& hidden, const Tensor& norm_weight, const Tensor& w_gate, const Tensor& w_up,
                          int64_t intermediate_size, double eps);
 Tensor down_residual(const Tensor& activation, const Tensor& w_down, const Tensor& residual);
@@ -40,19 +39,18 @@ std::tuple<Tensor, Tensor> accept_draft(const Tensor& tokens, const Tensor& targ
                                         const Tensor& num_drafts);
 
 void run_layers(TensorList weights, Tensor k_cache, Tensor v_cache, Tensor hidden_cache, const Tensor& tokens,
-                const Tensor& positions, const Tensor& depths, const Tensor& query_start_loc,
-                const Tensor& block_table, int64_t stop, int64_t num_heads, int64_t intermediate_size, double eps,
+                const Tensor& positions, const Tensor& depths, const Tensor& query_start_loc, const Tensor& block_table,
+                int64_t stop, int64_t num_heads, int64_t intermediate_size, int64_t vocab_size, double eps,
                 double scale);
 Tensor draft_step(TensorList weights, Tensor k_cache, Tensor v_cache, Tensor hidden_cache, const Tensor& tokens,
                   const Tensor& positions, const Tensor& num_drafts, const Tensor& block_table, int64_t exit_layer,
                   int64_t max_drafts, int64_t num_heads, int64_t intermediate_size, int64_t vocab_size, double eps,
                   double scale);
-std::tuple<Tensor, Tensor, Tensor> verify_step(TensorList weights, Tensor k_cache, Tensor v_cache,
-                                               Tensor hidden_cache, const Tensor& tokens, const Tensor& positions,
-                                               const Tensor& depths, const Tensor& query_start_loc,
-                                               const Tensor& num_drafts, const Tensor& block_table,
-                                               int64_t num_heads, int64_t intermediate_size, int64_t vocab_size,
-                                               double eps, double scale);
+std::tuple<Tensor, Tensor, Tensor> verify_step(TensorList weights, Tensor k_cache, Tensor v_cache, Tensor hidden_cache,
+                                               const Tensor& tokens, const Tensor& positions, const Tensor& depths,
+                                               const Tensor& query_start_loc, const Tensor& num_drafts,
+                                               const Tensor& block_table, int64_t num_heads, int64_t intermediate_size,
+                                               int64_t vocab_size, double eps, double scale);
 
 std::string instruction_set();
 std::vector<std::string> instruction_sets();

@@ -108,7 +108,8 @@ Rows CheckedRows(const Tensor& tokens, const Tensor& positions, const Tensor& de
   for (int64_t b = 0; b + 1 < query_start_loc.numel(); ++b) {
     for (int64_t r = starts[b]; r < starts[b + 1]; ++r) {
       const bool first = r == starts[b];
-      TORCH_CHECK_VALUE(first || position[r] == position[r - 1] + 1, "positions of sequence ", b, " must be consecutive");
+      TORCH_CHECK_VALUE(first || position[r] == position[r - 1] + 1, "positions of sequence ", b,
+                        " must be consecutive");
       TORCH_CHECK_VALUE(0 <= depth[r] && depth[r] <= (first ? num_layers : depth[r - 1]), "depths of sequence ", b,
                         " must be a staircase: within 0..", num_layers, " and never rising");
       sequence[r] = static_cast<int32_t>(b);
@@ -136,13 +137,12 @@ Rows CheckedRows(const Tensor& tokens, const Tensor& positions, const Tensor& de
 }  // namespace
 
 void run_layers(TensorList weights, Tensor k_cache, Tensor v_cache, Tensor hidden_cache, const Tensor& tokens,
-                const Tensor& positions, const Tensor& depths, const Tensor& query_start_loc,
-                const Tensor& block_table, int64_t stop, int64_t num_heads, int64_t intermediate_size, double eps,
+                const Tensor& positions, const Tensor& depths, const Tensor& query_start_loc, const Tensor& block_table,
+                int64_t stop, int64_t num_heads, int64_t intermediate_size, int64_t vocab_size, double eps,
                 double scale) {
   const int64_t sequences = query_start_loc.numel() - 1;
   const Cache cache(k_cache, v_cache, hidden_cache, block_table, sequences);
   TORCH_CHECK_VALUE(1 <= stop && stop <= cache.layers, "stop is ", stop, ", expected 1..", cache.layers);
-  const int64_t vocab_size = weights.empty() ? 0 : weights[0].size(0) * kGroup;
   const ModelView model =
       CheckedModel(weights, k_cache, hidden_cache, num_heads, intermediate_size, vocab_size, eps, scale);
   Move move(model, cache.view,
@@ -219,12 +219,11 @@ Tensor draft_step(TensorList weights, Tensor k_cache, Tensor v_cache, Tensor hid
   return drafts;
 }
 
-std::tuple<Tensor, Tensor, Tensor> verify_step(TensorList weights, Tensor k_cache, Tensor v_cache,
-                                               Tensor hidden_cache, const Tensor& tokens, const Tensor& positions,
-                                               const Tensor& depths, const Tensor& query_start_loc,
-                                               const Tensor& num_drafts, const Tensor& block_table,
-                                               int64_t num_heads, int64_t intermediate_size, int64_t vocab_size,
-                                               double eps, double scale) {
+std::tuple<Tensor, Tensor, Tensor> verify_step(TensorList weights, Tensor k_cache, Tensor v_cache, Tensor hidden_cache,
+                                               const Tensor& tokens, const Tensor& positions, const Tensor& depths,
+                                               const Tensor& query_start_loc, const Tensor& num_drafts,
+                                               const Tensor& block_table, int64_t num_heads, int64_t intermediate_size,
+                                               int64_t vocab_size, double eps, double scale) {
   const int64_t sequences = query_start_loc.numel() - 1;
   const Cache cache(k_cache, v_cache, hidden_cache, block_table, sequences);
   const ModelView model =

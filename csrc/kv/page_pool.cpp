@@ -70,8 +70,8 @@ PagePool::PagePool(int64_t num_pages, int64_t page_size, int64_t num_layers)
   RequireSize("num_pages", num_pages);
   RequireSize("page_size", page_size);
   RequireSize("num_layers", num_layers);
-  Require(num_pages * page_size <= kMaxInt32, "num_pages * page_size must be at most ", kMaxInt32, ", got ",
-          num_pages, " * ", page_size);
+  Require(num_pages * page_size <= kMaxInt32, "num_pages * page_size must be at most ", kMaxInt32, ", got ", num_pages,
+          " * ", page_size);
   ref_counts_.assign(num_pages, 0);
   free_pages_.resize(num_pages);
   std::iota(free_pages_.rbegin(), free_pages_.rend(), 0);  // the top of the stack is page 0
@@ -102,18 +102,15 @@ void PagePool::Append(const std::vector<SequenceId>& seqs, const std::vector<int
   }
 }
 
-void PagePool::RaiseRows(const std::vector<SequenceId>& seqs, const std::vector<int64_t>& stops,
-                         int64_t depth) {
+void PagePool::RaiseRows(const std::vector<SequenceId>& seqs, const std::vector<int64_t>& stops, int64_t depth) {
   const std::vector<Sequence*> batch = FindBatch(seqs, stops, "stops");
-  Require(depth >= 1 && depth <= num_layers_, "depth must be in 1..", num_layers_, " (num_layers), got ",
-          depth);
+  Require(depth >= 1 && depth <= num_layers_, "depth must be in 1..", num_layers_, " (num_layers), got ", depth);
   std::vector<std::vector<int32_t>> raised;
   raised.reserve(batch.size());
   for (size_t i = 0; i < batch.size(); ++i) {
     const Sequence& seq = *batch[i];
-    Require(seq.committed <= stops[i] && stops[i] <= seq.length(), "stops[", i, "] must be in ",
-            seq.committed, "..", seq.length(), " (committed..length of sequence ", seqs[i], "), got ",
-            stops[i]);
+    Require(seq.committed <= stops[i] && stops[i] <= seq.length(), "stops[", i, "] must be in ", seq.committed, "..",
+            seq.length(), " (committed..length of sequence ", seqs[i], "), got ", stops[i]);
     raised.push_back(Raised(seq.depths, stops[i] - seq.committed, depth));
     // Raising from the front keeps a staircase, so only a state that was none already can fail here.
     Ensure(IsStaircase(raised[i], num_layers_), "raising sequence ", seqs[i], " leaves no staircase");
@@ -126,14 +123,12 @@ void PagePool::Commit(const std::vector<SequenceId>& seqs, const std::vector<int
   const std::vector<Sequence*> batch = FindBatch(seqs, lengths, "lengths");
   for (size_t i = 0; i < batch.size(); ++i) {
     const Sequence& seq = *batch[i];
-    Require(seq.committed <= lengths[i] && lengths[i] <= seq.length(), "lengths[", i, "] must be in ",
-            seq.committed, "..", seq.length(), " (committed..length of sequence ", seqs[i], "), got ",
-            lengths[i]);
+    Require(seq.committed <= lengths[i] && lengths[i] <= seq.length(), "lengths[", i, "] must be in ", seq.committed,
+            "..", seq.length(), " (committed..length of sequence ", seqs[i], "), got ", lengths[i]);
     // The last row is the shallowest of a staircase.
-    const int64_t shallowest =
-        lengths[i] == seq.committed ? num_layers_ : seq.depths[lengths[i] - seq.committed - 1];
-    Require(shallowest == num_layers_, "lengths[", i, "] = ", lengths[i], " commits a row of sequence ",
-            seqs[i], " at depth ", shallowest, "; a committed row has passed all ", num_layers_, " layers");
+    const int64_t shallowest = lengths[i] == seq.committed ? num_layers_ : seq.depths[lengths[i] - seq.committed - 1];
+    Require(shallowest == num_layers_, "lengths[", i, "] = ", lengths[i], " commits a row of sequence ", seqs[i],
+            " at depth ", shallowest, "; a committed row has passed all ", num_layers_, " layers");
   }
 
   for (size_t i = 0; i < batch.size(); ++i) {
@@ -202,15 +197,12 @@ const PagePool::Sequence& PagePool::Find(SequenceId id) const {
   return found->second;
 }
 
-PagePool::Sequence& PagePool::Find(SequenceId id) {
-  return const_cast<Sequence&>(std::as_const(*this).Find(id));
-}
+PagePool::Sequence& PagePool::Find(SequenceId id) { return const_cast<Sequence&>(std::as_const(*this).Find(id)); }
 
 std::vector<PagePool::Sequence*> PagePool::FindBatch(const std::vector<SequenceId>& seqs,
-                                                     const std::vector<int64_t>& values,
-                                                     const char* values_name) {
-  Require(values.size() == seqs.size(), values_name, " must have one value per sequence, got ", values.size(),
-          " for ", seqs.size(), " seqs");
+                                                     const std::vector<int64_t>& values, const char* values_name) {
+  Require(values.size() == seqs.size(), values_name, " must have one value per sequence, got ", values.size(), " for ",
+          seqs.size(), " seqs");
   RequireDistinct(seqs);
   std::vector<Sequence*> batch;
   batch.reserve(seqs.size());
@@ -218,9 +210,7 @@ std::vector<PagePool::Sequence*> PagePool::FindBatch(const std::vector<SequenceI
   return batch;
 }
 
-int64_t PagePool::NumPagesFor(int64_t length) const {
-  return length / page_size_ + (length % page_size_ != 0);
-}
+int64_t PagePool::NumPagesFor(int64_t length) const { return length / page_size_ + (length % page_size_ != 0); }
 
 int64_t PagePool::NumNewPages(const Sequence& seq, int64_t count) const {
   // By the room left in the last page, because length + count may overflow.
@@ -283,15 +273,14 @@ void PagePool::CheckSequence(SequenceId id, const Sequence& seq) const {
 void PagePool::CheckPages(const std::vector<int32_t>& num_entries) const {
   std::vector<bool> is_free(num_pages(), false);
   for (const PageId page : free_pages_) {
-    Ensure(0 <= page && page < num_pages(), "the free list names page ", page, " outside 0..",
-           num_pages() - 1);
+    Ensure(0 <= page && page < num_pages(), "the free list names page ", page, " outside 0..", num_pages() - 1);
     Ensure(!is_free[page], "the free list names page ", page, " twice");
     Ensure(num_entries[page] == 0, "page ", page, " is both free and owned");
     is_free[page] = true;
   }
   for (int64_t page = 0; page < num_pages(); ++page) {
-    Ensure(ref_counts_[page] == num_entries[page], "page ", page, " has reference count ", ref_counts_[page],
-           " and ", num_entries[page], " table entries");
+    Ensure(ref_counts_[page] == num_entries[page], "page ", page, " has reference count ", ref_counts_[page], " and ",
+           num_entries[page], " table entries");
   }
   const int64_t owned = num_pages() - std::count(num_entries.begin(), num_entries.end(), 0);
   const int64_t cached = 0;  // unreferenced pages kept for prefix sharing: none before there is sharing

@@ -64,8 +64,7 @@ void BindCacheFull(py::module_& m) {
 }
 
 void BindMoves(py::class_<PagePool>& pool) {
-  pool.def("add_sequence", &PagePool::AddSequence,
-           "Adds an empty sequence. Returns its id, never used again.");
+  pool.def("add_sequence", &PagePool::AddSequence, "Adds an empty sequence. Returns its id, never used again.");
   pool.def("free_sequence", &PagePool::FreeSequence, py::arg("seq"),
            R"(Removes a sequence and releases its pages.
 
@@ -125,14 +124,11 @@ Raises RuntimeError naming what is broken.)");
 
 void BindBatchReads(py::class_<PagePool>& pool) {
   pool.def(
-      "lengths",
-      [](const PagePool& pool, const std::vector<SequenceId>& seqs) { return ToNumpy(pool.Lengths(seqs)); },
+      "lengths", [](const PagePool& pool, const std::vector<SequenceId>& seqs) { return ToNumpy(pool.Lengths(seqs)); },
       py::arg("seqs"), "Lengths, int64 [B]. Raises ValueError for an unknown id.");
   pool.def(
       "committed_lengths",
-      [](const PagePool& pool, const std::vector<SequenceId>& seqs) {
-        return ToNumpy(pool.CommittedLengths(seqs));
-      },
+      [](const PagePool& pool, const std::vector<SequenceId>& seqs) { return ToNumpy(pool.CommittedLengths(seqs)); },
       py::arg("seqs"), "Committed lengths, int64 [B]. Raises ValueError for an unknown id.");
   pool.def("block_table", &BlockTableToNumpy, py::arg("seqs"),
            R"(Page ids, int32 [B, max_blocks], rows padded with -1; max_blocks is at least 1.
@@ -148,16 +144,14 @@ Raises ValueError for an unknown id.)");
 }  // namespace
 
 PYBIND11_MODULE(_kv, m) {
-  m.doc() =
-      "The page pool: pages, lengths and depths of the sequences in a paged KV cache. Holds no tensors.";
+  m.doc() = "The page pool: pages, lengths and depths of the sequences in a paged KV cache. Holds no tensors.";
   BindCacheFull(m);
   py::class_<PagePool> pool(m, "PagePool",
                             R"(``num_pages`` pages of ``page_size`` positions, shared by sequences.
 
 The first ``committed`` rows of a sequence have passed ``num_layers`` layers; the rows after them are
 pending, each with a depth that never rises along the sequence (the staircase). Not thread-safe.)");
-  pool.def(py::init<int64_t, int64_t, int64_t>(), py::arg("num_pages"), py::arg("page_size"),
-           py::arg("num_layers"),
+  pool.def(py::init<int64_t, int64_t, int64_t>(), py::arg("num_pages"), py::arg("page_size"), py::arg("num_layers"),
            R"(Raises ValueError unless each is at least 1 and num_pages * page_size fits in int32.)");
   pool.def("__repr__", &Repr);
   BindMoves(pool);

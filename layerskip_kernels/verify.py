@@ -1,0 +1,139 @@
+"""``layerskip verify``: does self-speculative decoding give the bits of plain decoding?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as ListLike
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from layerskip_kernels.config import GenerationConfig
+from layerskip_kernels.generate import Generation, generate
+from layerskip_kernels.model import Model
+
+__all__ = ["Comparison", "LayerReport", "compare", "same_bytes", "summary", "verify"]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What two generations of one prompt have in common, and how much was looked at."""
+
+    tokens: int
+    logit_bytes: int
+    kv_bytes: int
+    tokens_equal: bool
+    logits_equal: bool
+    kv_equal: bool
+
+    @property
+    def all_equal(self) -> bool:
+        return self.tokens_equal and self.logits_equal and self.kv_equal
+
+
+@dataclass
+class LayerReport:
+    """The comparisons at one exit layer, by the prompt's name, and what drafting gained there."""
+
+    exit_layer: int
+    comparisons: dict[str, Comparison] = field(default_factory=dict)
+    drafted: int = 0
+    accepted: int = 0
+
+    @property
+    def all_equal(self) -> bool:
+        return all(comparison.all_equal for comparison in self.comparisons.values())
+
+    def __str__(self) -> str:
+        compared = list(self.comparisons.values())
+        looked_at = (
+            f"exit layer {self.exit_layer}: {len(compared)} prompts, {sum(c.tokens for c in compared)} tokens, "
+            f"{sum(c.logit_bytes for c in compared) / 1e6:.1f} MB of logits, "
+            f"{sum(c.kv_bytes for c in compared) / 1e6:.1f} MB of keys and values "
+            f"({self.accepted} of {self.drafted} drafts accepted): "
+        )
+        differing = [
+            f"{what} differ in {', '.join(names)}"
+            for what, names in (
+                ("tokens", self._where("tokens_equal")),
+                ("logits", self._where("logits_equal")),
+                ("KV bytes", self._where("kv_equal")),
+            )
+            if names
+        ]
+        return looked_at + ("; ".join(differing).upper() if differing else "all equal, bit for bit")
+
+    def _where(self, equal: str) -> list[str]:
+        return [name for name, comparison in self.comparisons.items() if not getattr(comparison, equal)]
+
+
+def verify(
+    model: Model, prompts: ListLike[tuple[str, str]], config: GenerationConfig, exit_layers: ListLike[int]
+) -> list[LayerReport]:
+    """Compare both strategies on prompts (name, text) at each exit layer; progress goes to stderr.
+
+    Raises ValueError, before anything runs, for an exit layer that the model does not have.
+    """
+    config = replace(config, return_logits=True, return_kv=True)
+    plain_config = replace(config, strategy="autoregressive")
+    configs = [replace(config, strategy="self_speculative", exit_layer=exit_layer) for exit_layer in exit_layers]
+    reports = [LayerReport(c.resolve_exit_layer(model.config.num_layers)) for c in configs]
+    with tqdm(total=len(prompts) * (1 + len(configs)), desc="verify", unit="generation") as progress:
+        for name, text in prompts:
+            [plain] = generate(model, [text], plain_config)
+            progress.update()
+            for report, speculative_config in zip(reports, configs, strict=True):
+                [speculative] = generate(model, [text], speculative_config)
+                report.comparisons[name] = compare(plain, speculative)
+                report.drafted += speculative.drafted
+                report.accepted += speculative.accepted
+                progress.update()
+    return reports
+
+
+def summary(reports: ListLike[LayerReport]) -> dict[str, Any]:
+    """The reports in numbers, for programs."""
+    compared = [comparison for report in reports for comparison in report.comparisons.values()]
+    return {
+        "prompts": len(reports[0].comparisons),
+        "tokens_compared": sum(c.tokens for c in compared),
+        "tokens_equal": all(c.tokens_equal for c in compared),
+        "logits_equal": all(c.logits_equal for c in compared),
+        "kv_equal": all(c.kv_equal for c in compared),
+        "exit_layers": [report.exit_layer for report in reports],
+        "drafted": sum(report.drafted for report in reports),
+        "accepted": sum(report.accepted for report in reports),
+    }
+
+
+def compare(plain: Generation, speculative: Generation) -> Comparison:
+    """Compare tokens, logits and KV bytes of two generations, which must have kept them all.
+
+    Raises ValueError for a generation made without ``return_logits`` and ``return_kv``: nothing compared is not
+    the same as nothing different.
+    """
+    logits, kv = _kept(plain)
+    other_logits, other_kv = _kept(speculative)
+    return Comparison(
+        tokens=len(plain.token_ids),
+        logit_bytes=logits.nbytes,
+        kv_bytes=sum(tensor.nbytes for tensor in kv),
+        tokens_equal=plain.token_ids == speculative.token_ids,
+        logits_equal=same_bytes(logits, other_logits),
+        kv_equal=all(same_bytes(a, b) for a, b in zip(kv, other_kv, strict=True)),
+    )
+
+
+def _kept(generation: Generation) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    if generation.logits is None or generation.kv is None:
+        raise ValueError("to compare generations, make them with return_logits=True and return_kv=True")
+    return generation.logits, generation.kv
+
+
+def same_bytes(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors have the same dtype, shape and bits: 0.0 is not -0.0, and a NaN equals itself."""
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))

@@ -1,0 +1,75 @@
+"""Rule 1: the dot product, at any number of rows, threads and lanes."""
+
+import pytest
+import torch
+from conftest import threads
+
+from layerskip_kernels import reference
+
+cpu = torch.ops.layerskip
+
+
+def operands(dtype, rows, n, k, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    x, weight, bias = (torch.randn(*shape, generator=generator) for shape in ((rows, k), (n, k), (n,)))
+    return x.to(dtype), weight.to(dtype), bias.to(dtype)
+
+
+@pytest.mark.parametrize("rows", range(1, 18))
+def test_same_bits_at_any_number_of_rows(dtype, isa, rows):
+    x, weight, bias = operands(dtype, rows, n=77, k=100)
+    expected = reference.linear(x, weight, bias, 77)
+    assert torch.equal(cpu.linear(x, cpu.pack_weight(weight), bias, 77), expected)
+    alone = torch.cat([cpu.linear(row[None], cpu.pack_weight(weight), bias, 77) for row in x])
+    assert torch.equal(alone, expected)
+
+
+@pytest.mark.parametrize("n", [1, 15, 16, 17, 63, 130])
+@pytest.mark.parametrize("k", [1, 7, 8, 9, 63, 64, 65, 576])
+def test_same_bits_at_odd_sizes(dtype, isa, n, k):
+    x, weight, _ = operands(dtype, rows=3, n=n, k=k)
+    assert torch.equal(cpu.linear(x, cpu.pack_weight(weight), None, n), reference.linear(x, weight, None, n))
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+def test_same_bits_at_any_number_of_threads(dtype, count):
+    x, weight, bias = operands(dtype, rows=5, n=77, k=100)
+    with threads(count):
+        assert torch.equal(cpu.linear(x, cpu.pack_weight(weight), bias, 77), reference.linear(x, weight, bias, 77))
+
+
+def test_another_summation_order_differs(dtype):
+    """The negative control: were the order not fixed, the tests above would notice."""
+    x, weight, _ = operands(torch.float32, rows=3, n=77, k=576)
+    x, weight = x.to(dtype).float(), weight.to(dtype).float()
+    exact_order = reference.dot(x, weight)
+    one_fold = reference.fold((x[:, None, :] * weight[None]).permute(2, 0, 1))
+    reversed_k = reference.dot(x.flip(1), weight.flip(1))
+    assert not torch.equal(exact_order, one_fold)
+    assert not torch.equal(exact_order, reversed_k)
+
+
+def test_products_of_16_bit_operands_are_exact():
+    """Why a fused multiply-add may stand for two roundings there, and may not for fp32."""
+    for dtype in (torch.bfloat16, torch.float16):
+        x, weight, _ = operands(dtype, rows=1, n=1, k=100_000)
+        assert torch.equal((x.float() * weight.float()).double(), x.double() * weight.double())
+    x, weight, _ = operands(torch.float32, rows=1, n=1, k=100_000)
+    assert not torch.equal((x * weight).double(), x.double() * weight.double())
+
+
+def test_value_is_the_dot_product():
+    x, weight, bias = operands(torch.float32, rows=4, n=33, k=200)
+    true = x.double() @ weight.double().T + bias.double()
+    assert (reference.linear(x, weight, bias, 33) - true).abs().max() < 1e-4
+
+
+def test_bad_shapes_are_refused():
+    x, weight, bias = operands(torch.bfloat16, rows=2, n=20, k=30)
+    packed = cpu.pack_weight(weight)
+    with pytest.raises(ValueError, match="weight must have the shape"):
+        cpu.linear(x, packed, bias, 33)
+    with pytest.raises(TypeError, match="weight must be"):
+        cpu.linear(x.float(), packed, None, 20)
+    with pytest.raises(ValueError, match="contiguous"):
+        cpu.linear(x[:, ::2], packed, None, 20)
