@@ -12,7 +12,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := $(shell find csrc -type f)
 CPP := $(filter %.h %.inl %.cpp %.cu %.cuh,$(SOURCES))
 
-.PHONY: help demo test lint format wheel clean
+.PHONY: help demo test lint format docs wheel clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -28,12 +28,16 @@ lint: .venv/lint  ## ruff, mypy and clang-format, changing nothing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(PYTHON) docs/relink.py --check
 	$(BIN)/clang-format --dry-run --Werror $(CPP)
 
 format: .venv/lint  ## lay out the code as `make lint` wants it
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 	$(BIN)/clang-format -i $(CPP)
+
+docs:  ## bring the line numbers of the links in docs/ up to date
+	$(PYTHON) docs/relink.py
 
 wheel: .venv/built  ## dist/*.whl, for this Python and this torch
 	$(PIP) install -c constraints.txt build

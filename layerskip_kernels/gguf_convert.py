@@ -15,7 +15,7 @@ from tqdm import tqdm
 from layerskip_kernels.config import ModelConfig
 from layerskip_kernels.errors import UnsupportedModel
 from layerskip_kernels.gguf_file import GgufFile, read_gguf, read_gguf_tensor
-from layerskip_kernels.llama_tensors import check_finite, check_names, tensor_shapes
+from layerskip_kernels.llama_tensors import check_finite, expected_shapes
 from layerskip_kernels.safetensors_file import write_safetensors
 
 __all__ = ["convert_gguf"]
@@ -63,7 +63,7 @@ def convert_gguf(path: Path, directory: Path) -> None:
     hf_config = _hf_config(gguf)
     config = ModelConfig.from_hf(hf_config)
     names = {name: _hf_name(name) for name in gguf.tensors if name != ROPE_FACTORS}
-    _check_tensors(gguf, names, tensor_shapes(config))
+    _check_shapes(gguf, names, expected_shapes(path, names.values(), config))
     layout = {
         hf_name: (SAFETENSORS_DTYPES[gguf.tensors[name].dtype], gguf.tensors[name].shape)
         for name, hf_name in names.items()
@@ -74,8 +74,7 @@ def convert_gguf(path: Path, directory: Path) -> None:
         _convert_tokenizer(path, directory)
 
 
-def _check_tensors(gguf: GgufFile, names: dict[str, str], shapes: dict[str, tuple[int, ...]]) -> None:
-    check_names(gguf.path, names.values(), shapes)
+def _check_shapes(gguf: GgufFile, names: dict[str, str], shapes: dict[str, tuple[int, ...]]) -> None:
     for name, hf_name in names.items():
         tensor = gguf.tensors[name]
         if tensor.shape != shapes[hf_name]:
@@ -213,8 +212,11 @@ def _llama3_scaling(gguf: GgufFile) -> dict[str, Any] | None:
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 8192,
     }
-    expected = _llama3_divisors(head_dim, _number(gguf, "llama.rope.freq_base", 10000.0), factor)
-    if divisors.shape != expected.shape or not torch.allclose(divisors, expected, rtol=1e-4, atol=0.0):
+    theta = _number(gguf, "llama.rope.freq_base", 10000.0)
+    is_llama3 = tuple(divisors.shape) == (head_dim // 2,) and torch.allclose(
+        divisors, _llama3_divisors(head_dim, theta, factor), rtol=1e-4, atol=0.0
+    )
+    if not is_llama3:
         raise UnsupportedModel(f"tensor {ROPE_FACTORS!r}", divisors.tolist(), "the scaling of Llama 3.1 to 3.3")
     return scaling
 

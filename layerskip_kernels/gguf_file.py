@@ -181,7 +181,6 @@ def _scalar_format(cursor: _Cursor, value_type: int, what: str) -> str:
 def _skip_array(cursor: _Cursor, what: str) -> ArrayLength:
     item_type, length = cursor.number("I", what), cursor.number("Q", what)
     if item_type == STRING_TYPE:
-        cursor.need(8 * length, what)
         for _ in range(length):
             cursor.skip(cursor.number("Q", what), what)
     else:

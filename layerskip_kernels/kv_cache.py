@@ -53,6 +53,8 @@ class PagedKVCache:
     @classmethod
     def with_room_for(cls, model: Model, lengths: ListLike[int], page_size: int = 16) -> PagedKVCache:
         """A cache that holds sequences of these lengths, and no more."""
+        if page_size < 1:
+            raise ValueError(f"page_size must be at least 1, got {page_size}")
         return cls(model, max(1, sum(-(-length // page_size) for length in lengths)), page_size)
 
     @property

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from layerskip_kernels.config import ModelConfig
 
-__all__ = ["check_finite", "check_names", "tensor_shapes"]
+__all__ = ["check_finite", "expected_shapes", "tensor_shapes"]
 
 # Buffers that older versions of Transformers saved with the weights; they follow from the config.
 HARMLESS_NAME = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.(inv_freq|original_inv_freq)")
@@ -48,13 +48,21 @@ def _layer_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def check_names(where: object, found: Iterable[str], expected: Iterable[str]) -> None:
-    """Raise ValueError naming ``where`` and the tensors that are missing, or unknown and not harmless."""
-    found, expected = set(found), set(expected)
-    if missing := sorted(expected - found):
+def expected_shapes(where: object, names: Iterable[str], config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """``tensor_shapes``, when these are the names that ``where`` holds.
+
+    Raises ValueError naming ``where`` and the tensors that are missing, or unknown and not harmless.
+    """
+    found = set(names)
+    # Before a list is made of as many names as a damaged config may ask for.
+    if config.num_layers > len(found):
+        raise ValueError(f"{where} holds {len(found)} tensors, too few for num_layers {config.num_layers}")
+    shapes = tensor_shapes(config)
+    if missing := sorted(shapes.keys() - found):
         raise ValueError(f"{where} lacks {_listed(missing)}, which the model's config asks for")
-    if unknown := sorted(name for name in found - expected if not HARMLESS_NAME.fullmatch(name)):
+    if unknown := sorted(name for name in found - shapes.keys() if not HARMLESS_NAME.fullmatch(name)):
         raise ValueError(f"{where} holds {_listed(unknown)}, which the Llama family does not have")
+    return shapes
 
 
 def _listed(names: list[str]) -> str:

@@ -16,7 +16,7 @@ from layerskip_kernels.config import ModelConfig
 from layerskip_kernels.datasets import human_eval_prompts
 from layerskip_kernels.errors import UnsupportedModel
 from layerskip_kernels.gguf_cache import converted_directory
-from layerskip_kernels.llama_tensors import check_finite, check_names, tensor_shapes
+from layerskip_kernels.llama_tensors import check_finite, expected_shapes
 from layerskip_kernels.safetensors_file import TORCH_DTYPES, TensorEntry, read_header, read_tensor
 from layerskip_kernels.tokenizer import TextStream, Tokenizer
 
@@ -28,6 +28,7 @@ __all__ = ["Checkpoint", "TextStream", "Tokenizer", "human_eval_prompts", "load_
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 HUB_FILES = ["config.json", "model*.safetensors", "model.safetensors.index.json", "tokenizer*.json"]
+EMBEDDING = "model.embed_tokens.weight"
 LARGE_BYTES = 2 << 30  # from here on, reading shows its progress
 
 
@@ -116,11 +117,12 @@ def _read_directory(directory: Path, name: str, dtype: torch.dtype | None) -> Ch
     hf_config = _read_json(directory / "config.json")
     config = ModelConfig.from_hf(hf_config)
     entries = _read_entries(directory)
-    shapes = tensor_shapes(config)
-    _check_entries(directory, entries, shapes, config.tie_word_embeddings)
+    tied_head = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    shapes = expected_shapes(directory, entries.keys() - tied_head, config)
+    _check_entries(entries, shapes | {name: shapes[EMBEDDING] for name in tied_head & entries.keys()})
     dtype = dtype or _own_dtype(hf_config, entries)
     tensors = _read_tensors({name: entries[name] for name in shapes}, dtype)
-    if config.tie_word_embeddings and "lm_head.weight" in entries:
+    if tied_head & entries.keys():
         _check_tied(read_tensor(entries["lm_head.weight"]), entries)
     return Checkpoint(config, tensors, Tokenizer.from_directory(directory), name, dtype)
 
@@ -176,13 +178,8 @@ def _shard_path(index: Path, shard: object) -> Path:
     return path
 
 
-def _check_entries(
-    directory: Path, entries: dict[str, TensorEntry], shapes: dict[str, tuple[int, ...]], tied: bool
-) -> None:
-    """Names, shapes and dtypes, before a weight is read."""
-    check_names(directory, entries.keys() - ({"lm_head.weight"} if tied else set()), shapes)
-    if tied and "lm_head.weight" in entries:
-        shapes = shapes | {"lm_head.weight": shapes["model.embed_tokens.weight"]}
+def _check_entries(entries: dict[str, TensorEntry], shapes: dict[str, tuple[int, ...]]) -> None:
+    """Shapes and dtypes, before a weight is read."""
     for name, shape in shapes.items():
         if entries[name].shape != shape:
             raise ValueError(f"{entries[name]} has shape {list(entries[name].shape)}, expected {list(shape)}")
@@ -195,7 +192,7 @@ def _own_dtype(hf_config: dict[str, Any], entries: dict[str, TensorEntry]) -> to
     """What the config says, as Transformers takes it; else the dtype in which the embedding is stored."""
     given = hf_config.get("dtype") or hf_config.get("torch_dtype")
     if given is None:
-        return TORCH_DTYPES[entries["model.embed_tokens.weight"].dtype]
+        return TORCH_DTYPES[entries[EMBEDDING].dtype]
     if not isinstance(given, str) or given not in DTYPES:
         raise UnsupportedModel("dtype", given, ", ".join(DTYPES) + "; or ask for one of them")
     return DTYPES[given]
@@ -215,7 +212,7 @@ def _read_converted(entry: TensorEntry, dtype: torch.dtype) -> Tensor:
 
 
 def _check_tied(lm_head: Tensor, entries: dict[str, TensorEntry]) -> None:
-    if not torch.equal(lm_head, read_tensor(entries["model.embed_tokens.weight"])):
+    if not torch.equal(lm_head, read_tensor(entries[EMBEDDING])):
         raise ValueError(
             f"{entries['lm_head.weight']} differs from the embedding, though the config ties them; set "
             "tie_word_embeddings to false in config.json to use it"

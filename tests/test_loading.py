@@ -239,6 +239,13 @@ def test_an_unknown_tensor_is_named(tmp_path: Path, name: str):
         read_checkpoint(tmp_path)
 
 
+def test_more_layers_than_tensors(tmp_path: Path):
+    write_directory(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(HF_CONFIG | {"num_hidden_layers": 2**62}))
+    with pytest.raises(ValueError, match=rf"{tmp_path} holds 20 tensors, too few for num_layers {2**62}"):
+        read_checkpoint(tmp_path)
+
+
 def test_an_unexpected_shape_is_named(tmp_path: Path):
     tensors = random_tensors(HF_CONFIG)
     write_directory(tmp_path, tensors | {UP: tensors[UP].T.contiguous()})
@@ -613,6 +620,7 @@ def test_a_missing_metadata_key_is_named(tmp_path: Path, cache: Path, key: str):
     [
         ({"llama__block_count": 1}, r"tiny\.gguf holds tensor 'model\.layers\.1\.input_layernorm\.weight'"),
         ({"llama__block_count": 3}, r"tiny\.gguf lacks tensor 'model\.layers\.2\.input_layernorm\.weight'"),
+        ({"llama__block_count": 2**32 - 1}, r"tiny\.gguf holds 20 tensors, too few for num_layers 4294967295"),
         ({"llama__feed_forward_length": 192}, r"'blk\.0\.ffn_\w+\.weight' in .* expected \["),
         ({"llama__vocab_size": 97}, r"'token_embd\.weight' in .* has shape \[96, 64\], expected \[97, 64\]"),
     ],
