@@ -169,7 +169,7 @@ void Head::Run(const Team& team, const Kernels& kernels, const float* hidden) {
     tokens[r] = -1;
     float best = 0.0f;
     for (int64_t t = 0; t < team.size; ++t) {
-      const Range columns = Team{t, team.size, nullptr}.Share(groups);
+      const Range columns = Team{t, team.size}.Share(groups);
       const Maximum& next = maxima_[t * rows + r];
       if (columns.begin == columns.end || (tokens[r] >= 0 && !(next.value > best))) continue;
       tokens[r] = next.index;
