@@ -32,6 +32,7 @@ struct ModelView {
   int64_t vocab_size;
   float eps, scale;
   const void *embedding, *final_norm, *lm_head;
+  int64_t max_positions;
   const float *cos, *sin;  // [max_positions, K / 2]
   std::vector<LayerWeights> layers;
 };

@@ -4,6 +4,8 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 
+#include <numeric>
+
 #include "checks.h"
 #include "layers.h"
 
@@ -249,12 +251,8 @@ std::tuple<Tensor, Tensor> accept_draft(const Tensor& tokens, const Tensor& targ
   CheckTensor("num_drafts", num_drafts, at::kLong, {sequences});
   const int32_t* starts = query_start_loc.const_data_ptr<int32_t>();
   const int64_t* drafts = num_drafts.const_data_ptr<int64_t>();
-  int64_t judged = 0;
-  for (int64_t b = 0; b < sequences; ++b) {
-    TORCH_CHECK_VALUE(0 <= drafts[b] && drafts[b] < starts[b + 1] - starts[b], "num_drafts[", b, "] is ", drafts[b],
-                      ", expected 0 or more and fewer than the sequence's ", starts[b + 1] - starts[b], " rows");
-    judged += drafts[b] + 1;
-  }
+  CheckDraftCounts(drafts, starts, sequences);
+  const int64_t judged = std::accumulate(drafts, drafts + sequences, sequences);
   CheckTensor("targets", targets, at::kLong, {judged});
   Tensor num_accepted = at::empty({sequences}, at::kLong), next_tokens = at::empty({sequences}, at::kLong);
   const int64_t* target = targets.const_data_ptr<int64_t>();

@@ -64,6 +64,7 @@ ModelView CheckedModel(TensorList weights, const Tensor& k_cache, const Tensor& 
                   weights[0].const_data_ptr(),
                   weights[1].const_data_ptr(),
                   weights[2].const_data_ptr(),
+                  weights[3].size(0),
                   weights[3].const_data_ptr<float>(),
                   weights[4].const_data_ptr<float>(),
                   {}};
@@ -87,52 +88,111 @@ ModelView CheckedModel(TensorList weights, const Tensor& k_cache, const Tensor& 
   return model;
 }
 
-// The rows of a call, checked, and sorted by depth: rows join a move when it reaches their depth.
-Rows CheckedRows(const Tensor& tokens, const Tensor& positions, const Tensor& depths, const Tensor& query_start_loc,
-                 const Tensor& block_table, const ModelView& model, int64_t max_positions, const CacheView& cache) {
+// The rows of a call, by sequence: rows starts[b] .. starts[b + 1] belong to sequence b.
+struct GivenRows {
+  const int64_t *tokens, *positions;
+  const int32_t *depths, *starts;
+  int64_t count, num_sequences;
+};
+
+GivenRows FromTensors(const Tensor& tokens, const Tensor& positions, const Tensor& depths,
+                      const Tensor& query_start_loc) {
   CheckTensor("tokens", tokens, at::kLong, {kAny});
   const int64_t count = tokens.numel();
   TORCH_CHECK_VALUE(count >= 1, "tokens is empty: a step needs at least one row");
   CheckTensor("positions", positions, at::kLong, {count});
   CheckTensor("depths", depths, at::kInt, {count});
   CheckStarts(query_start_loc, count);
-  const int64_t* token = tokens.const_data_ptr<int64_t>();
-  const int64_t* position = positions.const_data_ptr<int64_t>();
-  const int32_t* depth = depths.const_data_ptr<int32_t>();
-  const int32_t* starts = query_start_loc.const_data_ptr<int32_t>();
-  CheckRange("tokens", token, count, 0, model.vocab_size);
-  CheckRange("positions", position, count, 0, max_positions);
+  return {tokens.const_data_ptr<int64_t>(),
+          positions.const_data_ptr<int64_t>(),
+          depths.const_data_ptr<int32_t>(),
+          query_start_loc.const_data_ptr<int32_t>(),
+          count,
+          query_start_loc.numel() - 1};
+}
+
+// Checks rows against model and cache, and sorts them by depth: they join a move when it reaches their depth.
+Rows CheckedRows(const GivenRows& given, const Tensor& block_table, const ModelView& model, const CacheView& cache) {
+  CheckRange("tokens", given.tokens, given.count, 0, model.vocab_size);
+  CheckRange("positions", given.positions, given.count, 0, model.max_positions);
   const auto num_layers = static_cast<int64_t>(model.layers.size());
-  std::vector<int32_t> sequence(count);
-  std::vector<int64_t> slot(count);
-  for (int64_t b = 0; b + 1 < query_start_loc.numel(); ++b) {
-    for (int64_t r = starts[b]; r < starts[b + 1]; ++r) {
-      const bool first = r == starts[b];
-      TORCH_CHECK_VALUE(first || position[r] == position[r - 1] + 1, "positions of sequence ", b,
+  std::vector<int32_t> sequence(given.count);
+  for (int64_t b = 0; b < given.num_sequences; ++b) {
+    const int64_t begin = given.starts[b], end = given.starts[b + 1];
+    for (int64_t r = begin; r < end; ++r) {
+      TORCH_CHECK_VALUE(r == begin || given.positions[r] == given.positions[r - 1] + 1, "positions of sequence ", b,
                         " must be consecutive");
-      TORCH_CHECK_VALUE(0 <= depth[r] && depth[r] <= (first ? num_layers : depth[r - 1]), "depths of sequence ", b,
+      const int64_t highest = r == begin ? num_layers : given.depths[r - 1];
+      TORCH_CHECK_VALUE(0 <= given.depths[r] && given.depths[r] <= highest, "depths of sequence ", b,
                         " must be a staircase: within 0..", num_layers, " and never rising");
       sequence[r] = static_cast<int32_t>(b);
-      slot[r] = CheckedPage(block_table, b, position[r], cache.page_size, cache.num_pages) * cache.page_size +
-                position[r] % cache.page_size;
     }
-    if (starts[b] < starts[b + 1])
-      CheckPages(block_table, b, position[starts[b + 1] - 1], cache.page_size, cache.num_pages);
+    if (begin < end) CheckPages(block_table, b, given.positions[end - 1], cache.page_size, cache.num_pages);
   }
-  std::vector<int64_t> order(count);
+  std::vector<int64_t> order(given.count);
   std::iota(order.begin(), order.end(), 0);
-  std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return depth[a] < depth[b]; });
+  std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return given.depths[a] < given.depths[b]; });
   Rows rows;
   for (const int64_t r : order) {
-    rows.tokens.push_back(token[r]);
-    rows.positions.push_back(position[r]);
-    rows.slots.push_back(slot[r]);
+    const int64_t position = given.positions[r];
+    const int64_t page = cache.block_table[sequence[r] * cache.max_blocks + position / cache.page_size];
+    rows.tokens.push_back(given.tokens[r]);
+    rows.positions.push_back(position);
+    rows.slots.push_back(page * cache.page_size + position % cache.page_size);
     rows.given.push_back(r);
     rows.sequences.push_back(sequence[r]);
-    rows.depths.push_back(depth[r]);
+    rows.depths.push_back(given.depths[r]);
   }
   return rows;
 }
+
+// Draft i of all sequences that draft more than i tokens: a move of one row each, then the LM head.
+class DraftCycle {
+ public:
+  // Rows start from first_tokens (one for each sequence, int64 [B]); Run replaces them by the drafts before it.
+  DraftCycle(const ModelView& model, const CacheView& cache, const Tensor& block_table, const int64_t* first_tokens,
+             const int64_t* first_positions, const int64_t* num_drafts, int64_t num_sequences, int64_t i,
+             int64_t exit_layer, float* logits)
+      : model_(model) {
+    std::vector<int64_t> tokens, positions;
+    std::vector<int32_t> starts = {0};  // a sequence that no longer drafts has no row
+    for (int64_t b = 0; b < num_sequences; ++b) {
+      if (num_drafts[b] > i) {
+        sequences_.push_back(b);
+        tokens.push_back(first_tokens[b]);
+        positions.push_back(first_positions[b] + i);
+      }
+      starts.push_back(static_cast<int32_t>(tokens.size()));
+    }
+    const auto count = static_cast<int64_t>(tokens.size());
+    const std::vector<int32_t> depths(count, 0);
+    const GivenRows given{tokens.data(), positions.data(), depths.data(), starts.data(), count, num_sequences};
+    move_ =
+        std::make_unique<Move>(model, cache, CheckedRows(given, block_table, model, cache), num_sequences, exit_layer);
+    head_ = std::make_unique<Head>(model.final_norm, model.lm_head, model.shape.hidden_size, model.vocab_size,
+                                   model.eps, count, logits);
+  }
+
+  // `drafts` [B, max_drafts]: reads column i - 1, writes column i.
+  void Run(const Team& team, int64_t i, int64_t max_drafts, int64_t* drafts) {
+    const Range mine = team.Share(static_cast<int64_t>(sequences_.size()));
+    for (int64_t r = mine.begin; i > 0 && r < mine.end; ++r)
+      move_->rows().tokens[r] = drafts[sequences_[r] * max_drafts + i - 1];
+    team.Barrier();
+    move_->Run(team);
+    head_->Run(team, *model_.kernels, move_->hidden());
+    for (int64_t r = mine.begin; r < mine.end; ++r) drafts[sequences_[r] * max_drafts + i] = head_->tokens[r];
+    team.Barrier();
+  }
+
+  bool has_nan() const { return head_->has_nan; }
+
+ private:
+  const ModelView& model_;
+  std::vector<int64_t> sequences_;
+  std::unique_ptr<Move> move_;
+  std::unique_ptr<Head> head_;
+};
 
 }  // namespace
 
@@ -140,14 +200,12 @@ void run_layers(TensorList weights, Tensor k_cache, Tensor v_cache, Tensor hidde
                 const Tensor& positions, const Tensor& depths, const Tensor& query_start_loc, const Tensor& block_table,
                 int64_t stop, int64_t num_heads, int64_t intermediate_size, int64_t vocab_size, double eps,
                 double scale) {
-  const int64_t sequences = query_start_loc.numel() - 1;
-  const Cache cache(k_cache, v_cache, hidden_cache, block_table, sequences);
+  const GivenRows given = FromTensors(tokens, positions, depths, query_start_loc);
+  const Cache cache(k_cache, v_cache, hidden_cache, block_table, given.num_sequences);
   TORCH_CHECK_VALUE(1 <= stop && stop <= cache.layers, "stop is ", stop, ", expected 1..", cache.layers);
   const ModelView model =
       CheckedModel(weights, k_cache, hidden_cache, num_heads, intermediate_size, vocab_size, eps, scale);
-  Move move(model, cache.view,
-            CheckedRows(tokens, positions, depths, query_start_loc, block_table, model, weights[3].size(0), cache.view),
-            sequences, stop);
+  Move move(model, cache.view, CheckedRows(given, block_table, model, cache.view), given.num_sequences, stop);
   InParallel([&](const Team& team) { move.Run(team); });
 }
 
@@ -155,67 +213,30 @@ Tensor draft_step(TensorList weights, Tensor k_cache, Tensor v_cache, Tensor hid
                   const Tensor& positions, const Tensor& num_drafts, const Tensor& block_table, int64_t exit_layer,
                   int64_t max_drafts, int64_t num_heads, int64_t intermediate_size, int64_t vocab_size, double eps,
                   double scale) {
+  CheckTensor("tokens", tokens, at::kLong, {kAny});
   const int64_t sequences = tokens.numel();
+  CheckTensor("positions", positions, at::kLong, {sequences});
+  CheckTensor("num_drafts", num_drafts, at::kLong, {sequences});
+  const int64_t* wanted = num_drafts.const_data_ptr<int64_t>();
+  CheckRange("num_drafts", wanted, sequences, 0, max_drafts + 1);
   const Cache cache(k_cache, v_cache, hidden_cache, block_table, sequences);
   TORCH_CHECK_VALUE(1 <= exit_layer && exit_layer < cache.layers, "exit_layer is ", exit_layer, ", expected 1..",
                     cache.layers - 1);
   const ModelView model =
       CheckedModel(weights, k_cache, hidden_cache, num_heads, intermediate_size, vocab_size, eps, scale);
-  CheckTensor("num_drafts", num_drafts, at::kLong, {sequences});
-  const int64_t* drafts_wanted = num_drafts.const_data_ptr<int64_t>();
-  CheckRange("num_drafts", drafts_wanted, sequences, 0, max_drafts + 1);
+
   Tensor drafts = at::full({sequences, max_drafts}, -1, at::kLong);
   int64_t* draft = drafts.mutable_data_ptr<int64_t>();
-
-  // Draft i is a move of one row for each sequence that still drafts; its token is the row of move i + 1.
-  struct Cycle {
-    std::vector<int64_t> sequences;
-    std::unique_ptr<Move> move;
-    std::unique_ptr<Head> head;
-  };
-  std::vector<Cycle> cycles;
   Buffer logits(sequences * vocab_size);
-  const Tensor depth = at::full({sequences}, 0, at::kInt);
-  for (int64_t i = 0; i < max_drafts; ++i) {
-    // A sequence that no longer drafts has no row: its start is its end.
-    std::vector<int64_t> drafting;
-    std::vector<int32_t> starts = {0};
-    for (int64_t b = 0; b < sequences; ++b) {
-      if (drafts_wanted[b] > i) drafting.push_back(b);
-      starts.push_back(static_cast<int32_t>(drafting.size()));
-    }
-    if (drafting.empty()) break;
-    const auto count = static_cast<int64_t>(drafting.size());
-    Tensor at_position = at::empty({count}, at::kLong), first_token = at::empty({count}, at::kLong);
-    Tensor start_loc = at::empty({sequences + 1}, at::kInt);
-    std::copy(starts.begin(), starts.end(), start_loc.mutable_data_ptr<int32_t>());
-    for (int64_t r = 0; r < count; ++r) {
-      at_position.mutable_data_ptr<int64_t>()[r] = positions.const_data_ptr<int64_t>()[drafting[r]] + i;
-      first_token.mutable_data_ptr<int64_t>()[r] = tokens.const_data_ptr<int64_t>()[drafting[r]];
-    }
-    Rows rows = CheckedRows(first_token, at_position, depth.narrow(0, 0, count), start_loc, block_table, model,
-                            weights[3].size(0), cache.view);
-    cycles.push_back({std::move(drafting),
-                      std::make_unique<Move>(model, cache.view, std::move(rows), sequences, exit_layer),
-                      std::make_unique<Head>(model.final_norm, model.lm_head, model.shape.hidden_size, vocab_size,
-                                             model.eps, count, logits)});
-  }
+  const int64_t count = sequences > 0 ? *std::max_element(wanted, wanted + sequences) : 0;
+  std::vector<DraftCycle> cycles;
+  for (int64_t i = 0; i < count; ++i)
+    cycles.emplace_back(model, cache.view, block_table, tokens.const_data_ptr<int64_t>(),
+                        positions.const_data_ptr<int64_t>(), wanted, sequences, i, exit_layer, logits);
   InParallel([&](const Team& team) {
-    for (size_t i = 0; i < cycles.size(); ++i) {
-      Cycle& cycle = cycles[i];
-      cycle.move->Run(team);
-      cycle.head->Run(team, *model.kernels, cycle.move->hidden());
-      if (team.rank == 0) {
-        for (size_t r = 0; r < cycle.sequences.size(); ++r)
-          draft[cycle.sequences[r] * max_drafts + i] = cycle.head->tokens[r];
-        if (i + 1 < cycles.size())
-          for (size_t r = 0; r < cycles[i + 1].sequences.size(); ++r)
-            cycles[i + 1].move->rows().tokens[r] = draft[cycles[i + 1].sequences[r] * max_drafts + i];
-      }
-      team.Barrier();
-    }
+    for (int64_t i = 0; i < count; ++i) cycles[i].Run(team, i, max_drafts, draft);
   });
-  for (const Cycle& cycle : cycles) CheckNoNan(cycle.head->has_nan);
+  for (const DraftCycle& cycle : cycles) CheckNoNan(cycle.has_nan());
   return drafts;
 }
 
@@ -224,24 +245,21 @@ std::tuple<Tensor, Tensor, Tensor> verify_step(TensorList weights, Tensor k_cach
                                                const Tensor& query_start_loc, const Tensor& num_drafts,
                                                const Tensor& block_table, int64_t num_heads, int64_t intermediate_size,
                                                int64_t vocab_size, double eps, double scale) {
-  const int64_t sequences = query_start_loc.numel() - 1;
+  const GivenRows given = FromTensors(tokens, positions, depths, query_start_loc);
+  const int64_t sequences = given.num_sequences;
   const Cache cache(k_cache, v_cache, hidden_cache, block_table, sequences);
   const ModelView model =
       CheckedModel(weights, k_cache, hidden_cache, num_heads, intermediate_size, vocab_size, eps, scale);
-  Move move(model, cache.view,
-            CheckedRows(tokens, positions, depths, query_start_loc, block_table, model, weights[3].size(0), cache.view),
-            sequences, cache.layers);
+  Move move(model, cache.view, CheckedRows(given, block_table, model, cache.view), sequences, cache.layers);
   CheckTensor("num_drafts", num_drafts, at::kLong, {sequences});
-  const int32_t* starts = query_start_loc.const_data_ptr<int32_t>();
   const int64_t* drafts = num_drafts.const_data_ptr<int64_t>();
+  CheckDraftCounts(drafts, given.starts, sequences);
 
   // Judged rows, in the order given, and where each stands in the move.
   std::vector<int64_t> place(tokens.numel()), judged;
   for (int64_t i = 0; i < tokens.numel(); ++i) place[move.rows().given[i]] = i;
   for (int64_t b = 0; b < sequences; ++b) {
-    TORCH_CHECK_VALUE(0 <= drafts[b] && drafts[b] < starts[b + 1] - starts[b], "num_drafts[", b, "] is ", drafts[b],
-                      ", expected 0 or more and fewer than the sequence's ", starts[b + 1] - starts[b], " rows");
-    for (int64_t r = starts[b + 1] - drafts[b] - 1; r < starts[b + 1]; ++r) judged.push_back(place[r]);
+    for (int64_t r = given.starts[b + 1] - drafts[b] - 1; r < given.starts[b + 1]; ++r) judged.push_back(place[r]);
   }
   const auto count = static_cast<int64_t>(judged.size());
   const int64_t hidden_size = model.shape.hidden_size;
