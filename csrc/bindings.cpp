@@ -48,6 +48,7 @@ TORCH_LIBRARY(layerskip, m) {
       "int num_heads, int intermediate_size, int vocab_size, float eps, float scale) -> "
       "(Tensor num_accepted, Tensor next_tokens, Tensor logits)");
 
+  m.def("empty_huge(int num_bytes) -> Tensor", &layerskip::empty_huge);
   m.def("instruction_set() -> str", &layerskip::instruction_set);
   m.def("instruction_sets() -> str[]", &layerskip::instruction_sets);
   m.def("set_instruction_set(str name) -> ()", &layerskip::set_instruction_set);

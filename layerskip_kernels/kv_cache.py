@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from layerskip_kernels._kv import PagePool
+from layerskip_kernels.memory import empty
 from layerskip_kernels.model import Model
 
 if TYPE_CHECKING:
@@ -44,9 +45,9 @@ class PagedKVCache:
     def __init__(self, model: Model, num_pages: int, page_size: int = 16) -> None:
         c = model.config
         self.pool = PagePool(num_pages, page_size, c.num_layers)
-        self.k = torch.empty(c.num_layers, num_pages, c.num_kv_heads, c.head_dim, page_size, dtype=model.dtype)
-        self.v = torch.empty(c.num_layers, num_pages, c.num_kv_heads, page_size, c.head_dim, dtype=model.dtype)
-        self.hidden = torch.empty(num_pages, page_size, c.hidden_size, dtype=model.dtype)
+        self.k = empty(c.num_layers, num_pages, c.num_kv_heads, c.head_dim, page_size, dtype=model.dtype)
+        self.v = empty(c.num_layers, num_pages, c.num_kv_heads, page_size, c.head_dim, dtype=model.dtype)
+        self.hidden = empty(num_pages, page_size, c.hidden_size, dtype=model.dtype)
         self.max_positions = c.max_positions
         self.vocab_size = c.vocab_size
 

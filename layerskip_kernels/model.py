@@ -15,6 +15,7 @@ from torch import Tensor
 
 from layerskip_kernels import ops, reference
 from layerskip_kernels.config import ModelConfig
+from layerskip_kernels.memory import Arena
 
 if TYPE_CHECKING:
     from layerskip_kernels.loading import Checkpoint
@@ -51,8 +52,13 @@ class Model:
     @classmethod
     def from_checkpoint(cls, checkpoint: Checkpoint, backend: str = "cpu") -> Model:
         """Lay a checkpoint's tensors out for a backend, taking each out of ``checkpoint.tensors`` as it goes."""
-        pack = ops.backend(backend).pack_weight
         tensors, config = checkpoint.tensors, checkpoint.config
+        pack_weight = ops.backend(backend).pack_weight
+        arena = Arena(sum(map(ops.packed_bytes, tensors.values())), len(tensors))
+
+        def pack(weight: Tensor) -> Tensor:
+            return arena.place(pack_weight(weight))
+
         embedding = pack(tensors.pop("model.embed_tokens.weight"))
         lm_head = embedding if config.tie_word_embeddings else pack(tensors.pop("lm_head.weight"))
         cos, sin = reference.rope_tables(inverse_frequencies(config), config.max_positions)

@@ -47,6 +47,12 @@ def backend(name: str) -> Any:
     return BACKENDS[name]
 
 
+def packed_bytes(weight: Tensor) -> int:
+    """What ``pack_weight`` makes of a tensor takes at most this."""
+    rows = -(-weight.size(0) // GROUP) * GROUP
+    return rows * weight[0].numel() * weight.element_size()
+
+
 # ---- fakes: shapes and dtypes without data, for torch.compile and export ----
 
 

@@ -52,6 +52,7 @@ std::tuple<Tensor, Tensor, Tensor> verify_step(TensorList weights, Tensor k_cach
                                                const Tensor& block_table, int64_t num_heads, int64_t intermediate_size,
                                                int64_t vocab_size, double eps, double scale);
 
+Tensor empty_huge(int64_t num_bytes);
 std::string instruction_set();
 std::vector<std::string> instruction_sets();
 void set_instruction_set(const std::string& name);
