@@ -88,6 +88,10 @@ constexpr int kRowsPerPass = 2;
 constexpr int GroupsPerPass(int64_t) { return 1; }
 #endif
 
+// How far ahead of the arithmetic weights are fetched: with several rows a pass over them is slow enough for the
+// processor's own prefetching to fall behind (docs/log.md).
+constexpr int64_t kPrefetchBytes = 2048;
+
 template <class T, int kRows, int kGroups>
 void DotTile(const float* x, int64_t k, const T* weight, F32x16 (&out)[kRows][kGroups]) {
   const int64_t length = (k + kSegments - 1) / kSegments;
@@ -100,7 +104,11 @@ void DotTile(const float* x, int64_t k, const T* weight, F32x16 (&out)[kRows][kG
     for (int64_t i = begin; i < end; ++i) {
       F32x16 w[kGroups];
 #pragma GCC unroll 4
-      for (int g = 0; g < kGroups; ++g) w[g] = LoadPacked(weight + (g * k + i) * kGroup);
+      for (int g = 0; g < kGroups; ++g) {
+        const T* w_gi = weight + (g * k + i) * kGroup;
+        __builtin_prefetch(reinterpret_cast<const char*>(w_gi) + kPrefetchBytes);
+        w[g] = LoadPacked(w_gi);
+      }
 #pragma GCC unroll 6
       for (int r = 0; r < kRows; ++r) {
         const F32x16 x_ri = Broadcast(x[r * k + i]);
