@@ -40,8 +40,8 @@ TORCH_LIBRARY(layerskip, m) {
       "int intermediate_size, int vocab_size, float eps, float scale) -> ()");
   m.def(
       "draft_step(Tensor[] weights, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor(c!) hidden_cache, Tensor tokens, "
-      "Tensor positions, Tensor num_drafts, Tensor block_table, int exit_layer, int max_drafts, int num_heads, "
-      "int intermediate_size, int vocab_size, float eps, float scale) -> Tensor");
+      "Tensor positions, Tensor num_drafts, Tensor block_table, Tensor? draft_head, Tensor? draft_ids, int exit_layer, "
+      "int max_drafts, int num_heads, int intermediate_size, int vocab_size, float eps, float scale) -> Tensor");
   m.def(
       "verify_step(Tensor[] weights, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor(c!) hidden_cache, Tensor tokens, "
       "Tensor positions, Tensor depths, Tensor query_start_loc, Tensor num_drafts, Tensor block_table, "

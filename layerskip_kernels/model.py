@@ -7,7 +7,8 @@ and live in the backend (reference.run_layers says what it does).
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from layerskip_kernels import ops, reference
 from layerskip_kernels.config import ModelConfig
-from layerskip_kernels.memory import Arena
+from layerskip_kernels.memory import Arena, empty
 
 if TYPE_CHECKING:
     from layerskip_kernels.loading import Checkpoint
@@ -38,6 +39,8 @@ class Model:
     backend: str
     tokenizer: Tokenizer | None = None
     name: str = "model"
+    draft_head: Tensor | None = None  # rows of the LM head for draft_ids, in the backend's layout
+    draft_ids: Tensor | None = None  # int64 [N], ascending; None: drafts may be any token
 
     @property
     def ops(self) -> Any:
@@ -48,6 +51,20 @@ class Model:
         """The last arguments of run_layers and the steps: what the tensors' shapes do not say."""
         c = self.config
         return c.num_heads, c.intermediate_size, c.vocab_size, c.rms_norm_eps, c.softmax_scale
+
+    def with_draft_vocab(self, token_ids: Iterable[int]) -> Model:
+        """The same model, drafting only tokens of a list; verification still chooses among all of them.
+
+        The LM head recurs with every draft, so a short list of frequent tokens makes drafts cheaper. Raises
+        ValueError for an empty list and for an id outside the vocabulary.
+        """
+        ids = sorted(set(token_ids))
+        if not ids or ids[0] < 0 or ids[-1] >= self.config.vocab_size:
+            shown = f"{len(ids)} ids" + (f" from {ids[0]} to {ids[-1]}" if ids else "")
+            raise ValueError(f"draft_vocab must be token ids in 0..{self.config.vocab_size - 1}, got {shown}")
+        draft_ids = torch.tensor(ids)
+        head = self.ops.pack_weight(self.ops.embed_tokens(draft_ids, self.weights[2], self.config.hidden_size))
+        return replace(self, draft_head=empty(*head.shape, dtype=head.dtype).copy_(head), draft_ids=draft_ids)
 
     @classmethod
     def from_checkpoint(cls, checkpoint: Checkpoint, backend: str = "cpu") -> Model:

@@ -153,6 +153,8 @@ def _(
     positions: Tensor,
     num_drafts: Tensor,
     block_table: Tensor,
+    draft_head: Tensor | None,
+    draft_ids: Tensor | None,
     exit_layer: int,
     max_drafts: int,
     *sizes: Any,

@@ -421,6 +421,8 @@ def draft_step(
     positions: Tensor,
     num_drafts: Tensor,
     block_table: Tensor,
+    draft_head: Tensor | None,
+    draft_ids: Tensor | None,
     exit_layer: int,
     max_drafts: int,
     num_heads: int,
@@ -432,10 +434,13 @@ def draft_step(
     """Draft num_drafts[b] tokens for each sequence with the first ``exit_layer`` layers, one row at a time.
 
     tokens, positions, num_drafts int64 [B]: each sequence's last known token, not yet in the cache, where it
-    stands, and how many tokens to draft after it. Returns int64 [B, max_drafts], -1 where a sequence drafts fewer.
+    stands, and how many tokens to draft after it. A draft vocabulary restricts what they can be: draft_ids int64 [N],
+    ascending, and their rows of the LM head, packed [N, D]; both None: all tokens. Returns int64 [B, max_drafts], -1 where a sequence drafts fewer.
     """
     drafts = torch.full((len(tokens), max_drafts), -1)
-    _, final_norm, lm_head = weights[:3]
+    final_norm = weights[1]
+    head = weights[2] if draft_head is None else draft_head
+    ids = torch.arange(vocab_size) if draft_ids is None else draft_ids
     tokens, S = tokens.clone(), hidden_cache.size(1)
     for i in range(max_drafts):
         rows = (num_drafts > i).nonzero()[:, 0]
@@ -448,8 +453,8 @@ def draft_step(
             num_heads, intermediate_size, vocab_size, eps, scale,
         )  # fmt: skip
         page = table[torch.arange(len(rows)), at // S].long()
-        tokens[rows], _ = norm_head_argmax(hidden_cache[page, at % S], final_norm, lm_head, vocab_size, eps)
-        drafts[rows, i] = tokens[rows]
+        chosen, _ = norm_head_argmax(hidden_cache[page, at % S], final_norm, head, len(ids), eps)
+        drafts[rows, i] = tokens[rows] = ids[chosen]
     return drafts
 
 

@@ -122,6 +122,8 @@ def draft_step(
             torch.from_numpy(cache.pool.committed_lengths(ids)),
             torch.tensor(counts),
             torch.from_numpy(cache.pool.block_table(ids)),
+            model.draft_head,
+            model.draft_ids,
             exit_layer,
             max(counts),
             *model.sizes,

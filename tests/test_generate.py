@@ -32,6 +32,12 @@ def test_speculation_changes_no_bit(dtype, exit_layer, num_speculations):
     assert 0 < drafted.accepted < drafted.drafted, "both acceptance and rejection must occur in this test"
 
 
+def test_a_draft_vocabulary_changes_no_bit(dtype):
+    model, prompt = tiny_model(dtype), random_tokens(20)
+    drafted = generate(model.with_draft_vocab(range(0, 101, 2)), [prompt], GenerationConfig(exit_layer=2, **KEEP))[0]
+    assert same_bits(drafted, plain(model, [prompt])[0])
+
+
 def test_the_reference_agrees(dtype):
     prompt, settings = random_tokens(20), dict(max_new_tokens=12)
     expected = plain(tiny_model(dtype, "reference"), [prompt], **settings)[0]

@@ -64,7 +64,8 @@ def arguments(name):
             return model.weights, *cache, *rows, table, 3, *model.sizes
         case "draft_step":
             one = (rows[0][:1], torch.tensor([0]), torch.tensor([3]))
-            return model.weights, *cache, *one, table, 2, 3, *model.sizes
+            draft = model.with_draft_vocab(range(0, 101, 3))
+            return model.weights, *cache, *one, table, draft.draft_head, draft.draft_ids, 2, 3, *model.sizes
         case "verify_step":
             return model.weights, *cache, *rows, torch.tensor([2]), table, *model.sizes
     raise AssertionError(f"no arguments for {name}: add them here")

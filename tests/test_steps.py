@@ -133,6 +133,40 @@ def test_threads_do_not_matter(dtype):
         assert all(torch.equal(a, b) for a, b in zip(outcome, outcomes[0], strict=True))
 
 
+# ---- a draft vocabulary ----
+
+
+def test_a_draft_vocabulary_bounds_the_drafts_only(dtype, isa):
+    """Drafts come from the list, chosen as the reference chooses; what is verified stays the full model's."""
+    allowed, prompt = range(1, 101, 4), random_tokens(20)
+    verdicts = []
+    for backend in ("cpu", "reference"):
+        model = tiny_model(dtype, backend).with_draft_vocab(allowed)
+        cache, sequence = prefilled(model, prompt)
+        verdicts.append(verify_step(model, cache, draft_step(model, cache, [sequence], 2, 5)))
+    cpu, reference = verdicts
+    assert torch.equal(cpu.draft.tokens, reference.draft.tokens)
+    assert set(cpu.draft.of(0)) <= set(allowed)
+    plain_cache, plain = prefilled(tiny_model(dtype), prompt)
+    unbounded = draft_step(tiny_model(dtype), plain_cache, [plain], 2, 5)
+    assert unbounded.of(0) != cpu.draft.of(0), "the list must have mattered"
+    assert torch.equal(cpu.logits[0], verify_step(tiny_model(dtype), plain_cache, unbounded).logits[0])
+
+
+def test_a_draft_vocabulary_of_everything_changes_nothing(dtype):
+    drafts = []
+    for model in (tiny_model(dtype), tiny_model(dtype).with_draft_vocab(range(101))):
+        cache, sequence = prefilled(model, random_tokens(20))
+        drafts.append(draft_step(model, cache, [sequence], 2, 5).tokens)
+    assert torch.equal(*drafts)
+
+
+@pytest.mark.parametrize("ids", [[], [-1, 3], [101]])
+def test_bad_draft_vocabularies(ids):
+    with pytest.raises(ValueError, match=r"draft_vocab must be token ids in 0\.\.100"):
+        tiny_model().with_draft_vocab(ids)
+
+
 # ---- bad input: a clear error, and the cache as before ----
 
 

@@ -43,7 +43,8 @@ void run_layers(TensorList weights, Tensor k_cache, Tensor v_cache, Tensor hidde
                 int64_t stop, int64_t num_heads, int64_t intermediate_size, int64_t vocab_size, double eps,
                 double scale);
 Tensor draft_step(TensorList weights, Tensor k_cache, Tensor v_cache, Tensor hidden_cache, const Tensor& tokens,
-                  const Tensor& positions, const Tensor& num_drafts, const Tensor& block_table, int64_t exit_layer,
+                  const Tensor& positions, const Tensor& num_drafts, const Tensor& block_table,
+                  const OptionalTensor& draft_head, const OptionalTensor& draft_ids, int64_t exit_layer,
                   int64_t max_drafts, int64_t num_heads, int64_t intermediate_size, int64_t vocab_size, double eps,
                   double scale);
 std::tuple<Tensor, Tensor, Tensor> verify_step(TensorList weights, Tensor k_cache, Tensor v_cache, Tensor hidden_cache,

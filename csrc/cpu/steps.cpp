@@ -146,14 +146,35 @@ Rows CheckedRows(const GivenRows& given, const Tensor& block_table, const ModelV
   return rows;
 }
 
+// The LM head that drafts: the model's own, or the rows of it that stand for the token ids of a draft vocabulary.
+struct HeadView {
+  const void* weight;
+  int64_t size;
+  const int64_t* ids;  // [size], ascending; null: row n is token n
+};
+
+HeadView CheckedDraftHead(const ModelView& model, const OptionalTensor& draft_head, const OptionalTensor& draft_ids,
+                          at::ScalarType dtype) {
+  TORCH_CHECK_VALUE(draft_head.has_value() == draft_ids.has_value(), "draft_head and draft_ids come together or not");
+  if (!draft_head.has_value()) return {model.lm_head, model.vocab_size, nullptr};
+  CheckTensor("draft_ids", *draft_ids, at::kLong, {kAny});
+  const int64_t size = draft_ids->numel();
+  const int64_t* ids = draft_ids->const_data_ptr<int64_t>();
+  TORCH_CHECK_VALUE(size >= 1, "draft_ids is empty; a draft needs at least one token to choose from");
+  CheckRange("draft_ids", ids, size, 0, model.vocab_size);
+  TORCH_CHECK_VALUE(std::is_sorted(ids, ids + size, std::less_equal<int64_t>()), "draft_ids must ascend");
+  CheckPacked("draft_head", *draft_head, dtype, size, model.shape.hidden_size);
+  return {draft_head->const_data_ptr(), size, ids};
+}
+
 // Draft i of all sequences that draft more than i tokens: a move of one row each, then the LM head.
 class DraftCycle {
  public:
   // Rows start from first_tokens (one for each sequence, int64 [B]); Run replaces them by the drafts before it.
-  DraftCycle(const ModelView& model, const CacheView& cache, const Tensor& block_table, const int64_t* first_tokens,
-             const int64_t* first_positions, const int64_t* num_drafts, int64_t num_sequences, int64_t i,
-             int64_t exit_layer, float* logits)
-      : model_(model) {
+  DraftCycle(const ModelView& model, const HeadView& head, const CacheView& cache, const Tensor& block_table,
+             const int64_t* first_tokens, const int64_t* first_positions, const int64_t* num_drafts,
+             int64_t num_sequences, int64_t i, int64_t exit_layer, float* logits)
+      : model_(model), ids_(head.ids) {
     std::vector<int64_t> tokens, positions;
     std::vector<int32_t> starts = {0};  // a sequence that no longer drafts has no row
     for (int64_t b = 0; b < num_sequences; ++b) {
@@ -169,8 +190,8 @@ class DraftCycle {
     const GivenRows given{tokens.data(), positions.data(), depths.data(), starts.data(), count, num_sequences};
     move_ =
         std::make_unique<Move>(model, cache, CheckedRows(given, block_table, model, cache), num_sequences, exit_layer);
-    head_ = std::make_unique<Head>(model.final_norm, model.lm_head, model.shape.hidden_size, model.vocab_size,
-                                   model.eps, count, logits);
+    head_ = std::make_unique<Head>(model.final_norm, head.weight, model.shape.hidden_size, head.size, model.eps, count,
+                                   logits);
   }
 
   // `drafts` [B, max_drafts]: reads column i - 1, writes column i.
@@ -181,7 +202,10 @@ class DraftCycle {
     team.Barrier();
     move_->Run(team);
     head_->Run(team, *model_.kernels, move_->hidden());
-    for (int64_t r = mine.begin; r < mine.end; ++r) drafts[sequences_[r] * max_drafts + i] = head_->tokens[r];
+    for (int64_t r = mine.begin; r < mine.end; ++r) {
+      const int64_t row = head_->tokens[r];
+      drafts[sequences_[r] * max_drafts + i] = ids_ == nullptr || row < 0 ? row : ids_[row];
+    }
     team.Barrier();
   }
 
@@ -189,6 +213,7 @@ class DraftCycle {
 
  private:
   const ModelView& model_;
+  const int64_t* ids_;
   std::vector<int64_t> sequences_;
   std::unique_ptr<Move> move_;
   std::unique_ptr<Head> head_;
@@ -210,7 +235,8 @@ void run_layers(TensorList weights, Tensor k_cache, Tensor v_cache, Tensor hidde
 }
 
 Tensor draft_step(TensorList weights, Tensor k_cache, Tensor v_cache, Tensor hidden_cache, const Tensor& tokens,
-                  const Tensor& positions, const Tensor& num_drafts, const Tensor& block_table, int64_t exit_layer,
+                  const Tensor& positions, const Tensor& num_drafts, const Tensor& block_table,
+                  const OptionalTensor& draft_head, const OptionalTensor& draft_ids, int64_t exit_layer,
                   int64_t max_drafts, int64_t num_heads, int64_t intermediate_size, int64_t vocab_size, double eps,
                   double scale) {
   CheckTensor("tokens", tokens, at::kLong, {kAny});
@@ -224,14 +250,15 @@ Tensor draft_step(TensorList weights, Tensor k_cache, Tensor v_cache, Tensor hid
                     cache.layers - 1);
   const ModelView model =
       CheckedModel(weights, k_cache, hidden_cache, num_heads, intermediate_size, vocab_size, eps, scale);
+  const HeadView head = CheckedDraftHead(model, draft_head, draft_ids, k_cache.scalar_type());
 
   Tensor drafts = at::full({sequences, max_drafts}, -1, at::kLong);
   int64_t* draft = drafts.mutable_data_ptr<int64_t>();
-  Buffer logits(sequences * vocab_size);
+  Buffer logits(sequences * head.size);
   const int64_t count = sequences > 0 ? *std::max_element(wanted, wanted + sequences) : 0;
   std::vector<DraftCycle> cycles;
   for (int64_t i = 0; i < count; ++i)
-    cycles.emplace_back(model, cache.view, block_table, tokens.const_data_ptr<int64_t>(),
+    cycles.emplace_back(model, head, cache.view, block_table, tokens.const_data_ptr<int64_t>(),
                         positions.const_data_ptr<int64_t>(), wanted, sequences, i, exit_layer, logits);
   InParallel([&](const Team& team) {
     for (int64_t i = 0; i < count; ++i) cycles[i].Run(team, i, max_drafts, draft);
