@@ -1,4 +1,4 @@
-"""The ``layerskip`` command: generate, verify, demo, doctor."""
+"""The ``layerskip`` command: generate, verify, demo, draft-vocab, doctor."""
 
 from __future__ import annotations
 
@@ -116,6 +116,20 @@ def _demo(args: argparse.Namespace) -> int:
     return 0 if demo(_load(args), prompts, config) else 1
 
 
+def _draft_vocab(args: argparse.Namespace) -> int:
+    from layerskip_kernels.datasets import human_eval_prompts
+    from layerskip_kernels.draft_vocab import most_frequent_tokens, write_draft_vocab
+    from layerskip_kernels.loading import read_checkpoint
+
+    tokenizer = read_checkpoint(args.model).tokenizer
+    if tokenizer is None:
+        raise ValueError("this model came without a tokenizer, so there is nothing to count tokens with")
+    texts = [_read_prompt(path) for path in args.corpus] or [text for _, text in human_eval_prompts()]
+    write_draft_vocab(Path(args.output), most_frequent_tokens(tokenizer, texts, args.size))
+    print(f"{args.size} token ids written to {args.output}; use them with --draft-vocab {args.output}")
+    return 0
+
+
 def _doctor(args: argparse.Namespace) -> int:
     from layerskip_kernels.doctor import as_text, diagnose
 
@@ -136,13 +150,15 @@ def _load(args: argparse.Namespace) -> Model:
     import torch
 
     from layerskip_kernels import load_model
+    from layerskip_kernels.draft_vocab import read_draft_vocab
     from layerskip_kernels.machine import usable_cores
 
     torch.set_num_threads(args.threads or usable_cores())
     if not hasattr(args, "model"):
         return load_model()
     dtype = getattr(torch, DTYPES.get(args.dtype, args.dtype)) if args.dtype else None
-    return load_model(args.model, dtype, args.backend)
+    model = load_model(args.model, dtype, args.backend)
+    return model.with_draft_vocab(read_draft_vocab(Path(args.draft_vocab))) if args.draft_vocab else model
 
 
 def _prompts(args: argparse.Namespace, default_count: int) -> list[tuple[str, str]]:
@@ -203,6 +219,12 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--num-prompts", type=_positive, default=5, metavar="N", help="of HumanEval (default: 5)")
     demo.add_argument("--exit-layer", type=int, metavar="E", help="layers that draft (default: a third)")
 
+    vocab = _command(commands, "draft-vocab", _draft_vocab, "count the most frequent tokens of some texts")
+    vocab.add_argument("corpus", nargs="*", metavar="FILE", help="text files (default: the HumanEval problems)")
+    vocab.add_argument("--size", type=_positive, default=8192, metavar="N", help="how many tokens (default: 8192)")
+    vocab.add_argument("--output", required=True, metavar="FILE", help="where the list goes, as JSON")
+    vocab.add_argument("--model", metavar="M", help="whose tokenizer counts (default: SmolLM2-135M-Instruct)")
+
     for command in (generate, verify, demo):
         _add_generation_options(command)
 
@@ -229,6 +251,7 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--dtype", choices=[*DTYPES, *DTYPES.values()], help="default: the checkpoint's own")
     parser.add_argument("--backend", choices=BACKENDS, default="cpu", help="default: cpu")
+    parser.add_argument("--draft-vocab", metavar="FILE", help="token ids that drafts may be (see draft-vocab)")
 
 
 def _add_generation_options(parser: argparse.ArgumentParser) -> None:

@@ -434,8 +434,9 @@ def draft_step(
     """Draft num_drafts[b] tokens for each sequence with the first ``exit_layer`` layers, one row at a time.
 
     tokens, positions, num_drafts int64 [B]: each sequence's last known token, not yet in the cache, where it
-    stands, and how many tokens to draft after it. A draft vocabulary restricts what they can be: draft_ids int64 [N],
-    ascending, and their rows of the LM head, packed [N, D]; both None: all tokens. Returns int64 [B, max_drafts], -1 where a sequence drafts fewer.
+    stands, and how many tokens to draft after it. A draft vocabulary restricts what drafts can be: draft_ids int64
+    [N], ascending, and their rows of the LM head, packed [N, D]; both None: all tokens. Returns int64
+    [B, max_drafts], -1 where a sequence drafts fewer.
     """
     drafts = torch.full((len(tokens), max_drafts), -1)
     final_norm = weights[1]

@@ -1,0 +1,38 @@
+"""Draft vocabularies (`Model.with_draft_vocab`): counted from text, kept as a JSON list of token ids."""
+
+import json
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+
+from layerskip_kernels.tokenizer import Tokenizer
+
+__all__ = ["most_frequent_tokens", "read_draft_vocab", "write_draft_vocab"]
+
+
+def most_frequent_tokens(tokenizer: Tokenizer, texts: Iterable[str], size: int) -> list[int]:
+    """The ``size`` most frequent token ids of some texts, ascending; among equals the lower id.
+
+    Where the texts have fewer different tokens, the lowest other ids follow: a byte-pair vocabulary numbers its
+    tokens by how early, and so how often, they were merged. Raises ValueError for a size outside the vocabulary.
+    """
+    if not 1 <= size <= tokenizer.vocab_size:
+        raise ValueError(f"size must be in 1..{tokenizer.vocab_size}, the tokenizer's vocabulary, got {size}")
+    counts = Counter(token for text in texts for token in tokenizer.encode(text))
+    by_frequency = sorted(range(tokenizer.vocab_size), key=lambda token: (-counts[token], token))
+    return sorted(by_frequency[:size])
+
+
+def write_draft_vocab(path: Path, token_ids: Iterable[int]) -> None:
+    path.write_text(json.dumps(list(token_ids)) + "\n", encoding="utf-8")
+
+
+def read_draft_vocab(path: Path) -> list[int]:
+    """The token ids of a file. Raises ValueError naming the file if it is no JSON list of integers."""
+    try:
+        ids = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}; `layerskip draft-vocab` writes such files") from error
+    if not isinstance(ids, list) or not all(type(token) is int for token in ids):
+        raise ValueError(f"{path} must hold a JSON list of token ids; `layerskip draft-vocab` writes such files")
+    return ids
