@@ -226,29 +226,41 @@ void Append(const float* k, const float* v, int64_t slot, int64_t kv_heads, int6
 
 // ---- rule 4 ----
 
-constexpr int kPairs = 6;        // (row, query head) pairs whose scores are folded side by side
-constexpr int kValuePairs = 3;   // the same for the weighted sum of values ...
-constexpr int kValueGroups = 2;  // ... of which this many times 16 dimensions are folded at once
+constexpr int kPairs = 6;       // (row, query head) pairs whose scores are folded side by side
+constexpr int kValuePairs = 3;  // the same for the weighted sum of values
+
+// What fits into registers beside that: 16-position tiles of keys, and 16-dimension groups of values.
+#if defined(LAYERSKIP_AVX512)
+constexpr int TilesAtOnce(int) { return 4; }
+constexpr int kValueGroups = 4;
+#elif defined(LAYERSKIP_AVX2)
+constexpr int TilesAtOnce(int pairs) { return pairs == 1 ? 4 : pairs == 2 ? 3 : pairs == 3 ? 2 : 1; }
+constexpr int kValueGroups = 1;
+#else
+constexpr int TilesAtOnce(int) { return 1; }
+constexpr int kValueGroups = 1;
+#endif
 
 // The pairs of one block and what rule 4 keeps for each.
 struct PairBlock {
   const float* q[kPairs];
-  float* partial[kPairs];
-  int64_t visible[kPairs];  // positions of this chunk that the pair may see; none comes with 0
+  float* partial[kPairs];   // m, l, o[head_dim]
+  int64_t visible[kPairs];  // positions of this chunk that the pair may see
   int64_t count, most_visible;
   alignas(64) float scores[kPairs][kChunk + kLanes];
 };
 
+// A run of positions that lie side by side on one page.
 template <class T>
-struct Tile {
+struct Run {
   const T* k;  // [K, S] from the first position on
-  const T* v;  // [S, K] from the first position on
+  const T* v;  // [positions, K]
   int64_t positions;
 };
 
-// The run of positions from `position` on that one page holds, at most `limit`.
+// The run from `position` on, of at most `limit` positions.
 template <class T>
-LAYERSKIP_FN Tile<T> TileAt(const PageView& pages, int64_t kv_head, int64_t position, int64_t limit) {
+LAYERSKIP_FN Run<T> RunAt(const PageView& pages, int64_t kv_head, int64_t position, int64_t limit) {
   const int64_t offset = position % pages.page_size;
   const int64_t page = pages.table[position / pages.page_size];
   const int64_t tile = (page * pages.kv_heads + kv_head) * pages.head_dim * pages.page_size;
@@ -256,101 +268,148 @@ LAYERSKIP_FN Tile<T> TileAt(const PageView& pages, int64_t kv_head, int64_t posi
           static_cast<const T*>(pages.v) + tile + offset * pages.head_dim, Min(limit, pages.page_size - offset)};
 }
 
-// Scores of 16 positions whose keys begin at k_tile; lanes beyond `lanes` are left unread.
-template <class T, int kCount>
-LAYERSKIP_FN void ScoreLanes(const PairBlock& block, const T* k_tile, const PageView& pages, int64_t lanes, float scale,
-                             float (*scores)[kChunk + kLanes], int64_t at) {
-  F32x16 acc[kCount];
-  for (int p = 0; p < kCount; ++p) acc[p] = Zero();
+// Keys of up to 16 positions of a chunk, and where their scores go.
+template <class T>
+struct KeyTile {
+  const T* k;
+  int64_t at, lanes;
+};
+
+template <class T, int kCount, int kTiles, bool kWhole>
+void ScoreTiles(PairBlock& block, const KeyTile<T>* tiles, const PageView& pages, float scale) {
+  F32x16 acc[kCount][kTiles];
+  for (int p = 0; p < kCount; ++p)
+    for (int t = 0; t < kTiles; ++t) acc[p][t] = Zero();
   for (int64_t d = 0; d < pages.head_dim; ++d) {
-    const T* k_d = k_tile + d * pages.page_size;
-    const F32x16 k = lanes >= kLanes ? Load(k_d) : LoadFirst(k_d, lanes);
+    F32x16 k_d[kTiles];
+#pragma GCC unroll 4
+    for (int t = 0; t < kTiles; ++t) {
+      const T* k_td = tiles[t].k + d * pages.page_size;
+      k_d[t] = kWhole ? Load(k_td) : LoadFirst(k_td, tiles[t].lanes);
+    }
 #pragma GCC unroll 6
-    for (int p = 0; p < kCount; ++p) acc[p] = MulAdd<T>(Broadcast(block.q[p][d]), k, acc[p]);
+    for (int p = 0; p < kCount; ++p) {
+      const F32x16 q_pd = Broadcast(block.q[p][d]);
+#pragma GCC unroll 4
+      for (int t = 0; t < kTiles; ++t) acc[p][t] = MulAdd<T>(q_pd, k_d[t], acc[p][t]);
+    }
   }
   const F32x16 scale_lanes = Broadcast(scale);
-  for (int p = 0; p < kCount; ++p) Store(scores[p] + at, Mul(acc[p], scale_lanes));
+  for (int p = 0; p < kCount; ++p)
+    for (int t = 0; t < kTiles; ++t) Store(block.scores[p] + tiles[t].at, Mul(acc[p][t], scale_lanes));
 }
 
 template <class T>
 void Scores(const ChunkTask& task, PairBlock& block) {
-  const int64_t start = task.chunk * kChunk;
+  KeyTile<T> tiles[kChunk];
+  int64_t count = 0;
+  for (int64_t done = 0; done < block.most_visible;) {
+    // A whole page may be read: positions beyond the visible ones give scores that nobody looks at.
+    const Run<T> run = RunAt<T>(task.pages, task.kv_head, task.chunk * kChunk + done, kChunk - done);
+    const int64_t needed = Min(run.positions, block.most_visible - done);
+    for (int64_t i = 0; i < needed; i += kLanes) tiles[count++] = {run.k + i, done + i, run.positions - i};
+    done += needed;
+  }
   WithConstant<kPairs>(block.count, [&](auto c) {
     constexpr int kCount = decltype(c)::value;
-    for (int64_t done = 0; done < block.most_visible;) {
-      // A whole page may be read: positions beyond the visible ones give scores that nobody looks at.
-      const Tile<T> tile = TileAt<T>(task.pages, task.kv_head, start + done, kChunk - done);
-      const int64_t needed = Min(tile.positions, block.most_visible - done);
-      for (int64_t i = 0; i < needed; i += kLanes)
-        ScoreLanes<T, kCount>(block, tile.k + i, task.pages, tile.positions - i, task.scale, block.scores, done + i);
-      done += needed;
+    for (int64_t first = 0; first < count;) {
+      int64_t whole = 0;
+      while (whole < TilesAtOnce(kCount) && first + whole < count && tiles[first + whole].lanes >= kLanes) ++whole;
+      if (whole == 0) {
+        ScoreTiles<T, kCount, 1, false>(block, tiles + first, task.pages, task.scale);
+      } else {
+        WithConstant<TilesAtOnce(kCount)>(whole, [&](auto t) {
+          ScoreTiles<T, kCount, decltype(t)::value, true>(block, tiles + first, task.pages, task.scale);
+        });
+      }
+      first += Max(whole, 1);
     }
   });
 }
 
-// scores -> p = to_dtype(exp(s - m)) in place; m and l into the partial results.
+// A NaN among the scores need not become the maximum: it stays NaN in exp(s - m), and so in the output.
+LAYERSKIP_FN float Largest(const float* s, int64_t n) {
+  float lanes[kLanes];
+  for (int i = 0; i < kLanes; ++i) lanes[i] = s[0];
+  int64_t j = 0;
+  for (; j + kLanes <= n; j += kLanes)
+    for (int i = 0; i < kLanes; ++i) lanes[i] = s[j + i] > lanes[i] ? s[j + i] : lanes[i];
+  for (; j < n; ++j) lanes[0] = s[j] > lanes[0] ? s[j] : lanes[0];
+  for (int i = 1; i < kLanes; ++i) lanes[0] = lanes[i] > lanes[0] ? lanes[i] : lanes[0];
+  return lanes[0];
+}
+
+// scores -> p = to_dtype(exp(s - m)) in place; m into the partial results.
 template <class T>
 void Softmax(PairBlock& block) {
   for (int64_t p = 0; p < block.count; ++p) {
     float* s = block.scores[p];
-    float m = s[0];
-    for (int64_t j = 1; j < block.visible[p]; ++j) m = s[j] > m || s[j] != s[j] ? s[j] : m;
+    const float m = Largest(s, block.visible[p]);
     for (int64_t j = 0; j < block.visible[p]; ++j) s[j] = Round<T>(Exp(s[j] - m));
-    float l = 0.0f;
-    for (int64_t j = 0; j < block.visible[p]; ++j) l += s[j];
     block.partial[p][0] = m;
-    block.partial[p][1] = l;
   }
 }
 
-// Folds positions begin..end of a tile into the outputs of pairs first..first+kCount, dimensions d..d+16*kGroups.
-template <class T, int kCount, int kGroups>
-LAYERSKIP_FN void FoldValues(PairBlock& block, int64_t first, const T* v, int64_t head_dim, int64_t at, int64_t count,
-                             int64_t d) {
-  const int64_t columns = head_dim - d;
-  const bool whole = columns >= kGroups * kLanes;
+// Folds `count` positions from v on, `at` in the chunk, into o[d .. d + 16 * kGroups] of kCount pairs, and with
+// kSum into l. Unless kWhole, the head ends within the only group.
+template <class T, int kCount, int kGroups, bool kWhole, bool kSum>
+void FoldValues(PairBlock& block, int64_t first, const T* v, int64_t head_dim, int64_t at, int64_t count, int64_t d) {
+  const int64_t lanes = head_dim - d;
+  float l[kCount];
   F32x16 acc[kCount][kGroups];
-  for (int p = 0; p < kCount; ++p)
-    for (int g = 0; g < kGroups; ++g) {
-      const float* o = block.partial[first + p] + 2 + d + g * kLanes;
-      acc[p][g] = whole ? Load(o) : LoadFirst(o, Min(kLanes, columns - g * kLanes));
-    }
+  for (int p = 0; p < kCount; ++p) {
+    const float* partial = block.partial[first + p];
+    l[p] = partial[1];
+    for (int g = 0; g < kGroups; ++g)
+      acc[p][g] = kWhole ? Load(partial + 2 + d + g * kLanes) : LoadFirst(partial + 2 + d, lanes);
+  }
   for (int64_t j = 0; j < count; ++j) {
     F32x16 v_j[kGroups];
+#pragma GCC unroll 4
     for (int g = 0; g < kGroups; ++g) {
       const T* v_jd = v + j * head_dim + d + g * kLanes;
-      v_j[g] = whole ? Load(v_jd) : LoadFirst(v_jd, Min(kLanes, columns - g * kLanes));
+      v_j[g] = kWhole ? Load(v_jd) : LoadFirst(v_jd, lanes);
     }
 #pragma GCC unroll 3
     for (int p = 0; p < kCount; ++p) {
-      const F32x16 p_j = Broadcast(block.scores[first + p][at + j]);
-      for (int g = 0; g < kGroups; ++g) acc[p][g] = MulAdd<T>(p_j, v_j[g], acc[p][g]);
+      const float p_j = block.scores[first + p][at + j];
+      if (kSum) l[p] += p_j;
+      const F32x16 p_lanes = Broadcast(p_j);
+#pragma GCC unroll 4
+      for (int g = 0; g < kGroups; ++g) acc[p][g] = MulAdd<T>(p_lanes, v_j[g], acc[p][g]);
     }
   }
-  for (int p = 0; p < kCount; ++p)
+  for (int p = 0; p < kCount; ++p) {
+    float* partial = block.partial[first + p];
+    if (kSum) partial[1] = l[p];
     for (int g = 0; g < kGroups; ++g) {
-      float* o = block.partial[first + p] + 2 + d + g * kLanes;
-      StoreFirst(o, acc[p][g], Min(kLanes, columns - g * kLanes));
-    }
-}
-
-template <class T, int kCount>
-LAYERSKIP_FN void FoldTile(PairBlock& block, int64_t first, const T* v, int64_t head_dim, int64_t at, int64_t count) {
-  for (int64_t d = 0; d < head_dim; d += kValueGroups * kLanes) {
-    if (head_dim - d > kLanes) {
-      FoldValues<T, kCount, kValueGroups>(block, first, v, head_dim, at, count, d);
-    } else {
-      FoldValues<T, kCount, 1>(block, first, v, head_dim, at, count, d);
+      if (kWhole) {
+        Store(partial + 2 + d + g * kLanes, acc[p][g]);
+      } else {
+        StoreFirst(partial + 2 + d, acc[p][g], lanes);
+      }
     }
   }
 }
 
-// o = fold of p_j * v_j: kValuePairs pairs side by side as far as all of them see, then each to its own end.
+// All dimensions of a run of positions; l goes with the first of them.
+template <class T, int kCount, bool kSum = true>
+void FoldRun(PairBlock& block, int64_t first, const T* v, int64_t head_dim, int64_t at, int64_t count, int64_t d = 0) {
+  if (d >= head_dim) return;
+  const int64_t groups = Min(kValueGroups, (head_dim - d) / kLanes);
+  if (groups == 0) return FoldValues<T, kCount, 1, false, kSum>(block, first, v, head_dim, at, count, d);
+  WithConstant<kValueGroups>(groups, [&](auto g) {
+    FoldValues<T, kCount, decltype(g)::value, true, kSum>(block, first, v, head_dim, at, count, d);
+  });
+  FoldRun<T, kCount, false>(block, first, v, head_dim, at, count, d + groups * kLanes);
+}
+
+// l = fold of p_j, o = fold of p_j * v_j: pairs side by side as far as all of them see, then each to its own end.
 template <class T>
 void WeightedValues(const ChunkTask& task, PairBlock& block) {
-  const int64_t head_dim = task.pages.head_dim, start = task.chunk * kChunk;
+  const int64_t head_dim = task.pages.head_dim;
   for (int64_t p = 0; p < block.count; ++p)
-    for (int64_t d = 0; d < head_dim; ++d) block.partial[p][2 + d] = 0.0f;
+    for (int64_t i = 0; i < 1 + head_dim; ++i) block.partial[p][1 + i] = 0.0f;
   for (int64_t first = 0; first < block.count; first += kValuePairs) {
     const int64_t count = Min(kValuePairs, block.count - first);
     int64_t shared = kChunk, most = 0;
@@ -359,17 +418,17 @@ void WeightedValues(const ChunkTask& task, PairBlock& block) {
       most = Max(most, block.visible[p]);
     }
     for (int64_t done = 0; done < most;) {
-      const Tile<T> tile = TileAt<T>(task.pages, task.kv_head, start + done, most - done);
-      const int64_t together = Max(0, Min(tile.positions, shared - done));
+      const Run<T> run = RunAt<T>(task.pages, task.kv_head, task.chunk * kChunk + done, most - done);
+      const int64_t together = Max(0, Min(run.positions, shared - done));
       if (together > 0) {
         WithConstant<kValuePairs>(
-            count, [&](auto c) { FoldTile<T, decltype(c)::value>(block, first, tile.v, head_dim, done, together); });
+            count, [&](auto c) { FoldRun<T, decltype(c)::value>(block, first, run.v, head_dim, done, together); });
       }
       for (int64_t p = first; p < first + count; ++p) {
-        const int64_t alone = Min(tile.positions, block.visible[p] - done) - together;
-        if (alone > 0) FoldTile<T, 1>(block, p, tile.v + together * head_dim, head_dim, done + together, alone);
+        const int64_t alone = Min(run.positions, block.visible[p] - done) - together;
+        if (alone > 0) FoldRun<T, 1>(block, p, run.v + together * head_dim, head_dim, done + together, alone);
       }
-      done += tile.positions;
+      done += run.positions;
     }
   }
 }
