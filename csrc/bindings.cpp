@@ -11,6 +11,7 @@ TORCH_LIBRARY(layerskip, m) {
   m.def("silu(Tensor x) -> Tensor");
   m.def("inverse_sqrt(Tensor x) -> Tensor");
   m.def("pack_weight(Tensor weight) -> Tensor");
+  m.def("select_rows(Tensor weight, Tensor rows) -> Tensor");
   m.def("embed_tokens(Tensor tokens, Tensor embedding, int hidden_size) -> Tensor");
   m.def("linear(Tensor x, Tensor weight, Tensor? bias, int out_features) -> Tensor");
   m.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
@@ -60,6 +61,7 @@ TORCH_LIBRARY_IMPL(layerskip, CPU, m) {
   m.impl("silu", &layerskip::silu);
   m.impl("inverse_sqrt", &layerskip::inverse_sqrt);
   m.impl("pack_weight", &layerskip::pack_weight);
+  m.impl("select_rows", &layerskip::select_rows);
   m.impl("embed_tokens", &layerskip::embed_tokens);
   m.impl("linear", &layerskip::linear);
   m.impl("rms_norm", &layerskip::rms_norm);

@@ -1,4 +1,4 @@
-"""The ``layerskip`` command: generate, verify, demo, draft-vocab, doctor."""
+"""The ``layerskip`` command: generate, verify, demo, bench, draft-vocab, doctor."""
 
 from __future__ import annotations
 
@@ -116,6 +116,25 @@ def _demo(args: argparse.Namespace) -> int:
     return 0 if demo(_load(args), prompts, config) else 1
 
 
+def _bench(args: argparse.Namespace) -> int:
+    from layerskip_kernels.bench import BitsDiffer, as_text, bench
+
+    config = GenerationConfig(exit_layer=args.exit_layer, num_speculations=args.num_speculations)
+    model = _load(args)
+    exit_layer = config.resolve_exit_layer(model.config.num_layers)
+    try:
+        report = bench(model, exit_layer, config.num_speculations)
+    except BitsDiffer as error:
+        print(f"layerskip: {error}", file=sys.stderr)
+        return 1
+    print(as_text(report))
+    if args.json is None:
+        print(json.dumps(report))
+    else:
+        Path(args.json).write_text(json.dumps(report) + "\n", encoding="utf-8")
+    return 0
+
+
 def _draft_vocab(args: argparse.Namespace) -> int:
     from layerskip_kernels.datasets import human_eval_prompts
     from layerskip_kernels.draft_vocab import most_frequent_tokens, write_draft_vocab
@@ -157,7 +176,7 @@ def _load(args: argparse.Namespace) -> Model:
     if not hasattr(args, "model"):
         return load_model()
     dtype = getattr(torch, DTYPES.get(args.dtype, args.dtype)) if args.dtype else None
-    model = load_model(args.model, dtype, args.backend)
+    model = load_model(args.model, dtype, args.backend, args.weights)
     return model.with_draft_vocab(read_draft_vocab(Path(args.draft_vocab))) if args.draft_vocab else model
 
 
@@ -219,6 +238,12 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--num-prompts", type=_positive, default=5, metavar="N", help="of HumanEval (default: 5)")
     demo.add_argument("--exit-layer", type=int, metavar="E", help="layers that draft (default: a third)")
 
+    bench = _command(commands, "bench", _bench, "time drafting and verification against plain decoding")
+    bench.add_argument("--exit-layer", type=int, metavar="E", help="layers that draft (default: a third)")
+    bench.add_argument("--json", metavar="PATH", help="where the JSON goes (default: the last line of stdout)")
+    _add_model_options(bench)
+    _add_step_options(bench)
+
     vocab = _command(commands, "draft-vocab", _draft_vocab, "count the most frequent tokens of some texts")
     vocab.add_argument("corpus", nargs="*", metavar="FILE", help="text files (default: the HumanEval problems)")
     vocab.add_argument("--size", type=_positive, default=8192, metavar="N", help="how many tokens (default: 8192)")
@@ -251,18 +276,23 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--dtype", choices=[*DTYPES, *DTYPES.values()], help="default: the checkpoint's own")
     parser.add_argument("--backend", choices=BACKENDS, default="cpu", help="default: cpu")
+    parser.add_argument(
+        "--weights", choices=["int8"], help="quantise the linear layers (default: as in the checkpoint)"
+    )
     parser.add_argument("--draft-vocab", metavar="FILE", help="token ids that drafts may be (see draft-vocab)")
 
 
 def _add_generation_options(parser: argparse.ArgumentParser) -> None:
-    defaults = GenerationConfig()
+    _add_step_options(parser)
+    default = GenerationConfig().max_new_tokens
+    parser.add_argument("--max-new-tokens", type=int, default=default, metavar="N", help=f"default: {default}")
+
+
+def _add_step_options(parser: argparse.ArgumentParser) -> None:
+    default = GenerationConfig().num_speculations
     parser.add_argument(
-        "--num-speculations", type=int, default=defaults.num_speculations, metavar="K",
-        help=f"tokens drafted before each verification (default: {defaults.num_speculations})",
-    )  # fmt: skip
-    parser.add_argument(
-        "--max-new-tokens", type=int, default=defaults.max_new_tokens, metavar="N",
-        help=f"default: {defaults.max_new_tokens}",
+        "--num-speculations", type=int, default=default, metavar="K",
+        help=f"tokens drafted before each verification (default: {default})",
     )  # fmt: skip
     parser.add_argument("--threads", type=_positive, metavar="N", help="default: the physical cores usable here")
 

@@ -63,12 +63,19 @@ class Checkpoint:
 
 
 def load_model(
-    source: str | os.PathLike[str] | None = None, dtype: torch.dtype | None = None, backend: str = "cpu"
+    source: str | os.PathLike[str] | None = None,
+    dtype: torch.dtype | None = None,
+    backend: str = "cpu",
+    weights: str | None = None,
 ) -> "Model":
-    """A model ready to run on ``backend``; ``source`` and ``dtype`` as in ``read_checkpoint``."""
+    """A model ready to run on ``backend``; ``source`` and ``dtype`` as in ``read_checkpoint``.
+
+    ``weights="int8"``: linear layers and LM head in int8, for half the memory read per token (another model, then:
+    its own bits, the same in every backend and strategy).
+    """
     from layerskip_kernels.model import Model
 
-    return Model.from_checkpoint(read_checkpoint(source, dtype), backend=backend)
+    return Model.from_checkpoint(read_checkpoint(source, dtype), backend, weights)
 
 
 def read_checkpoint(source: str | os.PathLike[str] | None = None, dtype: torch.dtype | None = None) -> Checkpoint:

@@ -63,26 +63,38 @@ class Model:
             shown = f"{len(ids)} ids" + (f" from {ids[0]} to {ids[-1]}" if ids else "")
             raise ValueError(f"draft_vocab must be token ids in 0..{self.config.vocab_size - 1}, got {shown}")
         draft_ids = torch.tensor(ids)
-        head = self.ops.pack_weight(self.ops.embed_tokens(draft_ids, self.weights[2], self.config.hidden_size))
+        head = self.ops.select_rows(self.weights[2], draft_ids)
         return replace(self, draft_head=empty(*head.shape, dtype=head.dtype).copy_(head), draft_ids=draft_ids)
 
     @classmethod
-    def from_checkpoint(cls, checkpoint: Checkpoint, backend: str = "cpu") -> Model:
-        """Lay a checkpoint's tensors out for a backend, taking each out of ``checkpoint.tensors`` as it goes."""
+    def from_checkpoint(cls, checkpoint: Checkpoint, backend: str = "cpu", weights: str | None = None) -> Model:
+        """Lay a checkpoint's tensors out for a backend, taking each out of ``checkpoint.tensors`` as it goes.
+
+        ``weights``: None keeps them in the model's dtype; "int8" quantises the linear layers and the LM head
+        (reference.quantize_int8), not the embedding and the norms.
+        """
+        if weights not in (None, "int8"):
+            raise ValueError(f"weights must be None or 'int8', got {weights!r}")
         tensors, config = checkpoint.tensors, checkpoint.config
         pack_weight = ops.backend(backend).pack_weight
-        arena = Arena(sum(map(ops.packed_bytes, tensors.values())), len(tensors))
+        arena = Arena()
 
         def pack(weight: Tensor) -> Tensor:
             return arena.place(pack_weight(weight))
 
-        embedding = pack(tensors.pop("model.embed_tokens.weight"))
-        lm_head = embedding if config.tie_word_embeddings else pack(tensors.pop("lm_head.weight"))
+        def pack_linear(weight: Tensor) -> Tensor:
+            return pack(reference.quantize_int8(weight) if weights == "int8" else weight)
+
+        embedding_rows = tensors.pop("model.embed_tokens.weight")
+        head_rows = embedding_rows if config.tie_word_embeddings else tensors.pop("lm_head.weight")
+        embedding = pack(embedding_rows)
+        shared = config.tie_word_embeddings and weights is None
+        lm_head = embedding if shared else pack_linear(head_rows)
         cos, sin = reference.rope_tables(inverse_frequencies(config), config.max_positions)
-        weights = [embedding, tensors.pop("model.norm.weight"), lm_head, cos, sin]
+        flat = [embedding, tensors.pop("model.norm.weight"), lm_head, cos, sin]
         for layer in range(config.num_layers):
-            weights += _layer_weights(tensors, f"model.layers.{layer}.", pack, config.attention_bias)
-        return cls(config, checkpoint.dtype, weights, backend, checkpoint.tokenizer, checkpoint.name)
+            flat += _layer_weights(tensors, f"model.layers.{layer}.", pack_linear, config.attention_bias)
+        return cls(config, checkpoint.dtype, flat, backend, checkpoint.tokenizer, checkpoint.name)
 
 
 def _layer_weights(tensors: dict[str, Tensor], prefix: str, pack: Any, attention_bias: bool) -> list[Tensor]:

@@ -4,6 +4,7 @@
 |---|---|
 | ``exp``, ``log``, ``silu``, ``inverse_sqrt`` | fp32, elementwise: rule 5, and 1 / sqrt |
 | ``pack_weight`` | a linear weight [N, K] -> the backend's own layout |
+| ``select_rows`` | rows of a packed weight -> a packed weight |
 | ``embed_tokens`` | tokens [T] -> hidden [T, D] |
 | ``linear`` | x [T, K] -> [T, N]: rule 1 |
 | ``rms_norm`` | x [T, D] -> [T, D]: rule 2 |
@@ -47,12 +48,6 @@ def backend(name: str) -> Any:
     return BACKENDS[name]
 
 
-def packed_bytes(weight: Tensor) -> int:
-    """What ``pack_weight`` makes of a tensor takes at most this."""
-    rows = -(-weight.size(0) // GROUP) * GROUP
-    return rows * weight[0].numel() * weight.element_size()
-
-
 # ---- fakes: shapes and dtypes without data, for torch.compile and export ----
 
 
@@ -67,6 +62,11 @@ def _(x: Tensor) -> Tensor:
 @register_fake("layerskip::pack_weight")
 def _(weight: Tensor) -> Tensor:
     return weight.new_empty((weight.size(0) + GROUP - 1) // GROUP, weight.size(1), GROUP)
+
+
+@register_fake("layerskip::select_rows")
+def _(weight: Tensor, rows: Tensor) -> Tensor:
+    return weight.new_empty((rows.size(0) + GROUP - 1) // GROUP, weight.size(1), GROUP)
 
 
 @register_fake("layerskip::embed_tokens")

@@ -135,19 +135,43 @@ def tree(partials: Tensor) -> Tensor:
 
 
 def dot(x: Tensor, weight: Tensor) -> Tensor:
-    """Rule 1: ``x`` [T, K] times ``weight`` [N, K] -> fp32 [T, N].
+    """Rule 1: ``x`` [T, K] times ``weight`` [N, K], or int8 as quantize_int8 makes it -> fp32 [T, N].
 
     K is cut into eight contiguous segments of ceil(K / 8); each is folded in ascending k; the partials are
     summed in a tree. The zeros that fill the last segments change nothing: a fold from +0.0 is never -0.0.
     """
     length = -(-x.size(1) // SEGMENTS)
     padding = (0, SEGMENTS * length - x.size(1))
+    weight, scales_SN = _int8_parts(weight) if weight.dtype == torch.int8 else (weight, None)
     x_kST = torch.nn.functional.pad(x.float(), padding).view(-1, SEGMENTS, length).permute(2, 1, 0).contiguous()
     w_kSN = torch.nn.functional.pad(weight.float(), padding).view(-1, SEGMENTS, length).permute(2, 1, 0).contiguous()
     partials_STN = x.new_zeros(SEGMENTS, x.size(0), weight.size(0), dtype=torch.float32)
     for x_ST, w_SN in zip(x_kST, w_kSN, strict=True):
         partials_STN = partials_STN + x_ST[:, :, None] * w_SN[:, None, :]
+    if scales_SN is not None:
+        partials_STN = partials_STN * scales_SN[:, None, :]
     return tree(partials_STN)
+
+
+def quantize_int8(weight: Tensor) -> Tensor:
+    """A linear weight [N, K] as int8 [N, K + 32]: K numbers of -127..127, then the bytes of eight fp32 scales.
+
+    One scale for each row and segment of rule 1: the segment's largest magnitude / 127. ``dot`` folds the integers
+    (their products with 16-bit numbers are exact in fp32, too) and applies the scale once per segment.
+    """
+    N, K = weight.shape
+    length = -(-K // SEGMENTS)
+    segments = torch.nn.functional.pad(weight.float(), (0, SEGMENTS * length - K)).view(N, SEGMENTS, length)
+    scales = segments.abs().amax(dim=2) / 127.0
+    safe = torch.where(scales > 0, scales, 1.0)
+    integers = (segments / safe[:, :, None]).round().clamp(-127, 127).view(N, -1)[:, :K].to(torch.int8)
+    return torch.cat([integers, scales.view(torch.int8)], dim=1)
+
+
+def _int8_parts(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The integers [N, K] and the scales fp32 [8, N] of an int8 weight."""
+    scale_bytes = SEGMENTS * 4
+    return weight[:, :-scale_bytes], weight[:, -scale_bytes:].contiguous().view(torch.float32).T
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
@@ -194,6 +218,11 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def pack_weight(weight: Tensor) -> Tensor:
     """A linear weight [N, K] in this backend's layout: here, as it is."""
     return weight
+
+
+def select_rows(weight: Tensor, rows: Tensor) -> Tensor:
+    """The packed weight made of some rows (int64 [R]) of another."""
+    return weight[rows]
 
 
 def embed_tokens(tokens: Tensor, embedding: Tensor, hidden_size: int) -> Tensor:

@@ -70,8 +70,14 @@ def checkpoint(config: ModelConfig, dtype: torch.dtype, seed: int = 0) -> Checkp
     return Checkpoint(config=c, tensors=tensors, tokenizer=None, name="tiny", dtype=dtype)
 
 
-def tiny_model(dtype: torch.dtype = torch.bfloat16, backend: str = "cpu", seed: int = 0, **changes: object) -> Model:
-    return Model.from_checkpoint(checkpoint(config(**changes), dtype, seed), backend=backend)
+def tiny_model(
+    dtype: torch.dtype = torch.bfloat16,
+    backend: str = "cpu",
+    seed: int = 0,
+    weights: str | None = None,
+    **changes: object,
+) -> Model:
+    return Model.from_checkpoint(checkpoint(config(**changes), dtype, seed), backend, weights)
 
 
 def random_tokens(count: int, vocab_size: int = 101, seed: int = 0) -> list[int]:

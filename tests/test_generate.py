@@ -38,6 +38,19 @@ def test_a_draft_vocabulary_changes_no_bit(dtype):
     assert same_bits(drafted, plain(model, [prompt])[0])
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_int8_weights_change_no_bit_either(dtype, tied):
+    """Another model than in 16 bits, but the same one in both backends and strategies."""
+    models = [tiny_model(dtype, backend, weights="int8", tie_word_embeddings=tied) for backend in ("cpu", "reference")]
+    prompt, settings = random_tokens(20), dict(max_new_tokens=12)
+    expected = plain(models[1], [prompt], **settings)[0]
+    for model in (*models, models[0].with_draft_vocab(range(0, 101, 2))):
+        drafted = generate(model, [prompt], GenerationConfig(exit_layer=2, **settings, **KEEP))[0]
+        assert same_bits(drafted, expected)
+    full = plain(tiny_model(dtype, tie_word_embeddings=tied), [prompt], **settings)[0]
+    assert not torch.equal(full.logits[0], expected.logits[0])
+
+
 def test_the_reference_agrees(dtype):
     prompt, settings = random_tokens(20), dict(max_new_tokens=12)
     expected = plain(tiny_model(dtype, "reference"), [prompt], **settings)[0]

@@ -64,6 +64,35 @@ def test_value_is_the_dot_product():
     assert (reference.linear(x, weight, bias, 33) - true).abs().max() < 1e-4
 
 
+@pytest.mark.parametrize("rows", [1, 2, 6, 7, 17])
+@pytest.mark.parametrize("k", [1, 7, 9, 64, 100, 576])
+def test_int8_has_the_bits_of_its_reference(dtype, isa, rows, k):
+    x, weight, bias = operands(dtype, rows, n=77, k=k)
+    int8 = reference.quantize_int8(weight)
+    expected = reference.linear(x, int8, bias, 77)
+    assert torch.equal(cpu.linear(x, cpu.pack_weight(int8), bias, 77), expected)
+    alone = torch.cat([cpu.linear(row[None], cpu.pack_weight(int8), bias, 77) for row in x])
+    assert torch.equal(alone, expected)
+
+
+def test_int8_is_near_what_it_stands_for():
+    x, weight, _ = operands(torch.float32, rows=4, n=33, k=200)
+    int8 = reference.quantize_int8(weight)
+    assert int8.shape == (33, 232) and int8[:, :200].abs().max() == 127
+    exact, got = reference.dot(x, weight), reference.dot(x, int8)
+    assert 0 < (got - exact).abs().max() < 0.02 * exact.std() * 3
+    assert torch.equal(reference.dot(x, reference.quantize_int8(torch.zeros(33, 200))), torch.zeros(4, 33))
+
+
+@pytest.mark.parametrize("int8", [False, True])
+def test_selected_rows_are_those_of_the_weight(dtype, int8):
+    x, weight, _ = operands(dtype, rows=3, n=77, k=50)
+    weight = reference.quantize_int8(weight) if int8 else weight
+    rows = torch.tensor([76, 0, 0, 15, 16, 40, *range(20)])
+    got = cpu.linear(x, cpu.select_rows(cpu.pack_weight(weight), rows), None, len(rows))
+    assert torch.equal(got, reference.linear(x, reference.select_rows(weight, rows), None, len(rows)))
+
+
 def test_bad_shapes_are_refused():
     x, weight, bias = operands(torch.bfloat16, rows=2, n=20, k=30)
     packed = cpu.pack_weight(weight)

@@ -40,6 +40,8 @@ def arguments(name):
             return (torch.rand(7, 5),)
         case "pack_weight":
             return (torch.randn(20, 30).half(),)
+        case "select_rows":
+            return w["q"], torch.tensor([3, 1, 90])
         case "embed_tokens":
             return rows[0], model.weights[0], 50
         case "linear":
@@ -78,7 +80,7 @@ def registered() -> list[str]:
 
 
 def test_the_list_is_complete():
-    assert len(registered()) == 18
+    assert len(registered()) == 19
 
 
 @pytest.mark.parametrize("name", registered())

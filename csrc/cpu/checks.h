@@ -23,8 +23,12 @@ inline void CheckTensor(const char* name, const at::Tensor& tensor, at::ScalarTy
   TORCH_CHECK_VALUE(tensor.is_contiguous(), name, " must be contiguous; call .contiguous() first");
 }
 
-inline void CheckPacked(const char* name, const at::Tensor& weight, at::ScalarType dtype, int64_t n, int64_t k) {
-  CheckTensor(name, weight, dtype, {(n + kGroup - 1) / kGroup, k, kGroup});
+// A packed linear weight [N, K] in the model's dtype or in int8.
+inline WeightView CheckPacked(const char* name, const at::Tensor& weight, at::ScalarType dtype, int64_t n, int64_t k) {
+  const bool is_int8 = weight.scalar_type() == at::kChar;
+  CheckTensor(name, weight, is_int8 ? at::kChar : dtype,
+              {(n + kGroup - 1) / kGroup, is_int8 ? k + kScaleRows : k, kGroup});
+  return {weight.const_data_ptr(), is_int8};
 }
 
 // An absent bias is None for an op and an empty tensor in a step's list of weights.

@@ -15,6 +15,15 @@ enum class Dtype { kBFloat16, kFloat16, kFloat32 };
 inline constexpr int kNumDtypes = 3;
 inline constexpr int64_t kGroup = 16;  // output columns in a packed weight group
 
+// int8 weights carry their scales: each group [K + 32][16] bytes, the last 512 of them fp32 [8 segments][16 columns].
+inline constexpr int64_t kScaleRows = kSegments * static_cast<int64_t>(sizeof(float));
+
+// A packed linear weight: in the model's dtype, or int8.
+struct WeightView {
+  const void* data;
+  bool is_int8;
+};
+
 struct Maximum {
   float value;
   int64_t index;
@@ -51,14 +60,16 @@ struct Kernels {
   void (*inverse_sqrt)(const float* x, int64_t n, float* out);
   void (*widen)(const void* from, int64_t n, float* to);
   void (*narrow)(const float* from, int64_t n, void* to);
-  // Row-major [N, K] -> packed, groups group_begin .. group_end.
-  void (*pack)(const void* weight, int64_t n, int64_t k, int64_t group_begin, int64_t group_end, void* packed);
+  // Row-major [N, K] (int8: [N, K + 32] bytes, a row's scales last) -> packed, groups group_begin .. group_end.
+  void (*pack)(WeightView weight, int64_t n, int64_t k, int64_t group_begin, int64_t group_end, void* packed);
+  // Row `row` of a packed weight becomes row `to_row` of another.
+  void (*copy_row)(WeightView weight, int64_t row, int64_t k, int64_t to_row, void* packed);
   // Row `token` of a packed embedding [V, D].
   void (*embed)(const void* embedding, int64_t token, int64_t hidden_size, float* out);
   // Rule 2 on one row of n.
   void (*rms_norm)(const float* x, const void* weight, int64_t n, float eps, float* out);
   // Rule 1 on rows [T, K], for columns 16 * group_begin .. min(16 * group_end, n) of out [T, n].
-  void (*linear)(const float* x, int64_t rows, int64_t k, const void* weight, const void* bias, int64_t n,
+  void (*linear)(const float* x, int64_t rows, int64_t k, WeightView weight, const void* bias, int64_t n,
                  int64_t group_begin, int64_t group_end, bool round, float* out);
   // y = to_dtype(residual + y) and gate = to_dtype(to_dtype(silu(gate)) * up), n values in place.
   void (*add_residual)(const float* residual, int64_t n, float* y);

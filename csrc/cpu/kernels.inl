@@ -57,15 +57,65 @@ LAYERSKIP_FN int64_t PackedLane(int64_t n) {
   return std::is_same_v<T, BFloat16> ? (n < 8 ? 2 * n : 2 * (n - 8) + 1) : n;
 }
 
-template <class T>
-void Pack(const void* weight, int64_t n, int64_t k, int64_t group_begin, int64_t group_end, void* packed) {
-  const T* from = static_cast<const T*>(weight);
+// Elements of W in one packed group of K inputs.
+template <class W>
+LAYERSKIP_FN int64_t GroupSize(int64_t k) {
+  return (std::is_same_v<W, int8_t> ? k + kScaleRows : k) * kGroup;
+}
+
+// Row-major row -> its lane of a packed group; no row: zeros.
+template <class W>
+void PackRow(const W* from, int64_t k, int64_t lane, W* group) {
+  for (int64_t i = 0; i < k; ++i) group[i * kGroup + PackedLane<W>(lane)] = from == nullptr ? W{} : from[i];
+  if constexpr (std::is_same_v<W, int8_t>) {
+    constexpr int64_t kSize = sizeof(float);
+    for (int64_t s = 0; s < kSegments; ++s)
+      for (int64_t byte = 0; byte < kSize; ++byte)
+        group[(k + s * kSize) * kGroup + lane * kSize + byte] = from == nullptr ? W{} : from[k + s * kSize + byte];
+  }
+}
+
+template <class W>
+void PackGroups(const void* weight, int64_t n, int64_t k, int64_t group_begin, int64_t group_end, void* packed) {
+  const W* from = static_cast<const W*>(weight);
+  const int64_t row_size = GroupSize<W>(k) / kGroup;
   for (int64_t group = group_begin; group < group_end; ++group) {
-    T* to = static_cast<T*>(packed) + group * k * kGroup;
     for (int64_t lane = 0; lane < kGroup; ++lane) {
       const int64_t row = group * kGroup + lane;
-      for (int64_t i = 0; i < k; ++i) to[i * kGroup + PackedLane<T>(lane)] = row < n ? from[row * k + i] : T{};
+      PackRow<W>(row < n ? from + row * row_size : nullptr, k, lane, static_cast<W*>(packed) + group * GroupSize<W>(k));
     }
+  }
+}
+
+template <class T>
+void Pack(WeightView weight, int64_t n, int64_t k, int64_t group_begin, int64_t group_end, void* packed) {
+  if (weight.is_int8) {
+    PackGroups<int8_t>(weight.data, n, k, group_begin, group_end, packed);
+  } else {
+    PackGroups<T>(weight.data, n, k, group_begin, group_end, packed);
+  }
+}
+
+template <class W>
+void CopyRowOf(const void* weight, int64_t row, int64_t k, int64_t to_row, void* packed) {
+  const W* from = static_cast<const W*>(weight) + (row / kGroup) * GroupSize<W>(k);
+  W* to = static_cast<W*>(packed) + (to_row / kGroup) * GroupSize<W>(k);
+  const int64_t lane = row % kGroup, to_lane = to_row % kGroup;
+  for (int64_t i = 0; i < k; ++i) to[i * kGroup + PackedLane<W>(to_lane)] = from[i * kGroup + PackedLane<W>(lane)];
+  if constexpr (std::is_same_v<W, int8_t>) {
+    constexpr int64_t kSize = sizeof(float);
+    for (int64_t s = 0; s < kSegments; ++s)
+      for (int64_t byte = 0; byte < kSize; ++byte)
+        to[(k + s * kSize) * kGroup + to_lane * kSize + byte] = from[(k + s * kSize) * kGroup + lane * kSize + byte];
+  }
+}
+
+template <class T>
+void CopyRow(WeightView weight, int64_t row, int64_t k, int64_t to_row, void* packed) {
+  if (weight.is_int8) {
+    CopyRowOf<int8_t>(weight.data, row, k, to_row, packed);
+  } else {
+    CopyRowOf<T>(weight.data, row, k, to_row, packed);
   }
 }
 
@@ -92,8 +142,9 @@ constexpr int GroupsPerPass(int64_t) { return 1; }
 // processor's own prefetching to fall behind (docs/log.md).
 constexpr int64_t kPrefetchBytes = 2048;
 
-template <class T, int kRows, int kGroups>
-void DotTile(const float* x, int64_t k, const T* weight, F32x16 (&out)[kRows][kGroups]) {
+// T: dtype of x; W: of the weights, T or int8. An int8 product with a 16-bit number is exact in fp32, too.
+template <class T, class W, int kRows, int kGroups>
+void DotTile(const float* x, int64_t k, const W* weight, F32x16 (&out)[kRows][kGroups]) {
   const int64_t length = (k + kSegments - 1) / kSegments;
   F32x16 partial[kSegments][kRows][kGroups];
   for (int s = 0; s < kSegments; ++s) {
@@ -105,7 +156,7 @@ void DotTile(const float* x, int64_t k, const T* weight, F32x16 (&out)[kRows][kG
       F32x16 w[kGroups];
 #pragma GCC unroll 4
       for (int g = 0; g < kGroups; ++g) {
-        const T* w_gi = weight + (g * k + i) * kGroup;
+        const W* w_gi = weight + g * GroupSize<W>(k) + i * kGroup;
         __builtin_prefetch(reinterpret_cast<const char*>(w_gi) + kPrefetchBytes);
         w[g] = LoadPacked(w_gi);
       }
@@ -116,8 +167,14 @@ void DotTile(const float* x, int64_t k, const T* weight, F32x16 (&out)[kRows][kG
         for (int g = 0; g < kGroups; ++g) acc[r][g] = MulAdd<T>(x_ri, w[g], acc[r][g]);
       }
     }
-    for (int r = 0; r < kRows; ++r)
-      for (int g = 0; g < kGroups; ++g) partial[s][r][g] = acc[r][g];
+    for (int g = 0; g < kGroups; ++g) {
+      if constexpr (std::is_same_v<W, int8_t>) {
+        const W* scales = weight + g * GroupSize<W>(k) + k * kGroup + s * kGroup * sizeof(float);
+        const F32x16 scale = Load(reinterpret_cast<const float*>(scales));
+        for (int r = 0; r < kRows; ++r) acc[r][g] = Mul(acc[r][g], scale);
+      }
+      for (int r = 0; r < kRows; ++r) partial[s][r][g] = acc[r][g];
+    }
   }
   for (int r = 0; r < kRows; ++r) {
     for (int g = 0; g < kGroups; ++g) {
@@ -127,11 +184,11 @@ void DotTile(const float* x, int64_t k, const T* weight, F32x16 (&out)[kRows][kG
   }
 }
 
-template <class T, int kRows, int kGroups>
-void LinearTile(const float* x, int64_t k, const T* weight, const T* bias, int64_t n, int64_t group, bool round,
+template <class T, class W, int kRows, int kGroups>
+void LinearTile(const float* x, int64_t k, const W* weight, const T* bias, int64_t n, int64_t group, bool round,
                 float* out) {
   F32x16 y[kRows][kGroups];
-  DotTile<T, kRows, kGroups>(x, k, weight + group * k * kGroup, y);
+  DotTile<T, W, kRows, kGroups>(x, k, weight + group * GroupSize<W>(k), y);
   for (int g = 0; g < kGroups; ++g) {
     const int64_t column = (group + g) * kGroup, columns = Min(kGroup, n - column);
     for (int r = 0; r < kRows; ++r) {
@@ -147,9 +204,9 @@ void LinearTile(const float* x, int64_t k, const T* weight, const T* bias, int64
   }
 }
 
-template <class T>
-void Linear(const float* x, int64_t rows, int64_t k, const void* weight, const void* bias, int64_t n,
-            int64_t group_begin, int64_t group_end, bool round, float* out) {
+template <class T, class W>
+void LinearOf(const float* x, int64_t rows, int64_t k, const void* weight, const void* bias, int64_t n,
+              int64_t group_begin, int64_t group_end, bool round, float* out) {
   const int64_t groups_at_once = GroupsPerPass(Min(rows, kRowsPerPass));
   for (int64_t group = group_begin; group < group_end;) {
     const int64_t groups = Min(groups_at_once, group_end - group);
@@ -159,12 +216,22 @@ void Linear(const float* x, int64_t rows, int64_t k, const void* weight, const v
         constexpr int kRows = decltype(r)::value;
         WithConstant<GroupsPerPass(kRows)>(groups, [&](auto g) {
           constexpr int kGroups = decltype(g)::value;
-          LinearTile<T, kRows, kGroups>(x + row * k, k, static_cast<const T*>(weight), static_cast<const T*>(bias), n,
-                                        group, round, out + row * n);
+          LinearTile<T, W, kRows, kGroups>(x + row * k, k, static_cast<const W*>(weight), static_cast<const T*>(bias),
+                                           n, group, round, out + row * n);
         });
       });
     }
     group += groups;
+  }
+}
+
+template <class T>
+void Linear(const float* x, int64_t rows, int64_t k, WeightView weight, const void* bias, int64_t n,
+            int64_t group_begin, int64_t group_end, bool round, float* out) {
+  if (weight.is_int8) {
+    LinearOf<T, int8_t>(x, rows, k, weight.data, bias, n, group_begin, group_end, round, out);
+  } else {
+    LinearOf<T, T>(x, rows, k, weight.data, bias, n, group_begin, group_end, round, out);
   }
 }
 
@@ -491,9 +558,9 @@ Maximum Argmax(const float* x, int64_t n) {
 
 template <class T>
 constexpr Kernels Table() {
-  return {sizeof(T),  ExpAll,  LogAll,    SiluAll,        InverseSqrtAll, Widen<T>,
-          Narrow<T>,  Pack<T>, Embed<T>,  RmsNorm<T>,     Linear<T>,      AddResidual<T>,
-          SiluMul<T>, Rope<T>, Append<T>, AttendChunk<T>, MergeChunks<T>, Argmax};
+  return {sizeof(T), ExpAll,     LogAll,         SiluAll,        InverseSqrtAll, Widen<T>,       Narrow<T>,
+          Pack<T>,   CopyRow<T>, Embed<T>,       RmsNorm<T>,     Linear<T>,      AddResidual<T>, SiluMul<T>,
+          Rope<T>,   Append<T>,  AttendChunk<T>, MergeChunks<T>, Argmax};
 }
 
 constexpr Kernels kTables[kNumDtypes] = {Table<BFloat16>(), Table<Float16>(), Table<float>()};

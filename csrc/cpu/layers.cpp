@@ -18,7 +18,7 @@ void NormRows(const Team& team, const Kernels& kernels, const void* weight, int6
 }
 
 // This thread's columns of out [rows, n].
-Range LinearShare(const Team& team, const Kernels& kernels, const float* x, int64_t rows, int64_t k, const void* weight,
+Range LinearShare(const Team& team, const Kernels& kernels, const float* x, int64_t rows, int64_t k, WeightView weight,
                   const void* bias, int64_t n, bool round, float* out) {
   const Range groups = team.Share(Groups(n));
   kernels.linear(x, rows, k, weight, bias, n, groups.begin, groups.end, round, out);
@@ -116,7 +116,7 @@ void PagedAttention(const Team& team, const Kernels& kernels, const Shape& shape
 }
 
 void LinearResidual(const Team& team, const Kernels& kernels, int64_t rows, const float* input, int64_t input_size,
-                    const void* weight, const void* bias, int64_t output_size, float* projected, float* x) {
+                    WeightView weight, const void* bias, int64_t output_size, float* projected, float* x) {
   const Range mine = LinearShare(team, kernels, input, rows, input_size, weight, bias, output_size, true, projected);
   for (int64_t r = 0; r < rows; ++r) {
     float* y = projected + r * output_size + mine.begin;
@@ -127,8 +127,8 @@ void LinearResidual(const Team& team, const Kernels& kernels, int64_t rows, cons
   team.Barrier();
 }
 
-void NormGateUpSilu(const Team& team, const Kernels& kernels, const Shape& shape, const void* norm, const void* w_gate,
-                    const void* w_up, float eps, int64_t rows, Workspace& ws) {
+void NormGateUpSilu(const Team& team, const Kernels& kernels, const Shape& shape, const void* norm, WeightView w_gate,
+                    WeightView w_up, float eps, int64_t rows, Workspace& ws) {
   const int64_t hidden = shape.hidden_size, size = shape.intermediate_size;
   NormRows(team, kernels, norm, hidden, eps, rows, ws.hidden, ws.normed);
   LinearShare(team, kernels, ws.normed, rows, hidden, w_up, nullptr, size, true, ws.up);
@@ -138,7 +138,7 @@ void NormGateUpSilu(const Team& team, const Kernels& kernels, const Shape& shape
   team.Barrier();
 }
 
-Head::Head(const void* norm, const void* weight, int64_t hidden_size, int64_t vocab_size, float eps, int64_t rows,
+Head::Head(const void* norm, WeightView weight, int64_t hidden_size, int64_t vocab_size, float eps, int64_t rows,
            float* logits)
     : tokens(rows),
       norm_(norm),

@@ -22,7 +22,12 @@ struct Shape {
 
 // Pointers into tensors that the caller keeps alive; biases are null where there is none.
 struct LayerWeights {
-  const void *attn_norm, *wq, *wk, *wv, *qkv_bias, *wo, *out_bias, *mlp_norm, *w_gate, *w_up, *w_down;
+  const void* attn_norm;
+  WeightView wq, wk, wv;
+  const void* qkv_bias;
+  WeightView wo;
+  const void *out_bias, *mlp_norm;
+  WeightView w_gate, w_up, w_down;
 };
 
 struct ModelView {
@@ -31,7 +36,8 @@ struct ModelView {
   Shape shape;
   int64_t vocab_size;
   float eps, scale;
-  const void *embedding, *final_norm, *lm_head;
+  const void *embedding, *final_norm;
+  WeightView lm_head;
   int64_t max_positions;
   const float *cos, *sin;  // [max_positions, K / 2]
   std::vector<LayerWeights> layers;
@@ -88,14 +94,14 @@ void PagedAttention(const Team& team, const Kernels& kernels, const Shape& shape
 
 // x = to_dtype(x + to_dtype(input . weight + bias)) for x [rows, D]; `projected` is scratch of the same size.
 void LinearResidual(const Team& team, const Kernels& kernels, int64_t rows, const float* input, int64_t input_size,
-                    const void* weight, const void* bias, int64_t output_size, float* projected, float* x);
+                    WeightView weight, const void* bias, int64_t output_size, float* projected, float* x);
 
-void NormGateUpSilu(const Team& team, const Kernels& kernels, const Shape& shape, const void* norm, const void* w_gate,
-                    const void* w_up, float eps, int64_t rows, Workspace& ws);
+void NormGateUpSilu(const Team& team, const Kernels& kernels, const Shape& shape, const void* norm, WeightView w_gate,
+                    WeightView w_up, float eps, int64_t rows, Workspace& ws);
 
 // What the head makes of some rows: tokens [rows], logits [rows, V], and whether any logit is NaN.
 struct Head {
-  Head(const void* norm, const void* weight, int64_t hidden_size, int64_t vocab_size, float eps, int64_t rows,
+  Head(const void* norm, WeightView weight, int64_t hidden_size, int64_t vocab_size, float eps, int64_t rows,
        float* logits);
   void Run(const Team& team, const Kernels& kernels, const float* hidden);
 
@@ -103,7 +109,8 @@ struct Head {
   std::atomic<bool> has_nan{false};
 
  private:
-  const void *norm_, *weight_;
+  const void* norm_;
+  WeightView weight_;
   int64_t hidden_size_, vocab_size_;
   float eps_;
   float* logits_;

@@ -3,6 +3,7 @@
 
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/zeros.h>
 
 #include <numeric>
 
@@ -42,12 +43,12 @@ Tensor ResidualOp(const Tensor& input, const Tensor& weight, const OptionalTenso
   const int64_t rows = residual.size(0), size = residual.size(1);
   CheckTensor("the first argument", input, dtype, {rows, kAny});
   const int64_t input_size = input.size(1);
-  CheckPacked("the weight", weight, dtype, size, input_size);
+  const WeightView view = CheckPacked("the weight", weight, dtype, size, input_size);
   const void* bias_data = CheckBias("out_bias", bias, dtype, size);
   const Kernels& kernels = KernelsFor(ModelDtype(dtype));
   Buffer x = Widened(kernels, input), y = Widened(kernels, residual), projected(rows * size);
   InParallel([&](const Team& team) {
-    LinearResidual(team, kernels, rows, x, input_size, weight.const_data_ptr(), bias_data, size, projected, y);
+    LinearResidual(team, kernels, rows, x, input_size, view, bias_data, size, projected, y);
   });
   return Narrowed(kernels, y, residual.sizes(), dtype);
 }
@@ -61,15 +62,34 @@ Tensor inverse_sqrt(const Tensor& x) { return Elementwise(x, &Kernels::inverse_s
 
 Tensor pack_weight(const Tensor& weight) {
   const at::ScalarType dtype = weight.scalar_type();
+  const bool is_int8 = dtype == at::kChar;
   CheckTensor("weight", weight, dtype, {kAny, kAny});
-  const Kernels& kernels = KernelsFor(ModelDtype(dtype));
-  const int64_t n = weight.size(0), k = weight.size(1), groups = (n + kGroup - 1) / kGroup;
-  Tensor packed = at::empty({groups, k, kGroup}, dtype);
+  const Kernels& kernels = KernelsFor(is_int8 ? Dtype::kFloat32 : ModelDtype(dtype));
+  const int64_t n = weight.size(0), k = weight.size(1) - (is_int8 ? kScaleRows : 0);
+  TORCH_CHECK_VALUE(k >= 0, "an int8 weight holds ", kScaleRows, " bytes of scales in each row; use quantize_int8");
+  const int64_t groups = (n + kGroup - 1) / kGroup;
+  Tensor packed = at::empty({groups, weight.size(1), kGroup}, dtype);
+  const WeightView view{weight.const_data_ptr(), is_int8};
   InParallel([&](const Team& team) {
     const Range mine = team.Share(groups);
-    kernels.pack(weight.const_data_ptr(), n, k, mine.begin, mine.end, packed.mutable_data_ptr());
+    kernels.pack(view, n, k, mine.begin, mine.end, packed.mutable_data_ptr());
   });
   return packed;
+}
+
+Tensor select_rows(const Tensor& weight, const Tensor& rows) {
+  const at::ScalarType dtype = weight.scalar_type();
+  const bool is_int8 = dtype == at::kChar;
+  CheckTensor("weight", weight, dtype, {kAny, kAny, kGroup});
+  CheckTensor("rows", rows, at::kLong, {kAny});
+  const int64_t* row = rows.const_data_ptr<int64_t>();
+  CheckRange("rows", row, rows.numel(), 0, weight.size(0) * kGroup);
+  const Kernels& kernels = KernelsFor(is_int8 ? Dtype::kFloat32 : ModelDtype(dtype));
+  const int64_t k = weight.size(1) - (is_int8 ? kScaleRows : 0);
+  Tensor selected = at::zeros({(rows.numel() + kGroup - 1) / kGroup, weight.size(1), kGroup}, weight.options());
+  for (int64_t i = 0; i < rows.numel(); ++i)
+    kernels.copy_row({weight.const_data_ptr(), is_int8}, row[i], k, i, selected.mutable_data_ptr());
+  return selected;
 }
 
 Tensor embed_tokens(const Tensor& tokens, const Tensor& embedding, int64_t hidden_size) {
@@ -87,7 +107,7 @@ Tensor embed_tokens(const Tensor& tokens, const Tensor& embedding, int64_t hidde
 Tensor linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, int64_t out_features) {
   const at::ScalarType dtype = x.scalar_type();
   CheckTensor("x", x, dtype, {kAny, kAny});
-  CheckPacked("weight", weight, dtype, out_features, x.size(1));
+  const WeightView view = CheckPacked("weight", weight, dtype, out_features, x.size(1));
   const void* bias_data = CheckBias("bias", bias, dtype, out_features);
   const Kernels& kernels = KernelsFor(ModelDtype(dtype));
   const int64_t rows = x.size(0), groups = weight.size(0);
@@ -95,8 +115,7 @@ Tensor linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
   Buffer out(rows * out_features);
   InParallel([&](const Team& team) {
     const Range mine = team.Share(groups);
-    kernels.linear(input, rows, x.size(1), weight.const_data_ptr(), bias_data, out_features, mine.begin, mine.end, true,
-                   out);
+    kernels.linear(input, rows, x.size(1), view, bias_data, out_features, mine.begin, mine.end, true, out);
   });
   return Narrowed(kernels, out, {rows, out_features}, dtype);
 }
@@ -125,10 +144,12 @@ Tensor norm_qkv_rope_append(const Tensor& hidden, const Tensor& norm_weight, con
   const Shape shape{hidden.size(1), 0, num_heads, k_pages.size(1), k_pages.size(2)};
   CheckTensor("v_pages", v_pages, dtype, {pages, shape.kv_heads, page_size, shape.head_dim});
   CheckTensor("norm_weight", norm_weight, dtype, {shape.hidden_size});
-  CheckPacked("wq", wq, dtype, shape.q_size(), shape.hidden_size);
-  CheckPacked("wk", wk, dtype, shape.kv_size(), shape.hidden_size);
-  CheckPacked("wv", wv, dtype, shape.kv_size(), shape.hidden_size);
-  const void* bias = CheckBias("qkv_bias", qkv_bias, dtype, shape.q_size() + 2 * shape.kv_size());
+  LayerWeights weights{};
+  weights.attn_norm = norm_weight.const_data_ptr();
+  weights.wq = CheckPacked("wq", wq, dtype, shape.q_size(), shape.hidden_size);
+  weights.wk = CheckPacked("wk", wk, dtype, shape.kv_size(), shape.hidden_size);
+  weights.wv = CheckPacked("wv", wv, dtype, shape.kv_size(), shape.hidden_size);
+  weights.qkv_bias = CheckBias("qkv_bias", qkv_bias, dtype, shape.q_size() + 2 * shape.kv_size());
   CheckTensor("cos", cos, at::kFloat, {kAny, shape.head_dim / 2});
   CheckTensor("sin", sin, at::kFloat, {cos.size(0), shape.head_dim / 2});
   CheckTensor("positions", positions, at::kLong, {rows});
@@ -136,17 +157,6 @@ Tensor norm_qkv_rope_append(const Tensor& hidden, const Tensor& norm_weight, con
   CheckRange("positions", positions.const_data_ptr<int64_t>(), rows, 0, cos.size(0));
   CheckRange("slot_mapping", slot_mapping.const_data_ptr<int64_t>(), rows, -1, pages * page_size);
   const Kernels& kernels = KernelsFor(ModelDtype(dtype));
-  const LayerWeights weights{norm_weight.const_data_ptr(),
-                             wq.const_data_ptr(),
-                             wk.const_data_ptr(),
-                             wv.const_data_ptr(),
-                             bias,
-                             nullptr,
-                             nullptr,
-                             nullptr,
-                             nullptr,
-                             nullptr,
-                             nullptr};
   Workspace ws(shape, rows, 0);
   kernels.widen(hidden.const_data_ptr(), hidden.numel(), ws.hidden);
   InParallel([&](const Team& team) {
@@ -212,14 +222,13 @@ Tensor norm_gate_up_silu(const Tensor& hidden, const Tensor& norm_weight, const 
   const int64_t rows = hidden.size(0);
   const Shape shape{hidden.size(1), intermediate_size, 0, 0, 0};
   CheckTensor("norm_weight", norm_weight, dtype, {shape.hidden_size});
-  CheckPacked("w_gate", w_gate, dtype, intermediate_size, shape.hidden_size);
-  CheckPacked("w_up", w_up, dtype, intermediate_size, shape.hidden_size);
+  const WeightView gate = CheckPacked("w_gate", w_gate, dtype, intermediate_size, shape.hidden_size);
+  const WeightView up = CheckPacked("w_up", w_up, dtype, intermediate_size, shape.hidden_size);
   const Kernels& kernels = KernelsFor(ModelDtype(dtype));
   Workspace ws(shape, rows, 0);
   kernels.widen(hidden.const_data_ptr(), hidden.numel(), ws.hidden);
   InParallel([&](const Team& team) {
-    NormGateUpSilu(team, kernels, shape, norm_weight.const_data_ptr(), w_gate.const_data_ptr(), w_up.const_data_ptr(),
-                   static_cast<float>(eps), rows, ws);
+    NormGateUpSilu(team, kernels, shape, norm_weight.const_data_ptr(), gate, up, static_cast<float>(eps), rows, ws);
   });
   return Narrowed(kernels, ws.gate, {rows, intermediate_size}, dtype);
 }
@@ -230,12 +239,12 @@ std::tuple<Tensor, Tensor> norm_head_argmax(const Tensor& hidden, const Tensor& 
   CheckTensor("hidden", hidden, dtype, {kAny, kAny});
   const int64_t rows = hidden.size(0), hidden_size = hidden.size(1);
   CheckTensor("norm_weight", norm_weight, dtype, {hidden_size});
-  CheckPacked("lm_head", lm_head, dtype, vocab_size, hidden_size);
+  const WeightView view = CheckPacked("lm_head", lm_head, dtype, vocab_size, hidden_size);
   const Kernels& kernels = KernelsFor(ModelDtype(dtype));
   const Buffer x = Widened(kernels, hidden);
   Tensor logits = at::empty({rows, vocab_size}, at::kFloat), tokens = at::empty({rows}, at::kLong);
-  Head head(norm_weight.const_data_ptr(), lm_head.const_data_ptr(), hidden_size, vocab_size, static_cast<float>(eps),
-            rows, logits.mutable_data_ptr<float>());
+  Head head(norm_weight.const_data_ptr(), view, hidden_size, vocab_size, static_cast<float>(eps), rows,
+            logits.mutable_data_ptr<float>());
   InParallel([&](const Team& team) { head.Run(team, kernels, x); });
   CheckNoNan(head.has_nan);
   std::copy(head.tokens.begin(), head.tokens.end(), tokens.mutable_data_ptr<int64_t>());

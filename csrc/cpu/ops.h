@@ -19,6 +19,7 @@ Tensor log(const Tensor& x);
 Tensor silu(const Tensor& x);
 Tensor inverse_sqrt(const Tensor& x);
 Tensor pack_weight(const Tensor& weight);
+Tensor select_rows(const Tensor& weight, const Tensor& rows);
 Tensor embed_tokens(const Tensor& tokens, const Tensor& embedding, int64_t hidden_size);
 Tensor linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, int64_t out_features);
 Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps);

@@ -48,6 +48,11 @@ LAYERSKIP_FN F32x16 LoadPacked(const BFloat16* p) {
   return {_mm512_castsi512_ps(_mm512_and_si512(shifted, _mm512_set1_epi32(static_cast<int>(0xffff0000u))))};
 }
 
+LAYERSKIP_FN F32x16 LoadPacked(const int8_t* p) {
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes))};
+}
+
 #elif defined(LAYERSKIP_AVX2)
 
 struct F32x16 {
@@ -88,6 +93,12 @@ LAYERSKIP_FN F32x16 LoadPacked(const BFloat16* p) {
   return {_mm256_castsi256_ps(_mm256_slli_epi32(words, 16)), _mm256_castsi256_ps(high)};
 }
 
+LAYERSKIP_FN __m256 WidenInt8(const int8_t* p) {
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+}
+
+LAYERSKIP_FN F32x16 LoadPacked(const int8_t* p) { return {WidenInt8(p), WidenInt8(p + 8)}; }
+
 #elif defined(LAYERSKIP_PORTABLE)
 
 struct F32x16 {
@@ -118,6 +129,9 @@ LAYERSKIP_FN F32x16 Mul(F32x16 a, F32x16 b) {
 }
 LAYERSKIP_FN F32x16 LoadPacked(const BFloat16* p) {
   return Lanes([=](int i) { return ToFloat(p[i < 8 ? 2 * i : 2 * (i - 8) + 1]); });
+}
+LAYERSKIP_FN F32x16 LoadPacked(const int8_t* p) {
+  return Lanes([=](int i) { return static_cast<float>(p[i]); });
 }
 
 #else

@@ -49,9 +49,9 @@ ModelView CheckedModel(TensorList weights, const Tensor& k_cache, const Tensor& 
   const at::ScalarType dtype = k_cache.scalar_type();
   const Shape shape{hidden_cache.size(2), intermediate_size, num_heads, kv_heads, head_dim};
   const int64_t hidden = shape.hidden_size;
-  CheckPacked("embedding", weights[0], dtype, vocab_size, hidden);
+  CheckTensor("embedding", weights[0], dtype, {(vocab_size + kGroup - 1) / kGroup, hidden, kGroup});
   CheckTensor("final_norm", weights[1], dtype, {hidden});
-  CheckPacked("lm_head", weights[2], dtype, vocab_size, hidden);
+  const WeightView lm_head = CheckPacked("lm_head", weights[2], dtype, vocab_size, hidden);
   CheckTensor("cos", weights[3], at::kFloat, {kAny, head_dim / 2});
   CheckTensor("sin", weights[4], at::kFloat, {weights[3].size(0), head_dim / 2});
   const Dtype model_dtype = ModelDtype(dtype);
@@ -63,7 +63,7 @@ ModelView CheckedModel(TensorList weights, const Tensor& k_cache, const Tensor& 
                   static_cast<float>(scale),
                   weights[0].const_data_ptr(),
                   weights[1].const_data_ptr(),
-                  weights[2].const_data_ptr(),
+                  lm_head,
                   weights[3].size(0),
                   weights[3].const_data_ptr<float>(),
                   weights[4].const_data_ptr<float>(),
@@ -72,18 +72,16 @@ ModelView CheckedModel(TensorList weights, const Tensor& k_cache, const Tensor& 
   for (int64_t l = 0; l < layers; ++l) {
     const Tensor* w = &weights[kModelWeights + l * kLayerWeights];
     CheckTensor("attn_norm", w[0], dtype, {hidden});
-    CheckPacked("wq", w[1], dtype, shape.q_size(), hidden);
-    CheckPacked("wk", w[2], dtype, shape.kv_size(), hidden);
-    CheckPacked("wv", w[3], dtype, shape.kv_size(), hidden);
-    CheckPacked("wo", w[5], dtype, hidden, shape.q_size());
     CheckTensor("mlp_norm", w[7], dtype, {hidden});
-    CheckPacked("w_gate", w[8], dtype, intermediate_size, hidden);
-    CheckPacked("w_up", w[9], dtype, intermediate_size, hidden);
-    CheckPacked("w_down", w[10], dtype, hidden, intermediate_size);
-    model.layers.push_back({w[0].const_data_ptr(), w[1].const_data_ptr(), w[2].const_data_ptr(), w[3].const_data_ptr(),
+    model.layers.push_back({w[0].const_data_ptr(), CheckPacked("wq", w[1], dtype, shape.q_size(), hidden),
+                            CheckPacked("wk", w[2], dtype, shape.kv_size(), hidden),
+                            CheckPacked("wv", w[3], dtype, shape.kv_size(), hidden),
                             CheckBias("qkv_bias", w[4], dtype, shape.q_size() + 2 * shape.kv_size()),
-                            w[5].const_data_ptr(), CheckBias("out_bias", w[6], dtype, hidden), w[7].const_data_ptr(),
-                            w[8].const_data_ptr(), w[9].const_data_ptr(), w[10].const_data_ptr()});
+                            CheckPacked("wo", w[5], dtype, hidden, shape.q_size()),
+                            CheckBias("out_bias", w[6], dtype, hidden), w[7].const_data_ptr(),
+                            CheckPacked("w_gate", w[8], dtype, intermediate_size, hidden),
+                            CheckPacked("w_up", w[9], dtype, intermediate_size, hidden),
+                            CheckPacked("w_down", w[10], dtype, hidden, intermediate_size)});
   }
   return model;
 }
@@ -148,7 +146,7 @@ Rows CheckedRows(const GivenRows& given, const Tensor& block_table, const ModelV
 
 // The LM head that drafts: the model's own, or the rows of it that stand for the token ids of a draft vocabulary.
 struct HeadView {
-  const void* weight;
+  WeightView weight;
   int64_t size;
   const int64_t* ids;  // [size], ascending; null: row n is token n
 };
@@ -163,8 +161,7 @@ HeadView CheckedDraftHead(const ModelView& model, const OptionalTensor& draft_he
   TORCH_CHECK_VALUE(size >= 1, "draft_ids is empty; a draft needs at least one token to choose from");
   CheckRange("draft_ids", ids, size, 0, model.vocab_size);
   TORCH_CHECK_VALUE(std::is_sorted(ids, ids + size, std::less_equal<int64_t>()), "draft_ids must ascend");
-  CheckPacked("draft_head", *draft_head, dtype, size, model.shape.hidden_size);
-  return {draft_head->const_data_ptr(), size, ids};
+  return {CheckPacked("draft_head", *draft_head, dtype, size, model.shape.hidden_size), size, ids};
 }
 
 // Draft i of all sequences that draft more than i tokens: a move of one row each, then the LM head.
