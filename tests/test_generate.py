@@ -51,6 +51,11 @@ def test_int8_weights_change_no_bit_either(dtype, tied):
     assert not torch.equal(full.logits[0], expected.logits[0])
 
 
+def test_unknown_weights_are_refused():
+    with pytest.raises(ValueError, match="weights must be None or 'int8'"):
+        tiny_model(weights="int4")
+
+
 def test_the_reference_agrees(dtype):
     prompt, settings = random_tokens(20), dict(max_new_tokens=12)
     expected = plain(tiny_model(dtype, "reference"), [prompt], **settings)[0]
