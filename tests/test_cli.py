@@ -132,9 +132,10 @@ def test_generate_passes_its_options_on(monkeypatch, capsys):
 
     monkeypatch.setattr(layerskip_kernels, "load_model", load)
     monkeypatch.setattr(layerskip_kernels, "generate", record)
-    options = "--model M --dtype fp16 --backend reference --threads 2 --strategy autoregressive --exit-layer 2"
-    assert main(["generate", *options.split(), "--num-speculations", "3", "--max-new-tokens", "9"]) == 0
-    assert asked["source"] == ("M", torch.float16, "reference")
+    options = "--model M --dtype fp16 --backend reference --weights int8 --threads 2 --exit-layer 2"
+    more = "--strategy autoregressive --num-speculations 3 --max-new-tokens 9"
+    assert main(["generate", *options.split(), *more.split()]) == 0
+    assert asked["source"] == ("M", torch.float16, "reference", "int8")
     assert asked["config"] == GenerationConfig("autoregressive", 2, 3, 9)
     assert asked["threads"] == 2
 
