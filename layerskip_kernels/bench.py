@@ -203,10 +203,10 @@ def head_bytes(config: ModelConfig, dtype: torch.dtype, num_tokens: int | None =
     return dtype.itemsize * (vocab_size + 1) * config.hidden_size
 
 
-def draft_bytes(model: Model, exit_layer: int, num_drafts: int, length: int) -> int:
+def draft_bytes(model: Model, exit_layer: int, num_drafts: int, length: int, num_sequences: int = 1) -> int:
     """Weights and KV read by draft_step after ``length`` known tokens: a pass and a head for each draft."""
     num_tokens = None if model.draft_ids is None else len(model.draft_ids)
-    passes = sum(layer_bytes(model.config, model.dtype, length + i) for i in range(num_drafts))
+    passes = sum(layer_bytes(model.config, model.dtype, num_sequences * (length + i)) for i in range(num_drafts))
     return exit_layer * passes + num_drafts * head_bytes(model.config, model.dtype, num_tokens)
 
 
