@@ -47,8 +47,9 @@ struct ChunkTask {
   const float* q;            // [T, H, K]
   const int64_t* positions;  // [T]
   float scale;
-  float* partials;     // [T, H, max_chunks, 2 + K]: m, l, o
-  int64_t max_chunks;  // chunks per (row, head) in partials
+  float* partials;        // [T, H, max_chunks, 2 + K]: m, l, o
+  int64_t max_chunks;     // chunks per (row, head) in partials
+  const ChunkTask* next;  // what the same thread does after this one; null: nothing
 };
 
 struct Kernels {

@@ -335,6 +335,64 @@ LAYERSKIP_FN Run<T> RunAt(const PageView& pages, int64_t kv_head, int64_t positi
           static_cast<const T*>(pages.v) + tile + offset * pages.head_dim, Min(limit, pages.page_size - offset)};
 }
 
+// How many positions of its chunk the rows of a task see.
+LAYERSKIP_FN int64_t MostVisible(const ChunkTask& task) {
+  int64_t last = -1;
+  for (int64_t r = 0; r < task.num_rows; ++r) last = Max(last, task.positions[task.rows[r]]);
+  return Max(0, Min(kChunk, last + 1 - task.chunk * kChunk));
+}
+
+// Fetches the keys of a task, its values and the keys of the next task, in the order in which they are read but
+// kFetchAhead bytes before: a page is a run of memory too short for the processor's own prefetching to catch up
+// with (docs/log.md).
+template <class T>
+class Fetcher {
+ public:
+  explicit Fetcher(const ChunkTask& task) : task_(&task), next_(task.next) {
+    Open(task.pages.k);
+    for (int64_t skipped = 0; skipped < kFetchAhead && task_ != nullptr; skipped += tile_bytes_) Advance();
+  }
+
+  // The bytes of a cache line for every line's worth of T that the caller is about to read.
+  LAYERSKIP_FN void Fetch(int64_t elements) {
+    for (int64_t done = 0; done < elements * static_cast<int64_t>(sizeof(T)) && task_ != nullptr; done += kLine) {
+      __builtin_prefetch(tile_ + offset_, 0, 2);  // into the second-level cache
+      offset_ += kLine;
+      if (offset_ >= tile_bytes_) Advance();
+    }
+  }
+
+ private:
+  static constexpr int64_t kLine = 64;
+  static constexpr int64_t kFetchAhead = 16384;
+
+  // A page holds one tile of keys and one of values for each KV head.
+  void Open(const void* pages) {
+    const int64_t begin = task_->chunk * kChunk, page_size = task_->pages.page_size;
+    pages_ = static_cast<const char*>(pages);
+    tile_bytes_ = task_->pages.head_dim * page_size * static_cast<int64_t>(sizeof(T));
+    block_ = begin / page_size;
+    end_ = (begin + MostVisible(*task_) + page_size - 1) / page_size;
+    OpenTile();
+  }
+
+  void OpenTile() {
+    tile_ = pages_ + (task_->pages.table[block_] * task_->pages.kv_heads + task_->kv_head) * tile_bytes_;
+    offset_ = 0;
+  }
+
+  void Advance() {
+    if (++block_ < end_) return OpenTile();
+    if (task_ != next_ && pages_ == task_->pages.k) return Open(task_->pages.v);
+    task_ = task_ == next_ ? nullptr : next_;
+    if (task_ != nullptr) Open(task_->pages.k);
+  }
+
+  const ChunkTask *task_, *next_;
+  const char *pages_, *tile_;
+  int64_t tile_bytes_, block_, end_, offset_;
+};
+
 // Keys of up to 16 positions of a chunk, and where their scores go.
 template <class T>
 struct KeyTile {
@@ -343,11 +401,12 @@ struct KeyTile {
 };
 
 template <class T, int kCount, int kTiles, bool kWhole>
-void ScoreTiles(PairBlock& block, const KeyTile<T>* tiles, const PageView& pages, float scale) {
+void ScoreTiles(PairBlock& block, const KeyTile<T>* tiles, const PageView& pages, float scale, Fetcher<T>& fetcher) {
   F32x16 acc[kCount][kTiles];
   for (int p = 0; p < kCount; ++p)
     for (int t = 0; t < kTiles; ++t) acc[p][t] = Zero();
   for (int64_t d = 0; d < pages.head_dim; ++d) {
+    fetcher.Fetch(kTiles * kLanes);
     F32x16 k_d[kTiles];
 #pragma GCC unroll 4
     for (int t = 0; t < kTiles; ++t) {
@@ -367,7 +426,7 @@ void ScoreTiles(PairBlock& block, const KeyTile<T>* tiles, const PageView& pages
 }
 
 template <class T>
-void Scores(const ChunkTask& task, PairBlock& block) {
+void Scores(const ChunkTask& task, PairBlock& block, Fetcher<T>& fetcher) {
   KeyTile<T> tiles[kChunk];
   int64_t count = 0;
   for (int64_t done = 0; done < block.most_visible;) {
@@ -383,10 +442,10 @@ void Scores(const ChunkTask& task, PairBlock& block) {
       int64_t whole = 0;
       while (whole < TilesAtOnce(kCount) && first + whole < count && tiles[first + whole].lanes >= kLanes) ++whole;
       if (whole == 0) {
-        ScoreTiles<T, kCount, 1, false>(block, tiles + first, task.pages, task.scale);
+        ScoreTiles<T, kCount, 1, false>(block, tiles + first, task.pages, task.scale, fetcher);
       } else {
         WithConstant<TilesAtOnce(kCount)>(whole, [&](auto t) {
-          ScoreTiles<T, kCount, decltype(t)::value, true>(block, tiles + first, task.pages, task.scale);
+          ScoreTiles<T, kCount, decltype(t)::value, true>(block, tiles + first, task.pages, task.scale, fetcher);
         });
       }
       first += Max(whole, 1);
@@ -420,7 +479,8 @@ void Softmax(PairBlock& block) {
 // Folds `count` positions from v on, `at` in the chunk, into o[d .. d + 16 * kGroups] of kCount pairs, and with
 // kSum into l. Unless kWhole, the head ends within the only group.
 template <class T, int kCount, int kGroups, bool kWhole, bool kSum>
-void FoldValues(PairBlock& block, int64_t first, const T* v, int64_t head_dim, int64_t at, int64_t count, int64_t d) {
+void FoldValues(PairBlock& block, int64_t first, const T* v, int64_t head_dim, int64_t at, int64_t count, int64_t d,
+                Fetcher<T>& fetcher) {
   const int64_t lanes = head_dim - d;
   float l[kCount];
   F32x16 acc[kCount][kGroups];
@@ -431,6 +491,7 @@ void FoldValues(PairBlock& block, int64_t first, const T* v, int64_t head_dim, i
       acc[p][g] = kWhole ? Load(partial + 2 + d + g * kLanes) : LoadFirst(partial + 2 + d, lanes);
   }
   for (int64_t j = 0; j < count; ++j) {
+    fetcher.Fetch(kGroups * kLanes);
     F32x16 v_j[kGroups];
 #pragma GCC unroll 4
     for (int g = 0; g < kGroups; ++g) {
@@ -461,19 +522,20 @@ void FoldValues(PairBlock& block, int64_t first, const T* v, int64_t head_dim, i
 
 // All dimensions of a run of positions; l goes with the first of them.
 template <class T, int kCount, bool kSum = true>
-void FoldRun(PairBlock& block, int64_t first, const T* v, int64_t head_dim, int64_t at, int64_t count, int64_t d = 0) {
+void FoldRun(PairBlock& block, int64_t first, const T* v, int64_t head_dim, int64_t at, int64_t count,
+             Fetcher<T>& fetcher, int64_t d = 0) {
   if (d >= head_dim) return;
   const int64_t groups = Min(kValueGroups, (head_dim - d) / kLanes);
-  if (groups == 0) return FoldValues<T, kCount, 1, false, kSum>(block, first, v, head_dim, at, count, d);
+  if (groups == 0) return FoldValues<T, kCount, 1, false, kSum>(block, first, v, head_dim, at, count, d, fetcher);
   WithConstant<kValueGroups>(groups, [&](auto g) {
-    FoldValues<T, kCount, decltype(g)::value, true, kSum>(block, first, v, head_dim, at, count, d);
+    FoldValues<T, kCount, decltype(g)::value, true, kSum>(block, first, v, head_dim, at, count, d, fetcher);
   });
-  FoldRun<T, kCount, false>(block, first, v, head_dim, at, count, d + groups * kLanes);
+  FoldRun<T, kCount, false>(block, first, v, head_dim, at, count, fetcher, d + groups * kLanes);
 }
 
 // l = fold of p_j, o = fold of p_j * v_j: pairs side by side as far as all of them see, then each to its own end.
 template <class T>
-void WeightedValues(const ChunkTask& task, PairBlock& block) {
+void WeightedValues(const ChunkTask& task, PairBlock& block, Fetcher<T>& fetcher) {
   const int64_t head_dim = task.pages.head_dim;
   for (int64_t p = 0; p < block.count; ++p)
     for (int64_t i = 0; i < 1 + head_dim; ++i) block.partial[p][1 + i] = 0.0f;
@@ -488,12 +550,13 @@ void WeightedValues(const ChunkTask& task, PairBlock& block) {
       const Run<T> run = RunAt<T>(task.pages, task.kv_head, task.chunk * kChunk + done, most - done);
       const int64_t together = Max(0, Min(run.positions, shared - done));
       if (together > 0) {
-        WithConstant<kValuePairs>(
-            count, [&](auto c) { FoldRun<T, decltype(c)::value>(block, first, run.v, head_dim, done, together); });
+        WithConstant<kValuePairs>(count, [&](auto c) {
+          FoldRun<T, decltype(c)::value>(block, first, run.v, head_dim, done, together, fetcher);
+        });
       }
       for (int64_t p = first; p < first + count; ++p) {
         const int64_t alone = Min(run.positions, block.visible[p] - done) - together;
-        if (alone > 0) FoldRun<T, 1>(block, p, run.v + together * head_dim, head_dim, done + together, alone);
+        if (alone > 0) FoldRun<T, 1>(block, p, run.v + together * head_dim, head_dim, done + together, alone, fetcher);
       }
       done += run.positions;
     }
@@ -505,11 +568,12 @@ void AttendChunk(const ChunkTask& task) {
   const int64_t head_dim = task.pages.head_dim, heads_per_kv = task.num_heads / task.pages.kv_heads;
   PairBlock block;
   block.count = block.most_visible = 0;
+  Fetcher<T> fetcher(task);
   const auto finish = [&] {
     if (block.count == 0) return;
-    Scores<T>(task, block);
+    Scores<T>(task, block, fetcher);
     Softmax<T>(block);
-    WeightedValues<T>(task, block);
+    WeightedValues<T>(task, block, fetcher);
     block.count = block.most_visible = 0;
   };
   for (int64_t r = 0; r < task.num_rows; ++r) {

@@ -84,8 +84,14 @@ void PagedAttention(const Team& team, const Kernels& kernels, const Shape& shape
                     const int64_t* positions, const RowsBySequence& by_sequence, const void* k_pages,
                     const void* v_pages, int64_t page_size, const int32_t* block_table, int64_t max_blocks, float scale,
                     Workspace& ws) {
-  // Tasks are dealt to the threads in turn; who computes one does not change its bits.
+  // Tasks are dealt to the threads in turn; who computes one does not change its bits. A thread begins one when it
+  // knows its next.
   int64_t turn = 0;
+  ChunkTask mine{};
+  const auto finish = [&](const ChunkTask* next) {
+    mine.next = next;
+    if (mine.num_rows > 0) kernels.attend_chunk(mine);
+  };
   for (size_t b = 0; b + 1 < by_sequence.starts.size(); ++b) {
     ChunkTask task{};
     task.pages = {k_pages, v_pages, block_table + b * max_blocks, shape.kv_heads, shape.head_dim, page_size};
@@ -101,10 +107,14 @@ void PagedAttention(const Team& team, const Kernels& kernels, const Shape& shape
       int64_t last = 0;
       for (int64_t i = 0; i < task.num_rows; ++i) last = std::max(last, positions[task.rows[i]]);
       for (task.chunk = 0; task.chunk <= last / kChunk; ++task.chunk)
-        for (task.kv_head = 0; task.kv_head < shape.kv_heads; ++task.kv_head)
-          if (turn++ % team.size == team.rank) kernels.attend_chunk(task);
+        for (task.kv_head = 0; task.kv_head < shape.kv_heads; ++task.kv_head) {
+          if (turn++ % team.size != team.rank) continue;
+          finish(&task);
+          mine = task;
+        }
     }
   }
+  finish(nullptr);
   team.Barrier();
   const Range heads = team.Share(rows * shape.num_heads);
   for (int64_t i = heads.begin; i < heads.end; ++i) {
