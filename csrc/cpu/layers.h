@@ -1,7 +1,7 @@
 // The fused ops as phases of one parallel region, and the one move made of them. Torch-free.
 //
-// Every function here is called by all threads of a team with equal arguments; buffers are shared. A function
-// that begins with a phase of its own ends with all of its results visible to the whole team.
+// Every function here is called by all threads of a team with equal arguments; buffers are shared, and its results
+// are visible to the whole team when it returns.
 #pragma once
 
 #include <atomic>
@@ -76,34 +76,39 @@ struct Workspace {
   Buffer hidden, normed, q, k, v, partials, attention, projected, gate, up;
 };
 
-// The rows of each sequence among the first `count` rows: rows[starts[b] .. starts[b + 1]].
-struct RowsBySequence {
-  RowsBySequence(const int32_t* sequences, int64_t count, int64_t num_sequences);
-  std::vector<int32_t> rows;
-  std::vector<int64_t> starts;
+// Attention of some rows, cut into tasks: a few rows of one sequence and one chunk of its positions each.
+struct AttentionPlan {
+  AttentionPlan(const int32_t* sequences, const int64_t* positions, int64_t count, int64_t num_sequences);
+  struct Task {
+    int32_t sequence;
+    int64_t first, count;  // rows[first .. first + count]
+    int64_t chunk;
+  };
+  std::vector<int32_t> rows;  // sequence by sequence
+  std::vector<Task> tasks;
+  int64_t max_chunks;  // of any row
 };
 
-void NormQkvRopeAppend(const Team& team, const Kernels& kernels, const Shape& shape, const LayerWeights& w, float eps,
+void NormQkvRopeAppend(Team& team, const Kernels& kernels, const Shape& shape, const LayerWeights& w, float eps,
                        const float* cos, const float* sin, int64_t rows, const int64_t* positions, const int64_t* slots,
                        void* k_pages, void* v_pages, int64_t page_size, Workspace& ws);
 
-void PagedAttention(const Team& team, const Kernels& kernels, const Shape& shape, int64_t rows,
-                    const int64_t* positions, const RowsBySequence& by_sequence, const void* k_pages,
-                    const void* v_pages, int64_t page_size, const int32_t* block_table, int64_t max_blocks, float scale,
-                    Workspace& ws);
+void PagedAttention(Team& team, const Kernels& kernels, const Shape& shape, int64_t rows, const int64_t* positions,
+                    const AttentionPlan& plan, const void* k_pages, const void* v_pages, int64_t page_size,
+                    const int32_t* block_table, int64_t max_blocks, float scale, Workspace& ws);
 
 // x = to_dtype(x + to_dtype(input . weight + bias)) for x [rows, D]; `projected` is scratch of the same size.
-void LinearResidual(const Team& team, const Kernels& kernels, int64_t rows, const float* input, int64_t input_size,
+void LinearResidual(Team& team, const Kernels& kernels, int64_t rows, const float* input, int64_t input_size,
                     WeightView weight, const void* bias, int64_t output_size, float* projected, float* x);
 
-void NormGateUpSilu(const Team& team, const Kernels& kernels, const Shape& shape, const void* norm, WeightView w_gate,
+void NormGateUpSilu(Team& team, const Kernels& kernels, const Shape& shape, const void* norm, WeightView w_gate,
                     WeightView w_up, float eps, int64_t rows, Workspace& ws);
 
 // What the head makes of some rows: tokens [rows], logits [rows, V], and whether any logit is NaN.
 struct Head {
   Head(const void* norm, WeightView weight, int64_t hidden_size, int64_t vocab_size, float eps, int64_t rows,
        float* logits);
-  void Run(const Team& team, const Kernels& kernels, const float* hidden);
+  void Run(Team& team, const Kernels& kernels, const float* hidden);
 
   std::vector<int64_t> tokens;
   std::atomic<bool> has_nan{false};
@@ -115,7 +120,7 @@ struct Head {
   float eps_;
   float* logits_;
   Buffer normed_;
-  std::vector<Maximum> maxima_;  // [threads][rows]
+  std::vector<Maximum> maxima_;  // [threads][rows]; index -1: nothing yet
 };
 
 // The one move: raises rows (sorted by depth) to layer `stop`; their hidden states end in ws.hidden and, for
@@ -123,14 +128,14 @@ struct Head {
 class Move {
  public:
   Move(const ModelView& model, const CacheView& cache, Rows rows, int64_t num_sequences, int64_t stop);
-  void Run(const Team& team);
+  void Run(Team& team);
   Rows& rows() { return rows_; }
   const float* hidden() const { return ws_.hidden; }  // [T, D], in the order of rows()
 
  private:
   struct Stage {  // layers first..last run on the first `count` rows
     int64_t first, last, count;
-    RowsBySequence by_sequence;
+    AttentionPlan attention;
   };
 
   const ModelView& model_;

@@ -47,9 +47,8 @@ Tensor ResidualOp(const Tensor& input, const Tensor& weight, const OptionalTenso
   const void* bias_data = CheckBias("out_bias", bias, dtype, size);
   const Kernels& kernels = KernelsFor(ModelDtype(dtype));
   Buffer x = Widened(kernels, input), y = Widened(kernels, residual), projected(rows * size);
-  InParallel([&](const Team& team) {
-    LinearResidual(team, kernels, rows, x, input_size, view, bias_data, size, projected, y);
-  });
+  InParallel(
+      [&](Team& team) { LinearResidual(team, kernels, rows, x, input_size, view, bias_data, size, projected, y); });
   return Narrowed(kernels, y, residual.sizes(), dtype);
 }
 
@@ -70,9 +69,9 @@ Tensor pack_weight(const Tensor& weight) {
   const int64_t groups = (n + kGroup - 1) / kGroup;
   Tensor packed = at::empty({groups, weight.size(1), kGroup}, dtype);
   const WeightView view{weight.const_data_ptr(), is_int8};
-  InParallel([&](const Team& team) {
-    const Range mine = team.Share(groups);
-    kernels.pack(view, n, k, mine.begin, mine.end, packed.mutable_data_ptr());
+  InParallel([&](Team& team) {
+    team.ForEach(groups, 64,
+                 [&](int64_t begin, int64_t end) { kernels.pack(view, n, k, begin, end, packed.mutable_data_ptr()); });
   });
   return packed;
 }
@@ -113,9 +112,10 @@ Tensor linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
   const int64_t rows = x.size(0), groups = weight.size(0);
   const Buffer input = Widened(kernels, x);
   Buffer out(rows * out_features);
-  InParallel([&](const Team& team) {
-    const Range mine = team.Share(groups);
-    kernels.linear(input, rows, x.size(1), view, bias_data, out_features, mine.begin, mine.end, true, out);
+  InParallel([&](Team& team) {
+    team.ForEach(groups, 4, [&](int64_t begin, int64_t end) {
+      kernels.linear(input, rows, x.size(1), view, bias_data, out_features, begin, end, true, out);
+    });
   });
   return Narrowed(kernels, out, {rows, out_features}, dtype);
 }
@@ -159,7 +159,7 @@ Tensor norm_qkv_rope_append(const Tensor& hidden, const Tensor& norm_weight, con
   const Kernels& kernels = KernelsFor(ModelDtype(dtype));
   Workspace ws(shape, rows, 0);
   kernels.widen(hidden.const_data_ptr(), hidden.numel(), ws.hidden);
-  InParallel([&](const Team& team) {
+  InParallel([&](Team& team) {
     NormQkvRopeAppend(team, kernels, shape, weights, static_cast<float>(eps), cos.const_data_ptr<float>(),
                       sin.const_data_ptr<float>(), rows, positions.const_data_ptr<int64_t>(),
                       slot_mapping.const_data_ptr<int64_t>(), k_pages.mutable_data_ptr(), v_pages.mutable_data_ptr(),
@@ -198,11 +198,11 @@ Tensor paged_attention(const Tensor& q, const Tensor& k_pages, const Tensor& v_p
   const Kernels& kernels = KernelsFor(ModelDtype(dtype));
   Workspace ws(shape, rows, last);
   kernels.widen(q.const_data_ptr(), q.numel(), ws.q);
-  const RowsBySequence by_sequence(sequence_of_row.data(), rows, sequences);
-  InParallel([&](const Team& team) {
-    PagedAttention(team, kernels, shape, rows, position, by_sequence, k_pages.const_data_ptr(),
-                   v_pages.const_data_ptr(), page_size, block_table.const_data_ptr<int32_t>(), block_table.size(1),
-                   static_cast<float>(scale), ws);
+  const AttentionPlan plan(sequence_of_row.data(), position, rows, sequences);
+  InParallel([&](Team& team) {
+    PagedAttention(team, kernels, shape, rows, position, plan, k_pages.const_data_ptr(), v_pages.const_data_ptr(),
+                   page_size, block_table.const_data_ptr<int32_t>(), block_table.size(1), static_cast<float>(scale),
+                   ws);
   });
   return Narrowed(kernels, ws.attention, {rows, shape.q_size()}, dtype);
 }
@@ -227,7 +227,7 @@ Tensor norm_gate_up_silu(const Tensor& hidden, const Tensor& norm_weight, const 
   const Kernels& kernels = KernelsFor(ModelDtype(dtype));
   Workspace ws(shape, rows, 0);
   kernels.widen(hidden.const_data_ptr(), hidden.numel(), ws.hidden);
-  InParallel([&](const Team& team) {
+  InParallel([&](Team& team) {
     NormGateUpSilu(team, kernels, shape, norm_weight.const_data_ptr(), gate, up, static_cast<float>(eps), rows, ws);
   });
   return Narrowed(kernels, ws.gate, {rows, intermediate_size}, dtype);
@@ -245,7 +245,7 @@ std::tuple<Tensor, Tensor> norm_head_argmax(const Tensor& hidden, const Tensor& 
   Tensor logits = at::empty({rows, vocab_size}, at::kFloat), tokens = at::empty({rows}, at::kLong);
   Head head(norm_weight.const_data_ptr(), view, hidden_size, vocab_size, static_cast<float>(eps), rows,
             logits.mutable_data_ptr<float>());
-  InParallel([&](const Team& team) { head.Run(team, kernels, x); });
+  InParallel([&](Team& team) { head.Run(team, kernels, x); });
   CheckNoNan(head.has_nan);
   std::copy(head.tokens.begin(), head.tokens.end(), tokens.mutable_data_ptr<int64_t>());
   return {tokens, logits};

@@ -192,18 +192,16 @@ class DraftCycle {
   }
 
   // `drafts` [B, max_drafts]: reads column i - 1, writes column i.
-  void Run(const Team& team, int64_t i, int64_t max_drafts, int64_t* drafts) {
-    const Range mine = team.Share(static_cast<int64_t>(sequences_.size()));
-    for (int64_t r = mine.begin; i > 0 && r < mine.end; ++r)
-      move_->rows().tokens[r] = drafts[sequences_[r] * max_drafts + i - 1];
-    team.Barrier();
+  void Run(Team& team, int64_t i, int64_t max_drafts, int64_t* drafts) {
+    const auto rows = static_cast<int64_t>(sequences_.size());
+    team.ForEach(i > 0 ? rows : 0, 1,
+                 [&](int64_t r, int64_t) { move_->rows().tokens[r] = drafts[sequences_[r] * max_drafts + i - 1]; });
     move_->Run(team);
     head_->Run(team, *model_.kernels, move_->hidden());
-    for (int64_t r = mine.begin; r < mine.end; ++r) {
+    team.ForEach(rows, 1, [&](int64_t r, int64_t) {
       const int64_t row = head_->tokens[r];
       drafts[sequences_[r] * max_drafts + i] = ids_ == nullptr || row < 0 ? row : ids_[row];
-    }
-    team.Barrier();
+    });
   }
 
   bool has_nan() const { return head_->has_nan; }
@@ -228,7 +226,7 @@ void run_layers(TensorList weights, Tensor k_cache, Tensor v_cache, Tensor hidde
   const ModelView model =
       CheckedModel(weights, k_cache, hidden_cache, num_heads, intermediate_size, vocab_size, eps, scale);
   Move move(model, cache.view, CheckedRows(given, block_table, model, cache.view), given.num_sequences, stop);
-  InParallel([&](const Team& team) { move.Run(team); });
+  InParallel([&](Team& team) { move.Run(team); });
 }
 
 Tensor draft_step(TensorList weights, Tensor k_cache, Tensor v_cache, Tensor hidden_cache, const Tensor& tokens,
@@ -257,7 +255,7 @@ Tensor draft_step(TensorList weights, Tensor k_cache, Tensor v_cache, Tensor hid
   for (int64_t i = 0; i < count; ++i)
     cycles.emplace_back(model, head, cache.view, block_table, tokens.const_data_ptr<int64_t>(),
                         positions.const_data_ptr<int64_t>(), wanted, sequences, i, exit_layer, logits);
-  InParallel([&](const Team& team) {
+  InParallel([&](Team& team) {
     for (int64_t i = 0; i < count; ++i) cycles[i].Run(team, i, max_drafts, draft);
   });
   for (const DraftCycle& cycle : cycles) CheckNoNan(cycle.has_nan());
@@ -291,12 +289,11 @@ std::tuple<Tensor, Tensor, Tensor> verify_step(TensorList weights, Tensor k_cach
   Tensor logits = at::empty({count, vocab_size}, at::kFloat), targets = at::empty({count}, at::kLong);
   Head head(model.final_norm, model.lm_head, hidden_size, vocab_size, model.eps, count,
             logits.mutable_data_ptr<float>());
-  InParallel([&](const Team& team) {
+  InParallel([&](Team& team) {
     move.Run(team);
-    const Range mine = team.Share(count);
-    for (int64_t i = mine.begin; i < mine.end; ++i)
+    team.ForEach(count, 1, [&](int64_t i, int64_t) {
       std::copy_n(move.hidden() + judged[i] * hidden_size, hidden_size, hidden + i * hidden_size);
-    team.Barrier();
+    });
     head.Run(team, *model.kernels, hidden);
   });
   CheckNoNan(head.has_nan);
