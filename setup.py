@@ -28,6 +28,7 @@ INCLUDE = str(ROOT / "csrc" / "include")  # absolute: ninja compiles from inside
 # ---- CUDA: decided before torch's build helpers are imported, which read CUDA_HOME once ----
 
 ARCHITECTURES = "8.0;9.0;10.0+PTX"  # A100, H100, B200, and what comes after
+TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
 OLDEST_TORCH_FOR_CUDA = (2, 13)  # c10::Stream::native_handle; older ones were not tried
 
 # --fmad=false: as -ffp-contract=off below. The visibility keeps the kernels' host stubs out of the symbol table.
@@ -58,16 +59,19 @@ def nvcc_release(home: Path) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def missing_for_cuda(torch_version: str, torch_cuda: str | None, nvcc: tuple[int, int] | None) -> str | None:
+def missing_for_cuda(
+    torch_release: tuple[int, ...], torch_cuda: str | None, nvcc: tuple[int, int] | None
+) -> str | None:
     """Why the CUDA part can't be built, and what to do; None where it can."""
-    major, minor = map(int, torch_version.split(".")[:2])
     if torch_cuda is None:
-        return f"torch {torch_version} is a build without CUDA; install one with CUDA first"
-    if (major, minor) < OLDEST_TORCH_FOR_CUDA:
-        return f"torch {torch_version} is older than {'.'.join(map(str, OLDEST_TORCH_FOR_CUDA))}; install a newer one"
+        return "this torch is a build without CUDA; install one with CUDA first"
+    if torch_release < OLDEST_TORCH_FOR_CUDA:
+        return f"torch is older than {'.'.join(map(str, OLDEST_TORCH_FOR_CUDA))}; install a newer one"
     wanted = int(torch_cuda.split(".")[0])
     if nvcc is None:
-        return f"no nvcc on the PATH or in CUDA_HOME; install the CUDA {wanted} toolkit, or pip install nvidia-cuda-nvcc"
+        return (
+            f"no nvcc on the PATH or in CUDA_HOME; install the CUDA {wanted} toolkit, or pip install nvidia-cuda-nvcc"
+        )
     if nvcc[0] != wanted:
         return f"nvcc is of CUDA {nvcc[0]}.{nvcc[1]}, torch of CUDA {torch_cuda}; install the toolkit of CUDA {wanted}"
     return None
@@ -91,7 +95,7 @@ def prepare_cuda() -> Path | None:
     """The toolkit to build ``_cuda`` with, put where torch looks for it; None: don't build it."""
     setting, home = os.environ.get("LAYERSKIP_CUDA", "auto"), cuda_home()
     nvcc = nvcc_release(home) if home else None
-    missing = missing_for_cuda(torch.__version__, torch.version.cuda, nvcc)
+    missing = missing_for_cuda(TORCH, torch.version.cuda, nvcc)
     if not builds_cuda(setting, missing):
         print(f"layerskip_kernels: built without CUDA: {missing or 'LAYERSKIP_CUDA=0'}")
         return None
@@ -109,7 +113,8 @@ from torch.utils.cpp_extension import BuildExtension, CppExtension, include_path
 
 # -ffp-contract=off: the contract rounds every product and every sum, unless a line says fma.
 CXX_FLAGS = [
-    *("-O3", "-g0", "-std=c++17", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unknown-pragmas"),
+    "-std=c++20" if TORCH >= (2, 14) else "-std=c++17",  # our lines are C++17; torch's headers are C++20 since 2.14
+    *("-O3", "-g0", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unknown-pragmas"),
     *("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),
     # as system headers, so that warnings are about our own lines
     *(f"-isystem{path}" for path in [*include_paths(), pybind11.get_include()]),

@@ -21,10 +21,18 @@ from torch.library import register_fake
 import layerskip_kernels._C  # noqa: F401 - registers the ops
 
 __all__ = [
-    "CUDA_MISSING", "append_kv", "check_error", "commit_lengths", "copy_pages", "gather_kv", "make_slot_mapping", "new_error",
-    "new_records", "swap_in", "swap_out",
-]  # fmt: skip
-
+    "CUDA_MISSING",
+    "append_kv",
+    "check_error",
+    "commit_lengths",
+    "copy_pages",
+    "gather_kv",
+    "make_slot_mapping",
+    "new_error",
+    "new_records",
+    "swap_in",
+    "swap_out",
+]
 
 
 def _load_cuda() -> str | None:
@@ -127,9 +135,7 @@ def make_slot_mapping(
     block_table int32 [B, C]; positions int64 [T], or -1; query_start_loc int32 [B+1]: the rows of sequence b are
     query_start_loc[b] to query_start_loc[b+1] - 1.
     """
-    return torch.ops.layerskip.make_slot_mapping(
-        block_table, positions, query_start_loc, num_pages, page_size, error
-    )
+    return torch.ops.layerskip.make_slot_mapping(block_table, positions, query_start_loc, num_pages, page_size, error)
 
 
 def commit_lengths(num_accepted: Tensor, num_drafts: Tensor, lengths: Tensor, max_length: int, error: Tensor) -> None:

@@ -49,12 +49,12 @@ def test_skipped_and_stray_pages_are_left_alone(device):
     cache = make_cache(torch.bfloat16, device)
     records = cache_ops.new_records(4, cache.k, cache.hidden).fill_(7)
     cache_ops.swap_out(pages([-1, 5, 2, -2], device), *cache.tensors, records, cache.error)
-    with pytest.raises(ValueError, match="entry 1 of .* names a page outside the cache"):
+    with pytest.raises(ValueError, match=r"entry 1 of .* names a page outside the cache"):
         cache_ops.check_error(cache.error)
     assert bool((records[[0, 1, 3]] == 7).all()) and not bool((records[2] == 7).all())
     before = cache.clone()
     cache_ops.swap_in(pages([-1, 5, 2, 2**30], device), records, *cache.tensors, cache.error)
-    with pytest.raises(ValueError, match="entry 1 of .* names a page outside the cache"):
+    with pytest.raises(ValueError, match=r"entry 1 of .* names a page outside the cache"):
         cache_ops.check_error(cache.error)
     assert_same_cache(cache, before)  # record 2 was page 2
 

@@ -267,6 +267,7 @@ void TestSlots() {
   ExpectError(error, Refusal::kColumn, 1, "the first stray row is noted");
   for (int64_t& position : positions) position = 3;
   for (int32_t& page : table) page = StrayPage(pages);
+  table[0] = pages;
   error = 0;
   RunAsGrid(op, 5);
   Expect(std::all_of(slots.begin(), slots.end(), [](int64_t slot) { return slot == kSkip; }), "stray pages: no slot");
@@ -288,6 +289,12 @@ void TestStrayStarts() {
 }
 
 void TestLengths() {
+  int64_t length = 10, error_of_one = 0;
+  const int64_t drafted = 3, one_more = 4;
+  RunAsGrid(CommitLengths{&one_more, &drafted, &length, 1, 50, &error_of_one}, 1);
+  Expect(length == 10, "no more are accepted than were drafted");
+  ExpectError(error_of_one, Refusal::kCount, 0, "one more than was drafted is noted");
+
   for (int round = 0; round < 500; ++round) {
     const int64_t count = Random(1, 600), max_length = 50;
     std::vector<int64_t> accepted(count), drafts(count), lengths(count), expected;
