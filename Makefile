@@ -77,5 +77,5 @@ $(BIN)/pip:
 # The nvcc on the PATH or in CUDA_HOME; where there is none, PyPI's: 101 MB.
 .venv/nvcc: .venv/ready
 	command -v nvcc || test -x "$$CUDA_HOME/bin/nvcc" || \
-		$(PIP) install -c constraints.txt nvidia-cuda-nvcc nvidia-nvvm nvidia-cuda-crt nvidia-cuda-runtime
+		$(PIP) install -c constraints.txt nvidia-cuda-nvcc nvidia-nvvm nvidia-cuda-crt "nvidia-cuda-runtime==13.0.*"
 	touch $@

@@ -10,8 +10,9 @@ import torch
 
 from layerskip_kernels.bench import ceiling
 from layerskip_kernels.cli import main
+from layerskip_kernels.datasheets import GPUS, SHAPES
 from layerskip_kernels.llama_tensors import tensor_shapes
-from layerskip_kernels.roofline import GPUS, SHAPES, decode, draft, memory_bound_rows, speedup, verify
+from layerskip_kernels.roofline import decode, draft, memory_bound_rows, speedup, verify
 
 LLAMA2_7B, H100 = SHAPES["llama2-7b"], GPUS["h100"]
 # 4 * 4096^2 + 3 * 4096 * 11008 weights in a layer, 32000 * 4096 in the head; norms are read, not multiplied with.
