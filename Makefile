@@ -12,17 +12,23 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := $(shell find csrc -type f)
 CPP := $(filter %.h %.inl %.cpp %.cu %.cuh,$(SOURCES))
 
-.PHONY: help demo test lint format docs wheel clean
+.PHONY: help demo test cuda-check gpu-check lint format docs wheel clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
-	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' $(MAKEFILE_LIST) | expand -t 14
+	@sed -n 's/^\([a-z-]*\):.*## /make \1\t/p' $(MAKEFILE_LIST) | expand -t 17
 
 demo: .venv/built  ## generate with early exit and without, and compare
 	$(BIN)/layerskip demo
 
 test: .venv/built  ## the whole test suite
 	$(BIN)/python -m pytest
+
+cuda-check: .venv/built .venv/nvcc  ## compile and link csrc/cuda with nvcc: no GPU, any torch, no warnings, no spills
+	$(call building,$(BIN)/python .ci/cuda_check.py)
+
+gpu-check: .venv/built  ## on a machine with a GPU: every bitwise test on it, then benchmarks; JSON in benchmarks/results/
+	$(BIN)/python benchmarks/gpu_check.py
 
 lint: .venv/lint  ## ruff, mypy and clang-format, changing nothing
 	$(BIN)/ruff check .
@@ -44,7 +50,7 @@ wheel: .venv/built  ## dist/*.whl, for this Python and this torch
 	$(call building,$(BIN)/python -m build --wheel --no-isolation)
 
 clean:  ## remove what was built (.venv stays, to be built into again)
-	rm -rf .venv/ready .venv/built .venv/lint build dist *.egg-info layerskip_kernels/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv/ready .venv/built .venv/lint .venv/nvcc build dist *.egg-info layerskip_kernels/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 # For one command: the interpreter's headers, found or fetched, and ninja on PATH (without it the compilers run
 # one at a time).
@@ -66,4 +72,10 @@ $(BIN)/pip:
 
 .venv/lint: .venv/ready | .venv/built
 	$(PIP) install -c constraints.txt ruff mypy clang-format
+	touch $@
+
+# The nvcc on the PATH or in CUDA_HOME; where there is none, PyPI's: 101 MB.
+.venv/nvcc: .venv/ready
+	command -v nvcc || test -x "$$CUDA_HOME/bin/nvcc" || \
+		$(PIP) install -c constraints.txt nvidia-cuda-nvcc nvidia-nvvm nvidia-cuda-crt "nvidia-cuda-runtime==13.0.*"
 	touch $@

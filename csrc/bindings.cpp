@@ -49,6 +49,28 @@ TORCH_LIBRARY(layerskip, m) {
       "int num_heads, int intermediate_size, int vocab_size, float eps, float scale) -> "
       "(Tensor num_accepted, Tensor next_tokens, Tensor logits)");
 
+  // Data movement in the cache, described in layerskip_kernels/cache_ops.py; implemented in csrc/cuda/cache_ops.h.
+  m.def(
+      "append_kv(Tensor k, Tensor v, Tensor slot_mapping, Tensor(a!) k_pages, Tensor(b!) v_pages, Tensor(c!) error) "
+      "-> ()");
+  m.def(
+      "copy_pages(Tensor sources, Tensor targets, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor(c!) hidden_cache, "
+      "Tensor(d!) error) -> ()");
+  m.def(
+      "swap_out(Tensor pages, Tensor k_cache, Tensor v_cache, Tensor hidden_cache, Tensor(a!) records, "
+      "Tensor(b!) error) -> ()");
+  m.def(
+      "swap_in(Tensor pages, Tensor records, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor(c!) hidden_cache, "
+      "Tensor(d!) error) -> ()");
+  m.def(
+      "gather_kv(Tensor pages, int length, Tensor k_cache, Tensor v_cache, Tensor(a!) error) -> (Tensor k, Tensor v)");
+  m.def(
+      "make_slot_mapping(Tensor block_table, Tensor positions, Tensor query_start_loc, int num_pages, int page_size, "
+      "Tensor(a!) error) -> Tensor");
+  m.def(
+      "commit_lengths(Tensor num_accepted, Tensor num_drafts, Tensor(a!) lengths, int max_length, Tensor(b!) error) "
+      "-> ()");
+
   m.def("empty_huge(int num_bytes) -> Tensor", &layerskip::empty_huge);
   m.def("instruction_set() -> str", &layerskip::instruction_set);
   m.def("instruction_sets() -> str[]", &layerskip::instruction_sets);

@@ -1,4 +1,4 @@
-"""The ``layerskip`` command: generate, verify, demo, bench, draft-vocab, doctor."""
+"""The ``layerskip`` command: generate, verify, demo, bench, roofline, draft-vocab, doctor."""
 
 from __future__ import annotations
 
@@ -135,6 +135,21 @@ def _bench(args: argparse.Namespace) -> int:
     return 0
 
 
+def _roofline(args: argparse.Namespace) -> int:
+    import torch
+
+    from layerskip_kernels.roofline import as_text, plot, roofline
+
+    dtype = getattr(torch, DTYPES.get(args.dtype, args.dtype))
+    report = roofline(
+        args.shape, args.gpu, args.exit_layer, args.num_speculations, args.acceptance, args.context, dtype
+    )
+    if args.plot is not None:
+        plot(report, Path(args.plot))
+    print(json.dumps(report) if args.json else as_text(report))
+    return 0
+
+
 def _draft_vocab(args: argparse.Namespace) -> int:
     from layerskip_kernels.datasets import human_eval_prompts
     from layerskip_kernels.draft_vocab import most_frequent_tokens, write_draft_vocab
@@ -229,7 +244,7 @@ def _parser() -> argparse.ArgumentParser:
     verify = _command(commands, "verify", _verify, "compare tokens, logits and KV bytes with plain decoding")
     verify.add_argument("--num-prompts", type=_positive, default=20, metavar="N", help="of HumanEval (default: 20)")
     verify.add_argument(
-        "--exit-layer", type=_exit_layers, metavar="E[,E...]", help="one or several (default: a third of the layers)"
+        "--exit-layer", type=_positives, metavar="E[,E...]", help="one or several (default: a third of the layers)"
     )
     _add_prompt_options(verify, "HumanEval problems")
     _add_model_options(verify)
@@ -243,6 +258,26 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--json", metavar="PATH", help="where the JSON goes (default: the last line of stdout)")
     _add_model_options(bench)
     _add_step_options(bench)
+
+    roofline = _command(commands, "roofline", _roofline, "what a GPU's data sheet allows: floors, not measurements")
+    roofline.add_argument(
+        "--shape", required=True, metavar="S", help="a model's: llama3.2-1b, llama2-7b, llama3-8b, ..."
+    )
+    roofline.add_argument("--gpu", required=True, metavar="G", help="a100, h100, h200, b200, ...")
+    roofline.add_argument(
+        "--exit-layer", type=_positives, metavar="E[,E...]", help="default: 1/8, 1/4, 1/3 and 1/2 of the layers"
+    )
+    roofline.add_argument(
+        "--num-speculations", type=_positives, default=[2, 4, 6, 8, 12], metavar="K[,K...]", help="default: 2,4,6,8,12"
+    )
+    roofline.add_argument(
+        "--acceptance", type=_fractions, default=[0.4, 0.6, 0.8], metavar="A[,A...]",
+        help="accepted over drafted tokens (default: 0.4,0.6,0.8)",
+    )  # fmt: skip
+    roofline.add_argument("--context", type=int, default=512, metavar="N", help="tokens before (default: 512)")
+    roofline.add_argument("--dtype", choices=[*DTYPES, *DTYPES.values()], default="bf16", help="default: bf16")
+    roofline.add_argument("--json", action="store_true", help="print one JSON object instead")
+    roofline.add_argument("--plot", metavar="FILE", help="draw it as well, to a .png, .svg or .pdf (needs matplotlib)")
 
     vocab = _command(commands, "draft-vocab", _draft_vocab, "count the most frequent tokens of some texts")
     vocab.add_argument("corpus", nargs="*", metavar="FILE", help="text files (default: the HumanEval problems)")
@@ -303,8 +338,15 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def _exit_layers(text: str) -> list[int]:
+def _positives(text: str) -> list[int]:
     return [_positive(part.strip()) for part in text.split(",")]
+
+
+def _fractions(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be numbers in 0..1, with commas between, got {text!r}") from None
 
 
 if __name__ == "__main__":

@@ -11,18 +11,12 @@ from typing import Any
 
 import torch
 
-from layerskip_kernels import machine, ops
+from layerskip_kernels import cache_ops, machine, ops
 from layerskip_kernels.gguf_cache import cache_directory
 
 __all__ = ["as_text", "diagnose"]
 
 PACKAGES = ("layerskip_kernels", "torch", "triton", "transformers", "tokenizers", "gguf", "safetensors", "numpy")
-BACKENDS = {
-    "cpu": "C++, fused steps",
-    "reference": "plain PyTorch, what the others are tested against",
-    "triton": "GPU kernels in Triton",
-    "cuda": "cache ops in CUDA C++",
-}
 VARIABLES = ("LAYERSKIP_ISA", "OMP_NUM_THREADS", "GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "KMP_BLOCKTIME",
              "CUDA_VISIBLE_DEVICES", "HF_HUB_OFFLINE", "HF_HOME", "XDG_CACHE_HOME", "LD_PRELOAD")  # fmt: skip
 
@@ -36,7 +30,7 @@ def diagnose() -> dict[str, Any]:
         "openmp": machine.openmp_runtimes(),
         "cuda": _cuda(),
         "triton": _or_note(lambda: f"importable, {importlib.import_module('triton').__version__}"),
-        "backends": {name: _backend(name) for name in {**BACKENDS, **ops.BACKENDS}},
+        "backends": _backends(),
         "data": {
             "default model": _or_note(_default_model),
             "HumanEval": _or_note(_human_eval),
@@ -102,9 +96,40 @@ def _cuda() -> dict[str, Any]:
     return {"available": available, "torch built for": torch.version.cuda or "no CUDA", "devices": names}
 
 
-def _backend(name: str) -> str:
-    what = BACKENDS.get(name, "")
-    return f"available ({what})" if name in ops.BACKENDS else f"not in this version ({what})"
+def _backends() -> dict[str, str]:
+    """Each backend's state and, where it can't be used, the reason."""
+    return {
+        "cpu": _or_note(lambda: f"available: C++, running {torch.ops.layerskip.instruction_set()} of "
+                                f"{', '.join(torch.ops.layerskip.instruction_sets())}"),
+        "reference": "available: plain PyTorch, what the others are tested against",
+        "triton": _triton_state(),
+        "cuda cache ops": _cuda_state(),
+    }  # fmt: skip
+
+
+def _triton_state() -> str:
+    if "triton" not in ops.BACKENDS:
+        return "not in this version: GPU kernels in Triton"
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return "available: on the CPU, interpreted"
+    reason = _no_gpu()
+    return f"installed, {reason}" if reason else "available: GPU kernels in Triton"
+
+
+def _cuda_state() -> str:
+    if cache_ops.CUDA_MISSING:
+        return f"{cache_ops.CUDA_MISSING} (CPU tensors are served by the same code)"
+    reason = _no_gpu()
+    return f"built, {reason}" if reason else "available: CUDA C++"
+
+
+def _no_gpu() -> str | None:
+    """Why torch can't use a GPU; None where it can."""
+    if torch.version.cuda is None and torch.version.hip is None:
+        return "but this torch is built for CPUs only"
+    if not torch.cuda.is_available():
+        return "but no GPU: torch finds no driver, or no device"
+    return None
 
 
 def _default_model() -> str:

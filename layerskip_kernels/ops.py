@@ -18,7 +18,8 @@
 | ``run_layers`` | the one move: rows from their own depths to a layer |
 | ``draft_step``, ``verify_step`` | the two steps, each one call |
 
-What each means, with shapes and dtypes, is said once, in ``reference.py``; schemas stand in ``csrc/bindings.cpp``,
+Data movement in the cache (``append_kv``, ``copy_pages``, ``swap_out`` and others) is in ``cache_ops.py``. What each op
+above means, with shapes and dtypes, is said once, in ``reference.py``; schemas stand in ``csrc/bindings.cpp``,
 fakes below. A backend is anything with these names and signatures:
 
 - ``reference``: plain PyTorch, row-major weights.
@@ -32,9 +33,9 @@ from torch import Tensor
 from torch.library import register_fake
 
 import layerskip_kernels._C  # noqa: F401 - registers the ops
-from layerskip_kernels import reference
+from layerskip_kernels import cache_ops, reference
 
-__all__ = ["BACKENDS", "backend"]
+__all__ = ["BACKENDS", "backend", "cache_ops"]
 
 BACKENDS: dict[str, Any] = {"cpu": torch.ops.layerskip, "reference": reference}
 

@@ -14,7 +14,7 @@ import torch
 from conftest import threads, tiny_model
 
 import layerskip_kernels
-from layerskip_kernels import Generation, GenerationConfig, Model, cli, generate, load_model, machine, ops
+from layerskip_kernels import Generation, GenerationConfig, Model, cli, doctor, generate, load_model, machine, ops
 from layerskip_kernels.cli import main
 from layerskip_kernels.datasets import human_eval_prompts
 from layerskip_kernels.doctor import diagnose
@@ -315,7 +315,12 @@ def test_doctor_reports_this_machine(quick_bandwidth, capsys):
     assert report["platform"]["supported"] == torch.ops.layerskip.instruction_sets()
     assert report["cores"]["torch threads"] == 1
     assert report["cuda"]["available"] == torch.cuda.is_available()
-    assert {name for name, state in report["backends"].items() if state.startswith("available")} == set(ops.BACKENDS)
+    assert set(report["backends"]) == {*ops.BACKENDS, "triton", "cuda cache ops"}
+    assert report["backends"]["cpu"] == (
+        f"available: C++, running {torch.ops.layerskip.instruction_set()} of "
+        f"{', '.join(torch.ops.layerskip.instruction_sets())}"
+    )
+    assert report["backends"]["reference"].startswith("available")
     assert report["data"]["default model"].endswith(".gguf")
     assert report["data"]["HumanEval"] == "found, 164 problems"
     assert report["memory reads"] == {"GB/s": 12.3, "threads": 1}
@@ -336,6 +341,39 @@ def test_doctor_goes_on_where_a_part_is_missing(quick_bandwidth, monkeypatch):
     assert report["data"]["HumanEval"].startswith("not available: HumanEval.jsonl.gz is not installed; run: pip")
     assert report["triton"].startswith("not available: ")
     assert any("default model is missing" in problem for problem in report["problems"])
+
+
+@pytest.mark.parametrize(
+    ("missing", "torch_cuda", "has_gpu", "state"),
+    [
+        ("not built; install it", None, False, "not built; install it (CPU tensors are served by the same code)"),
+        (None, None, False, "built, but this torch is built for CPUs only"),
+        (None, "13.0", False, "built, but no GPU: torch finds no driver, or no device"),
+        (None, "13.0", True, "available: CUDA C++"),
+    ],
+)
+def test_doctor_says_why_cuda_is_not_there(monkeypatch, missing, torch_cuda, has_gpu, state):
+    monkeypatch.setattr(doctor.cache_ops, "CUDA_MISSING", missing)
+    monkeypatch.setattr(torch.version, "cuda", torch_cuda)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    assert doctor._backends()["cuda cache ops"] == state
+
+
+@pytest.mark.parametrize(
+    ("backends", "interpret", "has_gpu", "state"),
+    [
+        ({"cpu": 0}, "0", False, "not in this version: GPU kernels in Triton"),
+        ({"triton": 0}, "0", False, "installed, but no GPU: torch finds no driver, or no device"),
+        ({"triton": 0}, "1", False, "available: on the CPU, interpreted"),
+        ({"triton": 0}, "0", True, "available: GPU kernels in Triton"),
+    ],
+)
+def test_doctor_says_why_triton_is_not_there(monkeypatch, backends, interpret, has_gpu, state):
+    monkeypatch.setattr(doctor.ops, "BACKENDS", backends)
+    monkeypatch.setenv("TRITON_INTERPRET", interpret)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    assert doctor._backends()["triton"] == state
 
 
 def test_doctor_finds_a_second_openmp_runtime_a_problem(quick_bandwidth, monkeypatch):

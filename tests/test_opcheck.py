@@ -7,6 +7,8 @@ from test_norm_qkv_rope_append import arguments as qkv_arguments
 from test_paged_attention import arguments as attention_arguments
 from torch.library import opcheck
 
+from layerskip_kernels import cache_ops
+
 cpu = torch.ops.layerskip
 NOT_TENSOR_OPS = {"empty_huge", "instruction_set", "instruction_sets", "set_instruction_set"}
 
@@ -70,6 +72,22 @@ def arguments(name):
             return model.weights, *cache, *one, table, draft.draft_head, draft.draft_ids, 2, 3, *model.sizes
         case "verify_step":
             return model.weights, *cache, *rows, torch.tensor([2]), table, *model.sizes
+        case "append_kv":
+            rows_k, rows_v = torch.randn(2, 3, 2, 18).bfloat16()
+            return rows_k, rows_v, torch.tensor([5, -1, 60]), cache[0][0], cache[1][0], cache_ops.new_error()
+        case "copy_pages":
+            return torch.tensor([0, 1]).int(), torch.tensor([2, 3]).int(), *cache, cache_ops.new_error()
+        case "swap_out":
+            return torch.tensor([3]).int(), *cache, cache_ops.new_records(1, cache[0], cache[2]), cache_ops.new_error()
+        case "swap_in":
+            records = cache_ops.new_records(1, cache[0], cache[2]).fill_(1)
+            return torch.tensor([3]).int(), records, *cache, cache_ops.new_error()
+        case "gather_kv":
+            return table[0], 40, *cache[:2], cache_ops.new_error()
+        case "make_slot_mapping":
+            return table, rows[1], rows[3], 4, 16, cache_ops.new_error()
+        case "commit_lengths":
+            return torch.tensor([1, 2]), torch.tensor([3, 3]), torch.tensor([7, 8]), 100, cache_ops.new_error()
     raise AssertionError(f"no arguments for {name}: add them here")
 
 
@@ -80,7 +98,7 @@ def registered() -> list[str]:
 
 
 def test_the_list_is_complete():
-    assert len(registered()) == 19
+    assert len(registered()) == 26
 
 
 @pytest.mark.parametrize("name", registered())
