@@ -111,6 +111,9 @@ CUDA = prepare_cuda() if __name__ == "__main__" else None
 
 from torch.utils.cpp_extension import BuildExtension, CppExtension, include_paths  # noqa: E402
 
+# For benchmarks/bench_steps.py: a second set of kernels, which shows what the contract's order of sums costs.
+FREE_ORDER = os.environ.get("LAYERSKIP_FREE_ORDER") == "1"
+
 # -ffp-contract=off: the contract rounds every product and every sum, unless a line says fma.
 CXX_FLAGS = [
     "-std=c++20" if TORCH >= (2, 14) else "-std=c++17",  # our lines are C++17; torch's headers are C++20 since 2.14
@@ -126,7 +129,7 @@ class BuildOnce(BuildExtension):
 
     def finalize_options(self) -> None:
         super().finalize_options()
-        self.build_temp = str(ROOT / "build" / "objects")
+        self.build_temp = str(ROOT / "build" / ("free_order" if FREE_ORDER else "objects"))
 
 
 def cuda_extension(home: Path) -> Extension:
@@ -153,10 +156,10 @@ EXTENSIONS = [
     ),
     CppExtension(
         "layerskip_kernels._C",
-        ["csrc/bindings.cpp", *sorted(glob("csrc/cpu/*.cpp"))],
+        ["csrc/bindings.cpp", *sorted(glob("csrc/cpu/*.cpp")), *(glob("csrc/cpu/free_order/*.cpp") if FREE_ORDER else [])],
         include_dirs=[INCLUDE],
         depends=glob("csrc/**/*.[hi]*", recursive=True),
-        extra_compile_args=[*CXX_FLAGS, "-fopenmp"],
+        extra_compile_args=[*CXX_FLAGS, "-fopenmp", *(["-DLAYERSKIP_FREE_ORDER_BUILD"] if FREE_ORDER else [])],
         extra_link_args=["-fopenmp"],
     ),
     *([cuda_extension(CUDA)] if CUDA else []),

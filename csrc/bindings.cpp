@@ -3,6 +3,7 @@
 #include <Python.h>
 #include <torch/library.h>
 
+#include "cpu/kernels.h"
 #include "cpu/ops.h"
 
 TORCH_LIBRARY(layerskip, m) {
@@ -75,6 +76,9 @@ TORCH_LIBRARY(layerskip, m) {
   m.def("instruction_set() -> str", &layerskip::instruction_set);
   m.def("instruction_sets() -> str[]", &layerskip::instruction_sets);
   m.def("set_instruction_set(str name) -> ()", &layerskip::set_instruction_set);
+#if defined(LAYERSKIP_FREE_ORDER_BUILD)
+  m.def("set_free_order(bool on) -> ()", &layerskip::SetFreeOrder);
+#endif
 }
 
 TORCH_LIBRARY_IMPL(layerskip, CPU, m) {

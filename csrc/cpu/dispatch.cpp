@@ -14,10 +14,21 @@ const Kernels* PortableKernels();
 const Kernels* Avx2Kernels();
 const Kernels* Avx512Kernels();
 #endif
+#if defined(LAYERSKIP_FREE_ORDER_BUILD)
+const Kernels* FreeOrderAvx2Kernels();
+const Kernels* FreeOrderAvx512Kernels();
+#endif
 
 namespace {
 
+#if defined(LAYERSKIP_FREE_ORDER_BUILD)
+std::atomic<bool> free_order{false};
+#endif
+
 const Kernels* Tables(InstructionSet set) {
+#if defined(LAYERSKIP_FREE_ORDER_BUILD)
+  if (free_order) return set == InstructionSet::kAvx512 ? FreeOrderAvx512Kernels() : FreeOrderAvx2Kernels();
+#endif
   switch (set) {
 #if defined(__x86_64__)
     case InstructionSet::kAvx2:
@@ -72,6 +83,13 @@ void SetInstructionSet(InstructionSet set) {
     throw std::invalid_argument(std::string("this machine has no ") + InstructionSetName(set) + " instructions");
   Current() = set;
 }
+
+#if defined(LAYERSKIP_FREE_ORDER_BUILD)
+void SetFreeOrder(bool on) {
+  if (on && !IsSupported(InstructionSet::kAvx2)) throw std::invalid_argument("kernels of free order need AVX2");
+  free_order = on;
+}
+#endif
 
 const Kernels& KernelsFor(Dtype dtype) { return Tables(CurrentInstructionSet())[static_cast<int>(dtype)]; }
 

@@ -96,5 +96,8 @@ bool IsSupported(InstructionSet set);
 InstructionSet CurrentInstructionSet();
 void SetInstructionSet(InstructionSet set);  // throws std::invalid_argument when this machine lacks it
 const Kernels& KernelsFor(Dtype dtype);
+#if defined(LAYERSKIP_FREE_ORDER_BUILD)
+void SetFreeOrder(bool on);  // kernels that do not keep the contract, to be compared with (csrc/cpu/free_order)
+#endif
 
 }  // namespace layerskip

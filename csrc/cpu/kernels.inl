@@ -142,6 +142,16 @@ constexpr int GroupsPerPass(int64_t) { return 1; }
 // processor's own prefetching to fall behind (docs/log.md).
 constexpr int64_t kPrefetchBytes = 2048;
 
+// The sum of p(first), ... in a balanced tree of adjacent pairs.
+template <int kCount, class P>
+LAYERSKIP_FN F32x16 TreeSum(const P& p, int first = 0) {
+  if constexpr (kCount == 1) {
+    return p(first);
+  } else {
+    return Add(TreeSum<kCount / 2>(p, first), TreeSum<kCount / 2>(p, first + kCount / 2));
+  }
+}
+
 // T: dtype of x; W: of the weights, T or int8. An int8 product with a 16-bit number is exact in fp32, too.
 template <class T, class W, int kRows, int kGroups>
 void DotTile(const float* x, int64_t k, const W* weight, F32x16 (&out)[kRows][kGroups]) {
@@ -178,8 +188,7 @@ void DotTile(const float* x, int64_t k, const W* weight, F32x16 (&out)[kRows][kG
   }
   for (int r = 0; r < kRows; ++r) {
     for (int g = 0; g < kGroups; ++g) {
-      const auto p = [&](int s) { return partial[s][r][g]; };
-      out[r][g] = Add(Add(Add(p(0), p(1)), Add(p(2), p(3))), Add(Add(p(4), p(5)), Add(p(6), p(7))));
+      out[r][g] = TreeSum<kSegments>([&](int s) { return partial[s][r][g]; });
     }
   }
 }

@@ -15,7 +15,11 @@
 
 namespace layerskip {
 
-inline constexpr int kSegments = 8;     // rule 1: contiguous segments of a dot product
+#if defined(LAYERSKIP_FREE_ORDER)
+inline constexpr int kSegments = 1;  // csrc/cpu/free_order
+#else
+inline constexpr int kSegments = 8;  // rule 1: contiguous segments of a dot product
+#endif
 inline constexpr int kNormLanes = 256;  // rule 2: strided lanes of a sum of squares
 inline constexpr int kChunk = 256;      // rule 4: positions per attention chunk
 
