@@ -51,7 +51,9 @@ def main() -> None:
 
 def peak(work: str) -> dict[str, Any]:
     """What a process of this source says about itself."""
-    output = subprocess.run([sys.executable, "-c", PEAK.format(work=work)], stdout=subprocess.PIPE, check=True, text=True)
+    output = subprocess.run(
+        [sys.executable, "-c", PEAK.format(work=work)], stdout=subprocess.PIPE, check=True, text=True
+    )
     return json.loads(output.stdout.splitlines()[-1])
 
 

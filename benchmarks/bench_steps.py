@@ -44,7 +44,7 @@ def main() -> None:
     measured = {
         "model": model.name,
         **vars(limits),
-        "rows": [rows_result(n, timings) for n in ROWS],
+        "rows": [rows_result(model, n, timings) for n in ROWS],
         "contexts": [context_result(model, n, timings, limits) for n in CONTEXTS],
         "overhead": overhead(model, step, args.rounds),
         "free_order": [free_order_result(n, timings) for n in ROWS if free_name(n) in timings] or None,
@@ -86,9 +86,15 @@ def row_candidates(model: Model) -> tuple[dict[str, Candidate], list[int]]:
     return candidates, drafts
 
 
-def rows_result(rows: int, timings: dict[str, Timing]) -> dict[str, Any]:
+def rows_result(model: Model, rows: int, timings: dict[str, Timing]) -> dict[str, Any]:
     timing = timings[row_name(rows)]
-    return {"rows": rows, **described(timing), "over_1_row": timing.median / timings[row_name(1)].median}
+    num_bytes = verify_bytes(model, rows - 1, PROMPT + 1)
+    return {
+        "rows": rows,
+        "bytes": num_bytes,
+        **described(timing),
+        "over_1_row": timing.median / timings[row_name(1)].median,
+    }
 
 
 # ---- context ----

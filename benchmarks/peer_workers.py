@@ -104,7 +104,9 @@ class _Streamer(_Clock):
 class Transformers:
     """Transformers on the same weights; with an exit layer ``assistant_early_exit``, always the same draft length."""
 
-    def __init__(self, threads: int, directory: str, dtype: str, exit_layer: int | None = None, drafts: int = 4) -> None:
+    def __init__(
+        self, threads: int, directory: str, dtype: str, exit_layer: int | None = None, drafts: int = 4
+    ) -> None:
         import torch
         from transformers import AutoModelForCausalLM, logging
 

@@ -6,6 +6,7 @@ Transformers recomputes what it drafts on, and is slow. llama.cpp runs the weigh
 wheel is built for AVX2, so this package runs on AVX2 as well.
 """
 
+import math
 import tempfile
 from importlib.metadata import version
 from itertools import cycle
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from gguf_files import TYPES, write_gguf
 from peer_workers import Contender, Worker
+from shapes import SMOLLM2
 from timing import (
     BitsDiffer,
     Candidate,
@@ -29,8 +31,10 @@ from timing import (
 )
 from tqdm import tqdm
 
+from layerskip_kernels import ModelConfig
 from layerskip_kernels.datasets import human_eval_prompts
 from layerskip_kernels.gguf_cache import converted_directory
+from layerskip_kernels.llama_tensors import tensor_shapes
 from layerskip_kernels.loading import default_model_path
 from layerskip_kernels.tokenizer import Tokenizer
 
@@ -57,6 +61,7 @@ def main() -> None:
     facts = {
         "xllamacpp": version("xllamacpp"),
         "prompt_tokens": PROMPT_TOKENS,
+        "prompt_flop": prompt_flop(SMOLLM2, PROMPT_TOKENS),
         "exit_layer": EXIT_LAYER,
         "num_speculations": NUM_SPECULATIONS,
         "openmp_runtimes": runtimes,
@@ -119,6 +124,14 @@ def compete(workers: Workers, rounds: int) -> dict[str, Any]:
     return {**vars(limits), "llama_cpp": workers["llama.cpp BF16"].call("facts"), "results": results}
 
 
+def prompt_flop(config: ModelConfig, tokens: int) -> int:
+    """Products and sums that a prompt takes: all layers for all tokens, attention, and the head for the last one."""
+    shapes = tensor_shapes(config)
+    weights = sum(math.prod(shape) for name, shape in shapes.items() if ".layers." in name)
+    attention = tokens * (tokens + 1) * config.num_layers * config.num_heads * config.head_dim
+    return 2 * (tokens * weights + attention + config.vocab_size * config.hidden_size)
+
+
 def prompts(count: int) -> list[list[int]]:
     tokenizer = Tokenizer.from_directory(converted_directory(default_model_path()))
     assert tokenizer is not None
@@ -144,9 +157,7 @@ def candidates(workers: Workers, texts: list[list[int]], long: list[int]) -> dic
 def decoding(worker: Worker, texts: list[list[int]]) -> Candidate:
     """Another prompt in each round, the same one for all. The worker says how long it took: the pipe is left out."""
     turns = cycle(texts)
-    return Candidate(
-        worker.call, prepare=lambda: ("decode", next(turns), worker.contender.new_tokens), seconds=float
-    )
+    return Candidate(worker.call, prepare=lambda: ("decode", next(turns), worker.contender.new_tokens), seconds=float)
 
 
 def agreements(workers: Workers, texts: list[list[int]]) -> dict[str, dict[str, Any]]:
