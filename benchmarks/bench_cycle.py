@@ -33,7 +33,7 @@ CONTEXT, PLAIN = 100, "plain"
 
 
 def main() -> None:
-    args = arguments(__doc__, rounds=7)
+    args = arguments(__doc__, rounds=5)
     models = {"SmolLM2-135M": load_model, "Llama-3.2-1B": lambda: random_model("Llama-3.2-1B")}
     results = []
     for name, load in tqdm(models.items(), desc="models", unit="model"):

@@ -26,7 +26,7 @@ CORPUS_BYTES = 4_000_000
 
 
 def main() -> None:
-    args = arguments(__doc__, rounds=15, prompts=8, new_tokens=32)
+    args = arguments(__doc__, rounds=15, prompts=5, new_tokens=32)
     model = load_model()
     assert model.tokenizer is not None
     texts = standard_library(CORPUS_BYTES)

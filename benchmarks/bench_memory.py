@@ -40,7 +40,7 @@ PROMPT, LENGTH = 512, 544
 
 
 def main() -> None:
-    args = arguments(__doc__, rounds=3)
+    args = arguments(__doc__, rounds=2)
     converted_directory(default_model_path())
     results = []
     for weights in tqdm((None, "int8"), desc="peak memory", unit="model"):

@@ -19,7 +19,7 @@ MAX_TOKENS = 512
 
 
 def main() -> None:
-    args = arguments(__doc__, problems=60)
+    args = arguments(__doc__, problems=40)
     losses, counts = {}, {}
     for weights in (None, "int8"):
         model = load_model(weights=weights)
