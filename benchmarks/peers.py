@@ -40,6 +40,7 @@ from layerskip_kernels.tokenizer import Tokenizer
 
 EXIT_LAYER, NUM_SPECULATIONS = 10, 4
 PROMPT_TOKENS, COMPARED_PROMPTS = 512, 3
+MAX_GAP = 2.0  # of logits
 OURS, OURS_FP32, OURS_SPECULATIVE = "layerskip_kernels bf16", "layerskip_kernels fp32", "layerskip_kernels early exit"
 Workers = dict[str, Worker]
 
@@ -164,7 +165,7 @@ def agreements(workers: Workers, texts: list[list[int]]) -> dict[str, dict[str, 
     """How far each contender's greedy tokens are ours in fp32, and how close the choice was where they part.
 
     ``gaps``: by how much, in our fp32 logits, the best token is above the one that the contender chose. Rounding
-    explains hundredths; another model would part at once, and by whole numbers.
+    explains hundredths, 8-bit weights tenths. Raises ValueError beyond MAX_GAP: that is another model.
     """
     expected = [workers[OURS_FP32].call("tokens", text, workers[OURS_FP32].contender.new_tokens) for text in texts]
     found = {}
@@ -176,6 +177,8 @@ def agreements(workers: Workers, texts: list[list[int]]) -> dict[str, dict[str, 
             equal, compared = equal + same, compared + len(got)
             if same < len(got):
                 gaps.append(workers[OURS_FP32].call("gap", text + wanted[:same], got[same]))
+        if max(gaps, default=0.0) > MAX_GAP:
+            raise ValueError(f"{name} does not compute the same model: it chose tokens {max(gaps):.2f} below the best")
         found[name] = {"first_tokens_equal": equal, "tokens": compared, "gaps": gaps}
     return found
 
