@@ -48,6 +48,7 @@ class Ours:
         self.model = load_model(dtype=getattr(torch, dtype), weights=weights)
         strategy = "autoregressive" if exit_layer is None else "self_speculative"
         self.config = GenerationConfig(strategy, exit_layer, drafts, eos_token_ids=())
+        self.steps = self.gained = 0  # verifications, and the tokens they gave
 
     def decode(self, prompt: list[int], count: int) -> float:
         clock = _Clock()
@@ -67,11 +68,15 @@ class Ours:
         exit_layer = self.config.resolve_exit_layer(self.model.config.num_layers)
         return same_bits(self.model, prompt, exit_layer, self.config.num_speculations, num_cycles=2)
 
-    def bytes_read(self, length: int) -> int:
-        """Of weights and KV, by a step with ``length`` known tokens."""
-        from layerskip_kernels.bench import verify_bytes
+    def bytes_read(self, length: int) -> float:
+        """Of weights and KV, per token after ``length`` known ones, at the acceptance of the texts decoded so far."""
+        from layerskip_kernels.bench import draft_bytes, verify_bytes
 
-        return verify_bytes(self.model, 0, length)
+        if self.config.strategy == "autoregressive":
+            return verify_bytes(self.model, 0, length)
+        drafts = self.config.num_speculations
+        cycle = draft_bytes(self.model, self.config.exit_layer, drafts, length)
+        return (cycle + verify_bytes(self.model, drafts, length)) * self.steps / self.gained
 
     def gap(self, tokens: list[int], token: int) -> float:
         """By how much the logit of the best next token exceeds that of ``token``."""
@@ -84,7 +89,10 @@ class Ours:
     def _generate(self, prompt: list[int], count: int, **options: Any) -> Any:
         from layerskip_kernels import generate
 
-        return generate(self.model, [prompt], replace(self.config, max_new_tokens=count), **options)[0]
+        [generation] = generate(self.model, [prompt], replace(self.config, max_new_tokens=count), **options)
+        self.steps += generation.cycles
+        self.gained += count - 1
+        return generation
 
 
 class _Streamer(_Clock):

@@ -196,7 +196,7 @@ def result(
         found |= {"decode": described(decode), "tokens_per_second": 1 / decode.median}
     if process := timings.get(f"process {contender.name}"):
         found |= {"process": described(process), "prompt_tokens_per_second": PROMPT_TOKENS / process.median}
-    if decode and contender.kind == "ours" and contender.name != OURS_SPECULATIVE:
+    if decode and contender.kind == "ours":
         num_bytes = worker.call("bytes_read", round(prompt_length + contender.new_tokens / 2))
         fraction = num_bytes / decode.median / (limits.read_bandwidth_gb_s * 1e9)
         found |= {"bytes": num_bytes, "fraction_of_limit": fraction}

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 Results = dict[str, dict[str, Any]]
-OURS = "layerskip_kernels bf16"
+OURS, OURS_EARLY_EXIT = "layerskip_kernels bf16", "layerskip_kernels early exit"
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,12 @@ def over(what: str, bound: float, ours: str, peers: tuple[str, ...], key: str = 
 
 def decoding_limit(name: str) -> Callable[[Results], float | None]:
     """Tokens per second where weights and KV were read at the measured bandwidth."""
-    return lambda results: results["peers"]["read_bandwidth_gb_s"] * 1e9 / contender(results, name)["bytes"]
+
+    def limit(results: Results) -> float | None:
+        num_bytes = contender(results, name).get("bytes")
+        return results["peers"]["read_bandwidth_gb_s"] * 1e9 / num_bytes if num_bytes else None
+
+    return limit
 
 
 def prompt_limit(results: Results) -> float:
@@ -181,7 +186,8 @@ ROWS: list[Callable[[Results], Row]] = [
     bandwidth,
     over("autoregressive bf16 over llama.cpp BF16", 1.5, OURS, ("llama.cpp BF16",), limit=decoding_limit(OURS)),
     over("autoregressive bf16 over Transformers", 5, OURS, TRANSFORMERS, limit=decoding_limit(OURS)),
-    over("self-speculative over Transformers assistant_early_exit", 20, "layerskip_kernels early exit", EARLY_EXIT),
+    over("self-speculative over Transformers assistant_early_exit", 20, OURS_EARLY_EXIT, EARLY_EXIT,
+         limit=decoding_limit(OURS_EARLY_EXIT)),
     over("prompt of 512 tokens over llama.cpp BF16", 2.5, OURS, ("llama.cpp BF16",), "prompt_tokens_per_second",
          prompt_limit),
     verify_rows(6, 1.3),

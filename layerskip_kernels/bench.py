@@ -144,11 +144,13 @@ class Limits:
 
     read_bandwidth_gb_s: float
     fma_peak_gflop_s: float
+    read_bandwidth_iqr_gb_s: float  # the bandwidth of shared machines drifts
 
     @classmethod
     def of(cls, timings: Mapping[str, Timing]) -> Limits:
         """From the timings of ``limit_candidates``."""
-        return cls(1 / timings[READ].median, 2 * PEAK_SIZE**3 / timings[FMA].median / 1e9)
+        bandwidth = Timing(tuple(1 / seconds for seconds in timings[READ].seconds))
+        return cls(bandwidth.median, 2 * PEAK_SIZE**3 / timings[FMA].median / 1e9, bandwidth.iqr)
 
 
 def limit_candidates() -> dict[str, Candidate]:
