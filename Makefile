@@ -13,6 +13,7 @@ SOURCES := $(shell find csrc -type f)
 CPP := $(filter %.h %.inl %.cpp %.cu %.cuh,$(SOURCES))
 
 .PHONY: help demo test cuda-check gpu-check lint format docs wheel clean
+.PHONY: help demo test bench lint format docs wheel clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -29,6 +30,15 @@ cuda-check: .venv/built .venv/nvcc  ## compile and link csrc/cuda with nvcc: no 
 
 gpu-check: .venv/built  ## on a machine with a GPU: every bitwise test on it, then benchmarks; JSON in benchmarks/results/
 	$(BIN)/python benchmarks/gpu_check.py
+# Each writes benchmarks/results/<name>.json; the report puts them together.
+BENCHMARKS := peers bench_steps bench_cycle bench_generate bench_draft_vocab bench_perplexity bench_memory
+
+bench: .venv/bench  ## measure ops, steps, peers and limits; docs/performance.md is made of it (12 minutes on two cores)
+	@rm -f benchmarks/results/*.json
+	$(BIN)/python -m pytest benchmarks --save
+	@set -e; for name in $(BENCHMARKS); do \
+		echo "benchmarks/$$name.py" >&2; $(BIN)/python benchmarks/$$name.py --save >/dev/null; done
+	$(BIN)/python benchmarks/report.py
 
 lint: .venv/lint  ## ruff, mypy and clang-format, changing nothing
 	$(BIN)/ruff check .
@@ -51,6 +61,7 @@ wheel: .venv/built  ## dist/*.whl, for this Python and this torch
 
 clean:  ## remove what was built (.venv stays, to be built into again)
 	rm -rf .venv/ready .venv/built .venv/lint .venv/nvcc build dist *.egg-info layerskip_kernels/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv/ready .venv/built .venv/bench .venv/lint build dist *.egg-info layerskip_kernels/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 # For one command: the interpreter's headers, found or fetched, and ninja on PATH (without it the compilers run
 # one at a time).
@@ -68,6 +79,10 @@ $(BIN)/pip:
 
 .venv/built: .venv/ready $(SOURCES)
 	$(call building,$(PIP) install -c constraints.txt --no-build-isolation -e ".[test]")
+	touch $@
+
+.venv/bench: .venv/built
+	$(PIP) install -c constraints.txt matplotlib xllamacpp
 	touch $@
 
 .venv/lint: .venv/ready | .venv/built

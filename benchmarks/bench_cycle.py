@@ -33,7 +33,7 @@ CONTEXT, PLAIN = 100, "plain"
 
 
 def main() -> None:
-    args = arguments(__doc__, rounds=7)
+    args = arguments(__doc__, rounds=5)
     models = {"SmolLM2-135M": load_model, "Llama-3.2-1B": lambda: random_model("Llama-3.2-1B")}
     results = []
     for name, load in tqdm(models.items(), desc="models", unit="model"):
@@ -49,7 +49,7 @@ def measured(model: Model, exit_layers: tuple[int, ...], draft_counts: tuple[int
     candidates = grid(model, exit_layers, draft_counts)
     timings = interleave({**candidates, **limit_candidates()}, rounds)
     c = model.config
-    head = head_bytes(c, model.dtype) / layer_bytes(c, model.dtype)
+    head = head_bytes(model) / layer_bytes(model)
     settings = product(exit_layers, draft_counts)
     return {
         "num_layers": c.num_layers,

@@ -15,7 +15,7 @@ from layerskip_kernels.machine import usable_cores
 
 cpu = torch.ops.layerskip
 MAX_ROWS = 12
-SECONDS, MIN_ROUNDS, MAX_ROUNDS = 0.4, 7, 200
+SECONDS, MIN_ROUNDS, MAX_ROUNDS = 0.2, 5, 200
 Arguments = dict[str, Any]
 RESULTS = pytest.StashKey[list[dict[str, Any]]]()
 

@@ -61,6 +61,15 @@ def random_model(name: str, num_layers: int | None = None, backend: str = "cpu")
     return Model.from_checkpoint(checkpoint, backend)
 
 
+def narrow_model(num_layers: int) -> Model:
+    """A model of so many layers with next to no arithmetic in them: its time is that of everything around it."""
+    config = replace(
+        SMOLLM2, num_layers=num_layers, vocab_size=16, hidden_size=16, intermediate_size=16, num_heads=1,
+        num_kv_heads=1, head_dim=2,
+    )  # fmt: skip
+    return Model.from_checkpoint(Checkpoint(config, _RandomTensors(config), None, "narrow", DTYPE))
+
+
 def filled_cache(model: Model, context: int, num_sequences: int, room: int) -> tuple[PagedKVCache, list[Sequence]]:
     """Sequences of ``context`` committed positions of random K and V (a prefill would take long), and a token more."""
     torch.manual_seed(0)

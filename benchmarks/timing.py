@@ -6,6 +6,7 @@
 import argparse
 import json
 import sys
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,8 @@ def described(timing: Timing) -> dict[str, float]:
 def finish(name: str, measured: dict[str, Any], save: bool, command: str | None = None) -> None:
     """Print the results with machine and command as the last line of stdout, and save them if asked to."""
     command = command or " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
-    result = {"machine": machine_facts(), "command": command, **measured}
+    date = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M")
+    result = {"machine": machine_facts(), "date": date, "command": command, **measured}
     if save:
         RESULTS.mkdir(exist_ok=True)
         (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

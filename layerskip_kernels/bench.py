@@ -14,13 +14,14 @@ from time import perf_counter
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from layerskip_kernels import machine
-from layerskip_kernels.config import GenerationConfig, ModelConfig
+from layerskip_kernels.config import GenerationConfig
 from layerskip_kernels.generate import generate
 from layerskip_kernels.kv_cache import PagedKVCache, Sequence
-from layerskip_kernels.llama_tensors import tensor_shapes
 from layerskip_kernels.model import Model
+from layerskip_kernels.reference import LAYER_WEIGHTS, MODEL_WEIGHTS
 from layerskip_kernels.steps import Draft, Verdict, draft_step, prefill, verify_step
 from layerskip_kernels.verify import compare
 
@@ -143,11 +144,13 @@ class Limits:
 
     read_bandwidth_gb_s: float
     fma_peak_gflop_s: float
+    read_bandwidth_iqr_gb_s: float  # the bandwidth of shared machines drifts
 
     @classmethod
     def of(cls, timings: Mapping[str, Timing]) -> Limits:
         """From the timings of ``limit_candidates``."""
-        return cls(1 / timings[READ].median, 2 * PEAK_SIZE**3 / timings[FMA].median / 1e9)
+        bandwidth = Timing(tuple(1 / seconds for seconds in timings[READ].seconds))
+        return cls(bandwidth.median, 2 * PEAK_SIZE**3 / timings[FMA].median / 1e9, bandwidth.iqr)
 
 
 def limit_candidates() -> dict[str, Candidate]:
@@ -158,9 +161,9 @@ def limit_candidates() -> dict[str, Candidate]:
     what the cores could do. Both with torch's current threads.
     """
     a, b = (torch.randn(PEAK_SIZE, PEAK_SIZE) for _ in range(2))
-    out = torch.empty_like(a)
+    out, buffer = torch.empty_like(a), machine.read_buffer()
     return {
-        READ: Candidate(lambda: machine.measure_read_bandwidth(READ_SECONDS), seconds=lambda gb_s: 1 / gb_s),
+        READ: Candidate(lambda: machine.measure_read_bandwidth(READ_SECONDS, buffer), seconds=lambda gb_s: 1 / gb_s),
         FMA: Candidate(lambda: torch.mm(a, b, out=out)),
     }
 
@@ -190,30 +193,35 @@ def _version(package: str) -> str | None:
 # ---- bytes and ceilings, on paper ----
 
 
-def layer_bytes(config: ModelConfig, dtype: torch.dtype, positions: int = 0) -> int:
-    """What a pass through one layer reads: its weights, and K and V of ``positions`` positions, once for all rows."""
-    shapes = tensor_shapes(config)
-    weights = sum(math.prod(shape) for name, shape in shapes.items() if name.startswith("model.layers.0."))
-    return dtype.itemsize * (weights + 2 * positions * config.num_kv_heads * config.head_dim)
+def layer_bytes(model: Model, positions: int = 0) -> int:
+    """What a pass through one layer reads: its weights as they are packed, and K and V of ``positions`` positions.
+
+    Once for all rows of the pass.
+    """
+    c = model.config
+    weights = model.weights[len(MODEL_WEIGHTS) : len(MODEL_WEIGHTS) + len(LAYER_WEIGHTS)]
+    return _bytes(weights) + model.dtype.itemsize * 2 * positions * c.num_kv_heads * c.head_dim
 
 
-def head_bytes(config: ModelConfig, dtype: torch.dtype, num_tokens: int | None = None) -> int:
-    """What the final norm and the LM head read (of ``num_tokens`` tokens where drafts have their own vocabulary)."""
-    vocab_size = config.vocab_size if num_tokens is None else num_tokens
-    return dtype.itemsize * (vocab_size + 1) * config.hidden_size
+def head_bytes(model: Model, drafting: bool = False) -> int:
+    """What the final norm and the LM head read; drafts may have a head of their own (Model.with_draft_vocab)."""
+    _, norm, head, *_ = model.weights
+    return _bytes([norm, model.draft_head if drafting and model.draft_head is not None else head])
+
+
+def _bytes(tensors: list[Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
 
 
 def draft_bytes(model: Model, exit_layer: int, num_drafts: int, length: int, num_sequences: int = 1) -> int:
     """Weights and KV read by draft_step after ``length`` known tokens: a pass and a head for each draft."""
-    num_tokens = None if model.draft_ids is None else len(model.draft_ids)
-    passes = sum(layer_bytes(model.config, model.dtype, num_sequences * (length + i)) for i in range(num_drafts))
-    return exit_layer * passes + num_drafts * head_bytes(model.config, model.dtype, num_tokens)
+    passes = sum(layer_bytes(model, num_sequences * (length + i)) for i in range(num_drafts))
+    return exit_layer * passes + num_drafts * head_bytes(model, drafting=True)
 
 
 def verify_bytes(model: Model, num_drafts: int, length: int) -> int:
     """Weights and KV read by verify_step: every layer and the head once, whatever the exit layer was."""
-    layers = model.config.num_layers * layer_bytes(model.config, model.dtype, length + num_drafts)
-    return layers + head_bytes(model.config, model.dtype)
+    return model.config.num_layers * layer_bytes(model, length + num_drafts) + head_bytes(model)
 
 
 def ceiling(num_layers: int, exit_layer: int, num_drafts: int, acceptance: float, head: float = 0.0) -> float:
@@ -235,7 +243,7 @@ def bench(
 ) -> dict[str, Any]:
     """Time the steps on a model, after the bits of a cycle were compared with plain decoding's.
 
-    Gives ``machine``, ``settings``, ``read_bandwidth_gb_s``, ``fma_peak_gflop_s`` and ``results``: for
+    Gives ``machine`` (with the ``settings``), ``read_bandwidth_gb_s``, ``fma_peak_gflop_s`` and ``results``: for
     ``autoregressive`` (the baseline: verification of an empty draft, 1 token), ``draft_step`` (d tokens drafted),
     ``verify_step`` (d + 1 rows judged) and ``cycle`` (both; d + 1 tokens, as if all drafts were accepted) the
     median and the distance of the quartiles in seconds, tokens per second, the bytes of weights and KV read,
@@ -252,8 +260,7 @@ def bench(
     settings = {"model": model.name, "dtype": str(model.dtype).removeprefix("torch."), "exit_layer": exit_layer,
                 "num_speculations": num_speculations, "context": len(prompt), "bits_equal": True}  # fmt: skip
     return {
-        "machine": machine_facts(),
-        "settings": settings,
+        "machine": {**machine_facts(), "settings": settings},
         "read_bandwidth_gb_s": limits.read_bandwidth_gb_s,
         "fma_peak_gflop_s": limits.fma_peak_gflop_s,
         "results": _results(model, timings, limits, exit_layer, num_speculations, len(sequence.tokens)),
@@ -336,7 +343,7 @@ def _result(name: str, timing: Timing, tokens: int, num_bytes: int, limits: Limi
 
 def as_text(report: dict[str, Any]) -> str:
     """The report for people."""
-    settings = report["settings"]
+    settings = report["machine"]["settings"]
     lines = [
         f"{settings['model']}: {settings['num_speculations']} drafts with the first {settings['exit_layer']} layers, "
         f"after {settings['context']} tokens; bits equal to plain decoding's",

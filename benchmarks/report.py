@@ -1,0 +1,234 @@
+"""The results of `make bench` as tables: printed, and written into docs/performance.md between its markers.
+
+Reads benchmarks/results/*.json. The last line of stdout is the table of targets as JSON.
+"""
+
+import argparse
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from targets import Results, Row, of_ceiling, rows
+
+HERE = Path(__file__).parent
+DOCS = HERE.parent / "docs"
+SECTION = re.compile(r"(<!-- begin (\w+) -->\n).*?(<!-- end \2 -->)", re.DOTALL)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--results", type=Path, default=HERE / "results", help="a folder (default: %(default)s)")
+    parser.add_argument("--docs", type=Path, default=DOCS, help="where performance.md lies (default: %(default)s)")
+    args = parser.parse_args()
+    results = read(args.results)
+    write(args.docs, results)
+    print(as_text(rows(results)))
+    print(json.dumps([described(row) for row in rows(results)]))
+
+
+def read(folder: Path) -> Results:
+    """All results by name. Raises ValueError where there are none, and where they are of several machines."""
+    results = {path.stem: json.loads(path.read_bytes()) for path in sorted(folder.glob("*.json"))}
+    if not results:
+        raise ValueError(f"{folder} holds no results; run `make bench`")
+    machines = {(r["machine"]["cpu"], r["machine"]["threads"]) for r in results.values()}
+    if len(machines) > 1:
+        raise ValueError(f"{folder} holds results of several machines, {sorted(machines)}; run `make bench` anew")
+    return results
+
+
+def described(row: Row) -> dict[str, Any]:
+    return {"target": f"{row.what} {row.target}", "reached": row.value, "met": {"yes": True, "NO": False}.get(row.met)}
+
+
+def as_text(table: list[Row]) -> str:
+    titles = ("target", "", "reached", "ours", "peer", "limit", "met")
+    lines = [titles, *((r.what, r.target, r.reached, r.ours, r.peer, r.limit, r.met) for r in table)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(titles))]
+    return "\n".join(
+        "  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
+    )
+
+
+def write(docs: Path, results: Results) -> None:
+    """Replace what stands between the markers of performance.md, and draw its plots."""
+    from plots import draw
+
+    path = docs / "performance.md"
+    text = path.read_text(encoding="utf-8")
+    path.write_text(filled(text, results), encoding="utf-8")
+    draw(docs, results)
+
+
+def filled(text: str, results: Results) -> str:
+    """The page with its generated sections from these results; one whose results are missing stays as it is."""
+
+    def section(match: re.Match[str]) -> str:
+        begin, name, end = match.groups()
+        if name not in SECTIONS:
+            raise ValueError(f"performance.md has an unknown section {name!r}; known: {', '.join(SECTIONS)}")
+        needs, make = SECTIONS[name]
+        return f"{begin}{make(results)}\n{end}" if needs in results or not needs else match[0]
+
+    return SECTION.sub(section, text)
+
+
+# ---- the sections ----
+
+
+def table(titles: list[str], lines: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in [titles, ["---"] * len(titles), *lines])
+
+
+def ms(timing: dict[str, float]) -> str:
+    return f"{timing['median_s'] * 1e3:.2f}"
+
+
+def with_spread(timing: dict[str, float]) -> str:
+    return f"{timing['median_s'] * 1e3:.2f} ({timing['iqr_s'] * 1e3:.2f})"
+
+
+def machine(results: Results) -> str:
+    some = next(iter(results.values()))["machine"]
+    dates = sorted(result["date"] for result in results.values())
+    bandwidths = [r["read_bandwidth_gb_s"] for r in results.values() if "read_bandwidth_gb_s" in r]
+    peaks = [r["fma_peak_gflop_s"] for r in results.values() if "fma_peak_gflop_s" in r]
+    versions = ", ".join(f"{name} {number}" for name, number in some["versions"].items())
+    xllamacpp = results.get("peers", {}).get("xllamacpp")
+    lines = [
+        f"- {some['cpu']}, {some['cores']} cores, {some['threads']} threads, {some['instruction_set']}, "
+        f"{(some['last_level_cache_bytes'] or 0) >> 20} MiB of last-level cache",
+        f"- Python {some['python']}, {versions}" + (f", xllamacpp {xllamacpp}" if xllamacpp else ""),
+        f"- read bandwidth {span(bandwidths)} GB/s, fp32 peak {span(peaks)} GFLOP/s, over the parts of the run",
+        f"- from {dates[0]} to {dates[-1]} (UTC)",
+    ]
+    return "\n".join(lines)
+
+
+def span(values: list[float]) -> str:
+    return f"{min(values):.1f} to {max(values):.1f}" if values else "?"
+
+
+def targets(results: Results) -> str:
+    titles = ["target", "at", "reached", "ours", "peer", "limit", "met"]
+    return table(titles, [[r.what, r.target, r.reached, r.ours, r.peer, r.limit, r.met] for r in rows(results)])
+
+
+def peers(results: Results) -> str:
+    found = results["peers"]
+    lines = []
+    for r in found["results"]:
+        a = r["agreement"]
+        prompt = f"{r['prompt_tokens_per_second']:.0f}" if "process" in r else ""
+        speed = f"{r['tokens_per_second']:.1f}" if "decode" in r else ""
+        gap = f"{max(a['gaps']):.3f}" if a["gaps"] else ""
+        decode = with_spread(r["decode"]) if "decode" in r else ""
+        lines.append([r["name"], speed, decode, prompt, f"{a['first_tokens_equal']} of {a['tokens']}", gap])
+    titles = ["", "tokens/s", "ms per token (IQR)", "prompt, tokens/s", "tokens until it parts from our fp32", "gap"]
+    return table(titles, lines) + f"\n\nllama.cpp says of itself: `{found['llama_cpp'].strip(' |')}`"
+
+
+def row_counts(results: Results) -> str:
+    found = results["steps"]["rows"]
+    lines = [[str(r["rows"]), with_spread(r), f"{r['over_1_row']:.2f}"] for r in found]
+    return table(["rows", "ms (IQR)", "over 1 row"], lines)
+
+
+def contexts(results: Results) -> str:
+    lines = [
+        [str(r["context"]), with_spread(r), f"{r['bytes'] / 1e6:.0f}",
+         f"{r['kv_fraction_of_limit']:.2f}" if r["kv_fraction_of_limit"] else ""]
+        for r in results["steps"]["contexts"]
+    ]  # fmt: skip
+    return table(["positions", "ms (IQR)", "MB read", "bytes more per second more, of bandwidth"], lines)
+
+
+def cycles(results: Results) -> str:
+    tables = []
+    for model in results["cycle"]["models"]:
+        rates = [s["acceptance_rate"] for s in model["results"][0]["speed_ups"]]
+        lines = []
+        for r in model["results"]:
+            speed_ups = [f"{s['speed_up']:.2f} of {s['ceiling_with_head']:.2f}" for s in r["speed_ups"]]
+            lines.append([str(r["exit_layer"]), str(r["num_speculations"]), ms(r["draft_step"]), ms(r["verify_step"]),
+                          *speed_ups, f"{of_ceiling(r):.2f}"])  # fmt: skip
+        titles = ["exit", "drafts", "draft ms", "verify ms", *(f"a = {rate:g}" for rate in rates), "of the ceiling"]
+        head = f"{model['model']}: a plain step takes {ms(model['plain'])} ms; the head is worth "
+        tables.append(f"{head}{model['head_in_layers']:.1f} of {model['num_layers']} layers.\n\n{table(titles, lines)}")
+    return "\n\n".join(tables)
+
+
+def generation(results: Results) -> str:
+    lines = []
+    for r in results["generate"]["results"]:
+        rate = "" if r["acceptance_rate"] is None else f"{r['acceptance_rate']:.1%}"
+        lines.append([r["name"], f"{r['tokens_per_second']:.1f}", rate, f"{r['ratio_to_plain']:.2f}x"])
+    return table(["", "tokens/s", "accepted", "over plain"], lines)
+
+
+def draft_vocab(results: Results) -> str:
+    found = results["draft_vocab"]
+    exits = list(found["results"][0]["acceptance"])
+    lines = []
+    for r in sorted(found["results"], key=lambda r: r["size"]):
+        accepted = [f"{r['acceptance'][e]:.1%}" for e in exits]
+        lines.append([f"{r['size']}", with_spread(r["draft_step"]), f"{r['over_full']:.2f}", f"{r['coverage']:.1%}",
+                      *accepted])  # fmt: skip
+    titles = ["tokens in the list", f"{found['num_speculations']} drafts, ms (IQR)", "over all tokens", "coverage",
+              *(f"accepted, exit {e}" for e in exits)]  # fmt: skip
+    return f"Counted from {found['corpus']}.\n\n{table(titles, lines)}"
+
+
+def int8(results: Results) -> str:
+    found = results["perplexity"]
+    lines = [[name, f"{value:.4f}"] for name, value in found["perplexity"].items()]
+    text = f"{found['problems']} HumanEval solutions, {found['tokens']} tokens:\n\n"
+    return text + table(["weights", "perplexity"], lines)
+
+
+def memory(results: Results) -> str:
+    names = ["peak_bytes", "weight_bytes", "cache_bytes", "import_torch_bytes"]
+    lines = [
+        [r["weights"], *(f"{r[name] / 1e6:.0f}" for name in names), f"{r['over_needed']:.2f}"]
+        for r in results["memory"]["results"]
+    ]
+    return table(["weights", "peak, MB", "weights", "cache", "import torch", "peak over the sum"], lines)
+
+
+def ops(results: Results) -> str:
+    cases: dict[tuple[str, str, Any], dict[int, Any]] = {}
+    for r in results["ops"]["results"]:
+        cases.setdefault((r["shape"], r["name"], r.get("context", "")), {})[r["rows"]] = r
+    counts = sorted({count for case in cases.values() for count in case})
+    lines = []
+    for (shape, name, context), case in sorted(cases.items(), key=lambda item: tuple(map(str, item[0]))):
+        cells = [f"{r['median_s'] * 1e6:.0f} ({r['fraction_of_limit']:.0%})" for r in map(case.get, counts) if r]
+        lines.append([shape, name, str(context), *cells])
+    return table(["shape", "op", "context", *(f"{n} rows, us (of bandwidth)" for n in counts)], lines)
+
+
+def commands(results: Results) -> str:
+    return "\n".join(f"    {result['command']}" for result in results.values())
+
+
+# Each section with the result that it needs.
+SECTIONS: dict[str, tuple[str, Callable[[Results], str]]] = {
+    "machine": ("", machine),
+    "targets": ("", targets),
+    "peers": ("peers", peers),
+    "rows": ("steps", row_counts),
+    "contexts": ("steps", contexts),
+    "cycles": ("cycle", cycles),
+    "generation": ("generate", generation),
+    "draft_vocab": ("draft_vocab", draft_vocab),
+    "int8": ("perplexity", int8),
+    "memory": ("memory", memory),
+    "ops": ("ops", ops),
+    "commands": ("", commands),
+}
+
+
+if __name__ == "__main__":
+    main()

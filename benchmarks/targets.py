@@ -1,0 +1,203 @@
+"""What is to be reached, as rows of one table: ours, the peer's and the limit's figures from the same run."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+Results = dict[str, dict[str, Any]]
+OURS, OURS_EARLY_EXIT = "layerskip_kernels bf16", "layerskip_kernels early exit"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A target and what came of it. ``value`` is what is compared with ``bound``; None: this run did not measure it."""
+
+    what: str
+    bound: float
+    value: float | None
+    at_least: bool = True
+    unit: str = "x"
+    ours: str = ""
+    peer: str = ""
+    limit: str = ""
+
+    @property
+    def target(self) -> str:
+        return f"{'>=' if self.at_least else '<='} {shown(self.bound, self.unit)}"
+
+    @property
+    def reached(self) -> str:
+        return "not measured" if self.value is None else shown(self.value, self.unit)
+
+    @property
+    def met(self) -> str:
+        if self.value is None:
+            return "-"
+        return "yes" if (self.value >= self.bound if self.at_least else self.value <= self.bound) else "NO"
+
+
+def shown(value: float, unit: str) -> str:
+    return f"{value:.1%}" if unit == "%" else f"{value:.2f}{unit}"
+
+
+def rows(results: Results) -> list[Row]:
+    """All rows; those whose result is not there say that they were not measured."""
+    return [row(results) for row in ROWS]
+
+
+# ---- beside others ----
+
+
+def contender(results: Results, name: str) -> dict[str, Any]:
+    found = results.get("peers", {}).get("results", [])
+    return next((result for result in found if result["name"] == name), {})
+
+
+def over(what: str, bound: float, ours: str, peers: tuple[str, ...], key: str = "tokens_per_second",
+         limit: Callable[[Results], float | None] = lambda _: None) -> Callable[[Results], Row]:  # fmt: skip
+    """Our tokens per second over the best of some peers'."""
+
+    def row(results: Results) -> Row:
+        mine = contender(results, ours).get(key)
+        theirs = {name: contender(results, name)[key] for name in peers if key in contender(results, name)}
+        if mine is None or not theirs:
+            return Row(what, bound, None)
+        best = max(theirs, key=lambda name: theirs[name])
+        most = limit(results)
+        return Row(what, bound, mine / theirs[best], ours=f"{mine:.1f} tokens/s", peer=f"{best}: {theirs[best]:.1f}",
+                   limit=f"{most:.1f} tokens/s" if most else "")  # fmt: skip
+
+    return row
+
+
+def decoding_limit(name: str) -> Callable[[Results], float | None]:
+    """Tokens per second where weights and KV were read at the measured bandwidth."""
+
+    def limit(results: Results) -> float | None:
+        num_bytes = contender(results, name).get("bytes")
+        return results["peers"]["read_bandwidth_gb_s"] * 1e9 / num_bytes if num_bytes else None
+
+    return limit
+
+
+def prompt_limit(results: Results) -> float:
+    """Tokens per second where all products and sums ran at the measured peak."""
+    peers = results["peers"]
+    return peers["prompt_tokens"] * peers["fma_peak_gflop_s"] * 1e9 / peers["prompt_flop"]
+
+
+def bandwidth(results: Results) -> Row:
+    what = "autoregressive bf16: bytes read per second over the read bandwidth"
+    mine = contender(results, OURS)
+    if "bytes" not in mine:
+        return Row(what, 0.85, None, unit="")
+    gb_s = mine["bytes"] * mine["tokens_per_second"] / 1e9
+    limit = f"{results['peers']['read_bandwidth_gb_s']:.1f} GB/s"
+    return Row(what, 0.85, mine["fraction_of_limit"], unit="", ours=f"{gb_s:.1f} GB/s", limit=limit)
+
+
+# ---- our own steps ----
+
+
+def verify_rows(num_rows: int, bound: float) -> Callable[[Results], Row]:
+    def row(results: Results) -> Row:
+        what = f"verify_step of {num_rows} rows over 1 row"
+        steps = results.get("steps", {})
+        timed = {result["rows"]: result for result in steps.get("rows", [])}
+        if num_rows not in timed:
+            return Row(what, bound, None, at_least=False)
+        most = rows_limit(steps, num_rows) / rows_limit(steps, 1)
+        ours = f"{timed[num_rows]['median_s'] * 1e3:.1f} and {timed[1]['median_s'] * 1e3:.1f} ms"
+        return Row(what, bound, timed[num_rows]["over_1_row"], False, ours=ours, limit=shown(most, "x"))
+
+    return row
+
+
+def rows_limit(steps: dict[str, Any], num_rows: int) -> float:
+    """Seconds a step takes at least: its bytes at the bandwidth, or its products and sums at the peak.
+
+    A bf16 weight, 2 bytes, takes a product and a sum per row: as many operations as bytes.
+    """
+    num_bytes = next(row["bytes"] for row in steps["rows"] if row["rows"] == num_rows)
+    return max(num_bytes / steps["read_bandwidth_gb_s"], num_rows * num_bytes / steps["fma_peak_gflop_s"]) / 1e9
+
+
+def exact_order(results: Results) -> Row:
+    """The worst over the numbers of rows."""
+    what = "exact order over a free-order build of the same kernels"
+    free = results.get("steps", {}).get("free_order")
+    if not free:
+        return Row(what, 1.05, None, at_least=False)
+    worst = max(free, key=lambda row: row["exact_over_free"])
+    return Row(what, 1.05, worst["exact_over_free"], False, ours=f"worst at {worst['rows']} rows")
+
+
+def overhead(results: Results) -> Row:
+    what = "Python and dispatch, of a decode step"
+    found = results.get("steps", {}).get("overhead")
+    if not found:
+        return Row(what, 0.03, None, False, "%")
+    return Row(what, 0.03, found["fraction_of_step"], False, "%", ours=f"{found['median_s'] * 1e3:.3f} ms")
+
+
+def memory(results: Results) -> Row:
+    what = "peak memory over weights + cache + `import torch`"
+    found = next((row for row in results.get("memory", {}).get("results", []) if row["weights"] == "bf16"), None)
+    if not found:
+        return Row(what, 1.15, None, at_least=False)
+    needed = found["peak_bytes"] / found["over_needed"]
+    ours, limit = f"{found['peak_bytes'] / 1e6:.0f} MB", f"{needed / 1e6:.0f} MB"
+    return Row(what, 1.15, found["over_needed"], False, ours=ours, limit=limit)
+
+
+def context(results: Results) -> Row:
+    what = "growth at 4,096 positions: KV bytes per second more, over the read bandwidth"
+    steps = results.get("steps", {})
+    found = next((row for row in steps.get("contexts", []) if row["context"] == 4096), None)
+    if not found:
+        return Row(what, 0.7, None, unit="")
+    fraction, limit = found["kv_fraction_of_limit"], steps["read_bandwidth_gb_s"]
+    return Row(what, 0.7, fraction, unit="", ours=f"{fraction * limit:.1f} GB/s", limit=f"{limit:.1f} GB/s")
+
+
+def cycles(model: str) -> Callable[[Results], Row]:
+    """The worst of all exits and draft lengths; the acceptance rate cancels out."""
+
+    def row(results: Results) -> Row:
+        what = f"cycle of {model} over its ceiling with the head counted in"
+        found = next((m for m in results.get("cycle", {}).get("models", []) if m["model"] == model), None)
+        if not found:
+            return Row(what, 0.85, None, unit="")
+        worst = min(found["results"], key=of_ceiling)
+        ours = f"worst: exit {worst['exit_layer']}, {worst['num_speculations']} drafts"
+        return Row(what, 0.85, of_ceiling(worst), unit="", ours=ours)
+
+    return row
+
+
+def of_ceiling(setting: dict[str, Any]) -> float:
+    some = setting["speed_ups"][0]
+    return some["speed_up"] / some["ceiling_with_head"]
+
+
+TRANSFORMERS = ("Transformers bf16", "Transformers fp32")
+EARLY_EXIT = ("Transformers bf16, early exit", "Transformers fp32, early exit")
+ROWS: list[Callable[[Results], Row]] = [
+    bandwidth,
+    over("autoregressive bf16 over llama.cpp BF16", 1.5, OURS, ("llama.cpp BF16",), limit=decoding_limit(OURS)),
+    over("autoregressive bf16 over Transformers", 5, OURS, TRANSFORMERS, limit=decoding_limit(OURS)),
+    over("self-speculative over Transformers assistant_early_exit", 20, OURS_EARLY_EXIT, EARLY_EXIT,
+         limit=decoding_limit(OURS_EARLY_EXIT)),
+    over("prompt of 512 tokens over llama.cpp BF16", 2.5, OURS, ("llama.cpp BF16",), "prompt_tokens_per_second",
+         prompt_limit),
+    verify_rows(6, 1.3),
+    verify_rows(12, 2.0),
+    exact_order,
+    overhead,
+    memory,
+    context,
+    over("autoregressive int8 over llama.cpp Q8_0", 1.3, "layerskip_kernels int8", ("llama.cpp Q8_0",),
+         limit=decoding_limit("layerskip_kernels int8")),
+    cycles("SmolLM2-135M"),
+    cycles("Llama-3.2-1B"),
+]  # fmt: skip
