@@ -138,9 +138,17 @@ constexpr int kRowsPerPass = 2;
 constexpr int GroupsPerPass(int64_t) { return 1; }
 #endif
 
-// How far ahead of the arithmetic weights are fetched: with several rows a pass over them is slow enough for the
-// processor's own prefetching to fall behind (docs/log.md).
-constexpr int64_t kPrefetchBytes = 2048;
+// Weights are fetched ahead of the arithmetic, because a pass over them is too slow or too fast for the processor's own
+// prefetching: with few rows into the second-level cache, which has more requests on their way at a time, with more
+// rows, which take longer over each weight, into the first (docs/log.md).
+template <int kRows>
+LAYERSKIP_FN void FetchAhead(const void* weights) {
+  if constexpr (kRows <= 2) {
+    __builtin_prefetch(static_cast<const char*>(weights) + 4096, 0, 2);
+  } else {
+    __builtin_prefetch(static_cast<const char*>(weights) + 2048, 0, 3);
+  }
+}
 
 // The sum of p(first), ... in a balanced tree of adjacent pairs.
 template <int kCount, class P>
@@ -167,7 +175,7 @@ void DotTile(const float* x, int64_t k, const W* weight, F32x16 (&out)[kRows][kG
 #pragma GCC unroll 4
       for (int g = 0; g < kGroups; ++g) {
         const W* w_gi = weight + g * GroupSize<W>(k) + i * kGroup;
-        __builtin_prefetch(reinterpret_cast<const char*>(w_gi) + kPrefetchBytes);
+        FetchAhead<kRows>(w_gi);
         w[g] = LoadPacked(w_gi);
       }
 #pragma GCC unroll 6
