@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from layerskip_kernels import reference
 from layerskip_kernels.config import GenerationConfig
 from layerskip_kernels.reference import MASS_ONE
 
@@ -123,7 +122,7 @@ def choose_tokens(
     """
     configs = [sampler.config for sampler in samplers]
     processed = [s.process(row, history) for row, s, history in zip(logits, samplers, histories, strict=True)]
-    scores = reference.filter_logits(
+    scores = ops.filter_logits(
         torch.stack(processed),
         torch.tensor([c.temperature for c in configs], dtype=torch.float32),
         torch.tensor([c.top_k for c in configs]),
@@ -131,7 +130,7 @@ def choose_tokens(
         torch.tensor([c.min_p for c in configs], dtype=torch.float32),
     )
     noisy = torch.tensor([sampler.draws for sampler in samplers])
-    return reference.gumbel_argmax(scores, *_places(samplers, histories), noisy), scores
+    return ops.gumbel_argmax(scores, *_places(samplers, histories), noisy), scores
 
 
 def _places(samplers: ListLike[Sampler], histories: ListLike[ListLike[int]]) -> tuple[Tensor, Tensor, Tensor]:
@@ -162,7 +161,7 @@ def judge_drafts(
         histories = [[*sequence.tokens, *drafts[:i]] for i in range(len(drafts) + 1)]
         chosen, scores = choose_tokens(ops, logits[rows], [sampler] * len(histories), histories)
         if sampler.rejects and drafts:
-            chosen[:-1] = reference.rejection_sample(
+            chosen[:-1] = ops.rejection_sample(
                 draft.scores_of(b, logits.size(1)),
                 scores[:-1],
                 torch.tensor(drafts),
