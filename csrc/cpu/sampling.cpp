@@ -7,6 +7,7 @@
 #include <atomic>
 #include <cmath>
 #include <limits>
+#include <memory>
 #include <vector>
 
 #include "checks.h"
@@ -36,10 +37,13 @@ void CheckChoices(bool all_rows) {
 }
 
 // What a thread needs for rows of n scores: allocated before the threads start, because they must not throw.
+// Not initialised, so that what a row does not need costs nothing.
 struct Scratch {
-  explicit Scratch(int64_t n) : a(n), b(n), p(n), q(n), ids(n), sums(kBuckets) {}
+  using Integers = std::unique_ptr<int64_t[]>;
+  explicit Scratch(int64_t n)
+      : a(n), b(n), p(new int64_t[n]), q(new int64_t[n]), ids(new int64_t[n]), sums(new int64_t[kBuckets]) {}
   Buffer a, b;
-  std::vector<int64_t> p, q, ids, sums;
+  Integers p, q, ids, sums;
 };
 
 // Calls choose(row, scratch), which says whether there was something to choose, for all rows on all threads.
@@ -73,16 +77,16 @@ Cut FindCut(const float* scores, int64_t n, float maximum, const Weight& weight,
     const float distance = (maximum - score) * kBucketsPerUnit;  // rises as scores fall, so buckets keep the order
     return distance < static_cast<float>(kBuckets - 1) ? static_cast<int64_t>(distance) : kBuckets - 1;
   };
-  std::fill(scratch.sums.begin(), scratch.sums.end(), 0);
+  std::fill_n(scratch.sums.get(), kBuckets, 0);
   for (int64_t i = 0; i < n; ++i) scratch.sums[bucket_of(scores[i])] += weight(i);
   int64_t bucket = 0, before = 0;
   while (bucket < kBuckets && before + scratch.sums[bucket] < limit) before += scratch.sums[bucket++];
-  int64_t* end = scratch.ids.data();
+  int64_t* end = scratch.ids.get();
   for (int64_t i = 0; i < n; ++i)
     if (bucket_of(scores[i]) == bucket) *end++ = i;
-  std::sort(scratch.ids.data(), end,
+  std::sort(scratch.ids.get(), end,
             [&](int64_t a, int64_t b) { return scores[a] > scores[b] || (scores[a] == scores[b] && a < b); });
-  for (const int64_t* id = scratch.ids.data(); id != end; ++id) {
+  for (const int64_t* id = scratch.ids.get(); id != end; ++id) {
     before += weight(*id);
     if (before >= limit) return {scores[*id], *id};
   }
@@ -141,8 +145,8 @@ int64_t KeepOrRedraw(const float* draft_scores, const float* scores, int64_t n, 
                      Scratch& scratch) {
   const Maximum q_greatest = Greatest(draft_scores, n), p_greatest = Greatest(scores, n);
   if (!IsChoice(q_greatest) || !IsChoice(p_greatest)) return -1;
-  const double q_total = Masses(draft_scores, n, q_greatest.value, scratch.a, scratch.q.data());
-  const double p_total = Masses(scores, n, p_greatest.value, scratch.a, scratch.p.data());
+  const double q_total = Masses(draft_scores, n, q_greatest.value, scratch.a, scratch.q.get());
+  const double p_total = Masses(scores, n, p_greatest.value, scratch.a, scratch.p.get());
   const auto q = [&](int64_t i) { return static_cast<double>(scratch.q[i]) / q_total; };
   const auto p = [&](int64_t i) { return static_cast<double>(scratch.p[i]) / p_total; };
   key.stream = Stream::kAccept;
