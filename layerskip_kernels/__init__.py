@@ -12,15 +12,16 @@ or, in one call, ``generate(model, ["def fibonacci(n):"])``.
 """
 
 from layerskip_kernels.config import GenerationConfig, ModelConfig, RopeScaling
-from layerskip_kernels.errors import CacheFull, UnsupportedModel
+from layerskip_kernels.errors import CacheFull, SwapError, UnsupportedModel
 from layerskip_kernels.generate import Generation, generate
-from layerskip_kernels.kv_cache import PagedKVCache, Sequence
+from layerskip_kernels.kv_cache import CacheStats, PagedKVCache, Sequence
 from layerskip_kernels.loading import load_model
 from layerskip_kernels.model import Model
 from layerskip_kernels.steps import Draft, Verdict, draft_step, prefill, verify_step
 
 __all__ = [
     "CacheFull",
+    "CacheStats",
     "Draft",
     "Generation",
     "GenerationConfig",
@@ -29,6 +30,7 @@ __all__ = [
     "PagedKVCache",
     "RopeScaling",
     "Sequence",
+    "SwapError",
     "UnsupportedModel",
     "Verdict",
     "draft_step",
