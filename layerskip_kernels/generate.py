@@ -18,6 +18,7 @@ from layerskip_kernels.sampling import (
     Sampler,
     StopStrings,
     TokenLogprobs,
+    choose_tokens,
     end_token_ids,
     make_sampler,
     resolve_seed,
@@ -97,18 +98,25 @@ def generate(
     """
     config = _resolved(model, config or GenerationConfig())
     prompt_ids = [_encode(model, prompt) for prompt in prompts]
-    token_ids = [ids for ids in prompt_ids for _ in range(config.num_samples)]
-    limits = [min(len(ids) + config.max_new_tokens, model.config.max_positions + 1) for ids in token_ids]
-    cache = cache or PagedKVCache.with_room_for(model, limits)
+    limits = [min(len(ids) + config.max_new_tokens, model.config.max_positions + 1) for ids in prompt_ids]
+    cache = cache or PagedKVCache.with_room_for(model, [limit for limit in limits for _ in range(config.num_samples)])
     run = _Run(model, cache, config, on_tokens, on_draft)
-    with _added(cache, token_ids) as sequences:
+    with _freed(cache) as sequences:
+        for ids in prompt_ids:
+            sequences.append(cache.add_sequence(ids))
         texts = [
-            _Text.new(model, config, i, sequence, limit)
-            for i, (sequence, limit) in enumerate(zip(sequences, limits, strict=True))
+            _Text.new(model, config, sequence, limit, sample)
+            for sequence, limit in zip(sequences, limits, strict=True)
+            for sample in range(config.num_samples)
         ]
         with _clock(texts, "prefill_seconds"):
-            verdict = prefill(model, cache, sequences, [text.sampler for text in texts])
+            samplers = [text.sampler for text in texts]
+            verdict = prefill(model, cache, sequences, samplers[:: config.num_samples])
             cache.commit(verdict)
+            if config.num_samples > 1:
+                verdict = _fork_samples(model, cache, sequences, verdict, samplers)
+        for index, (text, sequence) in enumerate(zip(texts, verdict.draft.sequences, strict=True)):
+            text.index, text.sequence = index, sequence
         run.collect(texts, verdict)
         while active := [text for text in texts if text.generation.finish_reason is None]:
             if cancelled is not None and cancelled():
@@ -141,23 +149,22 @@ def _resolved(model: Model, config: GenerationConfig) -> GenerationConfig:
 class _Text:
     """A text on its way: it ends at the latest with ``limit`` tokens, prompt included."""
 
-    index: int
     sequence: Sequence
     limit: int
     generation: Generation
     sampler: Sampler | None
     stream: TextStream | None  # only where stop strings are looked for
     stops: StopStrings
+    index: int = 0  # among all texts
     shown: list[str] = field(default_factory=list)
     logits: list[Tensor] = field(default_factory=list)
 
     @classmethod
-    def new(cls, model: Model, config: GenerationConfig, index: int, sequence: Sequence, limit: int) -> _Text:
-        sample = index % config.num_samples
+    def new(cls, model: Model, config: GenerationConfig, sequence: Sequence, limit: int, sample: int) -> _Text:
         generation = Generation(len(sequence.tokens), sample=sample, seed=config.seed)
         sampler = make_sampler(model, config, generation.prompt_length, sample)
         stream = TextStream(model.tokenizer) if config.stop and model.tokenizer is not None else None
-        return cls(index, sequence, limit, generation, sampler, stream, StopStrings(config.stop))
+        return cls(sequence, limit, generation, sampler, stream, StopStrings(config.stop))
 
     def stop_found(self, token: int, min_new_tokens: int) -> bool:
         """Whether a stop string ends with this token, the next of the text."""
@@ -177,16 +184,44 @@ def _encode(model: Model, prompt: ListLike[int] | str) -> list[int]:
 
 
 @contextmanager
-def _added(cache: PagedKVCache, prompts: list[list[int]]) -> Iterator[list[Sequence]]:
-    """Sequences of the prompts, in the cache for as long as the block runs."""
+def _freed(cache: PagedKVCache) -> Iterator[list[Sequence]]:
+    """A list for sequences, which are in the cache for as long as the block runs."""
     sequences: list[Sequence] = []
     try:
-        for prompt in prompts:
-            sequences.append(cache.add_sequence(prompt))
         yield sequences
     finally:
         for sequence in sequences:
             cache.free(sequence)
+
+
+def _fork_samples(
+    model: Model,
+    cache: PagedKVCache,
+    sequences: list[Sequence],
+    verdict: Verdict,
+    samplers: list[Sampler | None],
+) -> Verdict:
+    """Each prompt, committed with its first text's first token, becomes as many sequences as it has samples.
+
+    They share the prompt's pages, and each chooses a first token of its own from the prompt's logits. Adds the new
+    sequences to ``sequences``.
+    """
+    num_samples = len(samplers) // len(sequences)
+    forked: list[Sequence] = []
+    for first in verdict.draft.sequences:
+        forked.append(first)
+        for _ in range(num_samples - 1):
+            sequences.append(cache.fork(first))
+            forked.append(sequences[-1])
+    logits = verdict.logits.repeat_interleave(num_samples, dim=0)
+    tokens = verdict.next_tokens.repeat_interleave(num_samples)
+    drawing = [(row, sampler) for row, sampler in enumerate(samplers) if sampler is not None]
+    if drawing:
+        rows, theirs = map(list, zip(*drawing, strict=True))
+        tokens[rows], _ = choose_tokens(model.ops, logits[rows], theirs, [forked[row].tokens[:-1] for row in rows])
+    for sequence, token in zip(forked, tokens.tolist(), strict=True):
+        sequence.tokens[-1] = token
+    return Verdict(Draft.none(forked), torch.zeros_like(tokens), tokens, logits)
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from transformers import (
 from layerskip_kernels import (
     Draft,
     GenerationConfig,
+    PagedKVCache,
     StopStrings,
     draft_step,
     generate,
@@ -140,6 +141,33 @@ def test_seeds_samples_and_runs():
     unseeded = [sampled(model, config, seed=None)[0] for _ in range(2)]
     assert unseeded[0].seed != unseeded[1].seed
     assert sampled(model, config, seed=unseeded[0].seed)[0].token_ids == unseeded[0].token_ids
+
+
+def test_samples_share_the_pages_of_their_prompt():
+    """Five texts after 64 tokens in a cache that holds the prompt once; each has the bits it has alone."""
+    model, prompt = tiny_model(), random_tokens(64)
+    config = GenerationConfig(exit_layer=1, max_new_tokens=12, num_samples=5, seed=6, **SETTINGS["penalties"], **KEEP)
+    cache = PagedKVCache(model, num_pages=4 + 5, page_size=16)
+    together = generate(model, [prompt], config, cache=cache)
+    assert cache.pool.num_sequences == 0
+    for sample, generation in enumerate(together):
+        alone = PagedKVCache(model, num_pages=5, page_size=16)
+        sequence = alone.add_sequence(prompt)
+        samplers = [make_sampler(model, config, len(prompt), sample)]
+        alone.commit(prefill(model, alone, [sequence], samplers))
+        while len(sequence.tokens) < 64 + 12:
+            alone.commit(verify_step(model, alone, Draft.none([sequence]), samplers))
+        assert sequence.tokens[64:] == generation.token_ids
+        assert all(torch.equal(a, b) for a, b in zip(alone.export(sequence), generation.kv, strict=True))
+    assert len({tuple(generation.token_ids) for generation in together}) == 5
+
+
+def test_samples_of_greedy_decoding_are_alike():
+    model, config = tiny_model(), GenerationConfig(max_new_tokens=6, num_samples=3)
+    several = sampled(model, config, prompts=[[1, 2], [3]])
+    for i, prompt in enumerate(([1, 2], [3])):
+        expected = sampled(model, config, prompts=[prompt], num_samples=1)[0].token_ids
+        assert [g.token_ids for g in several[3 * i : 3 * i + 3]] == [expected] * 3
 
 
 # ---- rejection: the distribution of plain sampling ----
