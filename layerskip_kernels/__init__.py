@@ -12,15 +12,17 @@ or, in one call, ``generate(model, ["def fibonacci(n):"])``.
 """
 
 from layerskip_kernels.config import GenerationConfig, ModelConfig, RopeScaling
-from layerskip_kernels.errors import CacheFull, UnsupportedModel
+from layerskip_kernels.errors import CacheFull, SwapError, UnsupportedModel
 from layerskip_kernels.generate import Generation, generate
-from layerskip_kernels.kv_cache import PagedKVCache, Sequence
+from layerskip_kernels.kv_cache import CacheStats, PagedKVCache, Sequence
 from layerskip_kernels.loading import load_model
 from layerskip_kernels.model import Model
+from layerskip_kernels.sampling import Sampler, StopStrings, TokenLogprobs, make_sampler
 from layerskip_kernels.steps import Draft, Verdict, draft_step, prefill, verify_step
 
 __all__ = [
     "CacheFull",
+    "CacheStats",
     "Draft",
     "Generation",
     "GenerationConfig",
@@ -28,12 +30,17 @@ __all__ = [
     "ModelConfig",
     "PagedKVCache",
     "RopeScaling",
+    "Sampler",
     "Sequence",
+    "StopStrings",
+    "SwapError",
+    "TokenLogprobs",
     "UnsupportedModel",
     "Verdict",
     "draft_step",
     "generate",
     "load_model",
+    "make_sampler",
     "prefill",
     "verify_step",
 ]
