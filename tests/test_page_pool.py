@@ -1,22 +1,21 @@
-"""The page pool: each move and error, a failing call changes nothing, and random walks against a model."""
+"""The page pool: each move and error, and a failing call changes nothing."""
 
+import hashlib
 import shutil
+import struct
 import subprocess
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from layerskip_kernels._kv import CacheFull, PagePool
 
-ROOT = Path(__file__).parents[1]
 
-
-def make_pool(num_pages=8, page_size=4, num_layers=3, lengths=()):
+def make_pool(num_pages=8, page_size=4, num_layers=3, lengths=(), **options):
     """A pool with one sequence per entry of `lengths`, all rows pending at depth 0; ids are 0, 1, ..."""
-    pool = PagePool(num_pages, page_size, num_layers)
+    pool = PagePool(num_pages, page_size, num_layers, **options)
     for length in lengths:
         pool.append([pool.add_sequence()], [length])
     return pool
@@ -30,10 +29,10 @@ def commit_rows(pool, seq, stop):
 def snapshot(pool, seqs):
     """All that can be seen of a pool."""
     return (
-        pool.num_free,
-        pool.num_sequences,
+        pool.stats(),
         [(seq, pool.length(seq), pool.committed(seq), pool.depths(seq), pool.pages(seq)) for seq in seqs],
-        [pool.ref_count(page) for page in range(pool.num_pages)],
+        [pool.num_published(seq) for seq in seqs],
+        [(pool.ref_count(page), pool.page_name(page)) for page in range(pool.num_pages)],
     )
 
 
@@ -83,6 +82,10 @@ def test_free_sequence_gives_back_all_pages():
 
 UNKNOWN_SEQUENCE_CALLS = {
     "free_sequence": lambda pool, seq: pool.free_sequence(seq),
+    "fork": lambda pool, seq: pool.fork(seq),
+    "publish": lambda pool, seq: pool.publish(seq, []),
+    "num_published": lambda pool, seq: pool.num_published(seq),
+    "pages_needed": lambda pool, seq: pool.pages_needed([0, seq], [1, 1]),
     "append": lambda pool, seq: pool.append([0, seq], [1, 1]),
     "raise_rows": lambda pool, seq: pool.raise_rows([0, seq], [1, 0], 1),
     "commit": lambda pool, seq: pool.commit([0, seq], [0, 0]),
@@ -328,181 +331,345 @@ def test_ref_count():
     pool = make_pool(lengths=[5])
     assert [pool.ref_count(page) for page in range(8)] == [1, 1] + [0] * 6
     for page in (-1, 8):
-        with pytest.raises(ValueError, match=f"page must be in 0..7, got {page}"):
-            pool.ref_count(page)
+        for read in (pool.ref_count, pool.page_name):
+            with pytest.raises(ValueError, match=f"page must be in 0..7, got {page}"):
+                read(page)
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
-def test_check_integrity_sees_damage(tmp_path):
-    program = tmp_path / "page_pool_test"
-    core = [path for path in (ROOT / "csrc/kv").glob("*.cpp") if path.name != "python.cpp"]
-    sources = [ROOT / "tests/cpp/page_pool_test.cpp", *core]
-    # Whatever the C++ test does wrong with memory, the sanitizers turn into a failure.
-    flags = ["-std=c++17", "-O1", "-g", "-D_GLIBCXX_ASSERTIONS", "-fsanitize=address,undefined"]
-    flags += ["-fno-sanitize-recover=all"]
-    subprocess.run(["g++", *flags, *sources, "-o", program], check=True)
-    result = subprocess.run([program], capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout + result.stderr
+# ---- forks and copies ----
 
 
-class Model:
-    """One sequence in plain Python."""
-
-    def __init__(self):
-        self.committed, self.depths, self.marks = 0, [], []
-
-    @property
-    def length(self):
-        return self.committed + len(self.depths)
-
-    def cut(self, new_length):
-        self.committed = min(self.committed, new_length)
-        del self.depths[new_length - self.committed :]
-        del self.marks[new_length:]
+def copying_pool(**options):
+    """A pool with the list of the copies it made."""
+    copies = []
+    return make_pool(copy_page=lambda source, target: copies.append((source, target)), **options), copies
 
 
-class PagePoolMachine(RuleBasedStateMachine):
-    """Random moves, wrong ones too, against the model.
+def test_fork_shares_all_pages():
+    pool, copies = copying_pool(lengths=[6])
+    commit_rows(pool, 0, 6)
+    fork = pool.fork(0)
+    assert pool.pages(fork) == pool.pages(0) == [0, 1]
+    assert (pool.committed(fork), pool.depths(fork), pool.num_free, copies) == (6, [], 6, [])
+    assert [pool.ref_count(page) for page in (0, 1, 2)] == [2, 2, 0]
+    pool.free_sequence(0)
+    assert (pool.num_free, pool.pages(fork)) == (6, [0, 1])
+    pool.check_integrity()
 
-    `storage` plays the K/V tensors: each appended row writes a mark of its own into its slot, so that a page
-    given to two sequences, or moved under a row, shows as a row that reads back another mark.
-    """
 
-    @initialize(num_pages=st.integers(1, 16), page_size=st.integers(1, 5), num_layers=st.integers(1, 3))
-    def start(self, num_pages, page_size, num_layers):
-        self.pool = PagePool(num_pages, page_size, num_layers)
-        self.models, self.storage, self.num_marks, self.last_id = {}, {}, 0, -1
-        for _ in range(3):
-            self.add()
+def test_fork_refuses_pending_rows():
+    pool = make_pool(lengths=[6])
+    match = "sequence 0 has 6 pending rows; commit or roll back before a fork"
+    assert_raises_unchanged(ValueError, match, pool, [0], lambda: pool.fork(0))
 
-    def draw_batch(self, data, low, high):
-        """Distinct live sequences and one value each; low and high give the range for a model."""
-        seqs = data.draw(st.permutations(sorted(self.models)), label="order")
-        seqs = seqs[: data.draw(st.integers(1, len(seqs)), label="size")]
-        ranges = [(low(self.models[seq]), high(self.models[seq])) for seq in seqs]
-        values = [data.draw(st.integers(*bounds), label="value") for bounds in ranges]
-        return seqs, values
 
-    def call(self, error, method, *args):
-        """Calls a method that must raise `error` (None: nothing); True when the move was made."""
-        if error is None:
-            method(*args)
-            return True
-        assert_raises_unchanged(error, None, self.pool, self.models, lambda: method(*args))
-        return False
+def test_a_write_into_a_shared_page_copies_it():
+    pool, copies = copying_pool(lengths=[6])
+    commit_rows(pool, 0, 6)
+    fork = pool.fork(0)
+    pool.append([fork], [0])
+    assert copies == []
+    pool.append([fork], [1])
+    assert copies == [(1, 2)]
+    assert (pool.pages(0), pool.pages(fork)) == ([0, 1], [0, 2])
+    pool.append([0], [3])  # page 1 is its own again; the ninth row begins a page
+    assert (copies, pool.pages(0)) == ([(1, 2)], [0, 1, 3])
+    assert pool.stats()["num_copies"] == 1
+    pool.check_integrity()
 
-    def num_pages_for(self, length):
-        return -(-length // self.pool.page_size)
 
-    @rule()
-    def add(self):
-        seq = self.pool.add_sequence()
-        assert seq > self.last_id
-        self.models[seq], self.last_id = Model(), seq
+def test_a_new_page_needs_no_copy():
+    pool, copies = copying_pool(lengths=[8])
+    commit_rows(pool, 0, 8)
+    fork = pool.fork(0)
+    pool.append([0, fork], [1, 1])
+    assert (copies, pool.pages(0), pool.pages(fork)) == ([], [0, 1, 2], [0, 1, 3])
 
-    @precondition(lambda self: len(self.models) > 2)  # so that a batch stays a batch
-    @rule(data=st.data())
-    def free(self, data):
-        seq = data.draw(st.sampled_from(sorted(self.models)))
-        self.pool.free_sequence(seq)
-        del self.models[seq]
 
-    @rule(data=st.data(), low=st.sampled_from([0, 0, 0, -1]))
-    def append(self, data, low):
-        seqs, counts = self.draw_batch(data, lambda _: low, lambda _: 9)
-        lengths = [(self.models[seq].length, n) for seq, n in zip(seqs, counts, strict=True)]
-        needed = sum(self.num_pages_for(length + n) - self.num_pages_for(length) for length, n in lengths)
-        error = CacheFull if needed > self.pool.num_free else None
-        if self.call(ValueError if min(counts) < 0 else error, self.pool.append, seqs, counts):
-            for seq, count in zip(seqs, counts, strict=True):
-                self.write(seq, count)
+def test_a_batch_of_forks_copies_for_all_but_one():
+    pool, copies = copying_pool(lengths=[6])
+    commit_rows(pool, 0, 6)
+    forks = [pool.fork(0) for _ in range(3)]
+    seqs = [*forks, 0]
+    assert pool.pages_needed(seqs, [1] * 4) == 3
+    assert pool.pages_needed(seqs[:2], [3, 1]) == 3  # copies for both, and the ninth row of one
+    pool.append(seqs, [1] * 4)
+    assert copies == [(1, 2), (1, 3), (1, 4)]
+    assert [pool.pages(seq)[1] for seq in seqs] == [2, 3, 4, 1]
+    assert pool.num_free == 3
+    pool.check_integrity()
 
-    def slots(self, seq, start, stop):
-        """Where the rows of a sequence are kept, by its page table."""
-        pages, size = self.pool.pages(seq), self.pool.page_size
-        return [pages[position // size] * size + position % size for position in range(start, stop)]
 
-    def write(self, seq, count):
-        model = self.models[seq]
-        marks = range(self.num_marks, self.num_marks + count)
-        self.storage |= dict(zip(self.slots(seq, model.length, model.length + count), marks, strict=True))
-        self.num_marks += count
-        model.marks += marks
-        model.depths += [0] * count
+def test_copies_count_as_pages_needed():
+    pool, copies = copying_pool(num_pages=3, lengths=[6])
+    commit_rows(pool, 0, 6)
+    forks = [pool.fork(0), pool.fork(0)]
+    call = lambda: pool.append(forks, [1, 1])  # noqa: E731 - one page is free
+    error = assert_raises_unchanged(CacheFull, "2 pages needed, 1 free", pool, [0, *forks], call)
+    assert ((error.needed, error.free), copies) == ((2, 1), [])
+    pool.append(forks[:1], [1])
 
-    @rule(data=st.data(), depth=st.integers(0, 4), slack=st.sampled_from([0, 0, 0, 1]))
-    def raise_rows(self, data, depth, slack):
-        seqs, stops = self.draw_batch(data, lambda m: m.committed - slack, lambda m: m.length + slack)
-        models = [self.models[seq] for seq in seqs]
-        good = 1 <= depth <= self.pool.num_layers
-        good &= all(m.committed <= stop <= m.length for m, stop in zip(models, stops, strict=True))
-        if self.call(None if good else ValueError, self.pool.raise_rows, seqs, stops, depth):
-            self.raise_models(models, stops, depth)
 
-    @staticmethod
-    def raise_models(models, stops, depth):
-        for model, stop in zip(models, stops, strict=True):
-            for row in range(stop - model.committed):
-                model.depths[row] = max(model.depths[row], depth)
+def test_a_copy_that_fails_changes_nothing():
+    def copy_page(source, target):
+        raise KeyboardInterrupt
 
-    @rule(data=st.data(), slack=st.sampled_from([0, 0, 0, 1]), raise_first=st.booleans())
-    def commit(self, data, slack, raise_first):
-        seqs, lengths = self.draw_batch(data, lambda m: m.committed - slack, lambda m: m.length + slack)
-        models = [self.models[seq] for seq in seqs]
-        if raise_first:
-            stops = [data.draw(st.integers(m.committed, m.length), label="stop") for m in models]
-            self.pool.raise_rows(seqs, stops, self.pool.num_layers)
-            self.raise_models(models, stops, self.pool.num_layers)
-        good = all(m.committed <= n <= m.length for m, n in zip(models, lengths, strict=True)) and all(
-            depth == self.pool.num_layers
-            for m, n in zip(models, lengths, strict=True)
-            for depth in m.depths[: n - m.committed]
+    pool = make_pool(lengths=[6], copy_page=copy_page)
+    commit_rows(pool, 0, 6)
+    fork = pool.fork(0)
+    assert_raises_unchanged(KeyboardInterrupt, None, pool, [0, fork], lambda: pool.append([fork], [1]))
+
+
+def test_truncate_of_a_fork_leaves_the_others_pages():
+    pool = make_pool(lengths=[9])
+    commit_rows(pool, 0, 9)
+    fork = pool.fork(0)
+    pool.truncate(fork, 3)
+    assert (pool.pages(0), pool.pages(fork), pool.num_free) == ([0, 1, 2], [0], 5)
+    pool.check_integrity()
+
+
+# ---- prefix sharing ----
+
+
+def fill(pool, seq, tokens):
+    """Make a sequence `tokens` long, committed and published."""
+    pool.append([seq], [len(tokens) - pool.length(seq)])
+    commit_rows(pool, seq, len(tokens))
+    size = pool.page_size
+    pool.publish(seq, tokens[pool.num_published(seq) * size : len(tokens) // size * size])
+
+
+def sharing_pool(tokens=(), salt=None, **options):
+    """A pool that knows `tokens`, in the cached pages of a sequence that was freed."""
+    pool = make_pool(identity=b"model", **options)
+    if tokens:
+        seq = pool.add_sequence(tokens, salt)
+        fill(pool, seq, tokens)
+        pool.free_sequence(seq)
+    return pool
+
+
+@pytest.mark.parametrize(
+    ("length", "hit"), [(0, 0), (1, 0), (4, 0), (5, 4), (8, 4), (9, 8), (12, 8), (13, 12), (14, 12), (40, 12)]
+)
+def test_the_longest_chain_of_full_pages_is_found(length, hit):
+    """At least the last token is left to be computed."""
+    pool = sharing_pool([*range(14)])
+    assert (pool.num_free, pool.num_cached, pool.num_available) == (5, 3, 8)
+    seq = pool.add_sequence([*range(14), *range(100, 126)][:length])
+    assert (pool.committed(seq), pool.length(seq), pool.num_published(seq)) == (hit, hit, hit // 4)
+    assert (pool.num_cached, pool.num_available) == (3 - hit // 4, 8 - hit // 4)
+    stats = pool.stats()
+    assert (stats["hit_tokens"], stats["queried_tokens"]) == (hit, 14 + length)
+    pool.check_integrity()
+
+
+def test_only_equal_beginnings_are_found():
+    pool = sharing_pool([*range(14)])
+    for tokens in ([9, *range(1, 14)], [1, 0, *range(2, 14)], [*range(4, 14)], [*range(4), *range(8, 14)]):
+        expected = 4 if tokens[:4] == [*range(4)] else 0
+        assert pool.committed(pool.add_sequence(tokens)) == expected
+
+
+def test_salts_keep_tenants_apart():
+    """No salt, an empty one, and salts of which one begins the other."""
+    salts = [None, b"", b"a", b"ab", b"b"]
+    for salt in salts:
+        pool = sharing_pool([*range(9)], salt)
+        hits = [pool.committed(pool.add_sequence([*range(9)], other)) for other in salts]
+        assert hits == [8 if other == salt else 0 for other in salts]
+
+
+def test_a_name_is_the_documented_chain():
+    def field(tag, value):
+        return tag + struct.pack("<Q", len(value)) + value
+
+    def digest(*fields):
+        return hashlib.sha256(field(b"D", b"layerskip_kernels prefix 1") + b"".join(fields)).digest()
+
+    for salt, salted in ((None, b""), (b"tenant", field(b"S", b"tenant"))):
+        pool = make_pool(identity=b"model")
+        seq = pool.add_sequence([], salt)
+        fill(pool, seq, [0, 1, 2, 2**31 - 1, 5, 6, 7, 8, 9])
+        first = digest(
+            field(b"P", digest(field(b"M", b"model"), salted)), field(b"T", struct.pack("<4i", 0, 1, 2, 2**31 - 1))
         )
-        if self.call(None if good else ValueError, self.pool.commit, seqs, lengths):
-            for model, length in zip(models, lengths, strict=True):
-                model.cut(length)
-                model.committed, model.depths = length, []
-
-    @rule(data=st.data(), slack=st.sampled_from([0, 0, 0, 1]))
-    def truncate(self, data, slack):
-        seq = data.draw(st.sampled_from(sorted(self.models)))
-        model = self.models[seq]
-        new_length = data.draw(st.integers(-slack, model.length + slack))
-        good = 0 <= new_length <= model.length
-        if self.call(None if good else ValueError, self.pool.truncate, seq, new_length):
-            model.cut(new_length)
-
-    @rule(data=st.data())
-    def rollback(self, data):
-        seq = data.draw(st.sampled_from(sorted(self.models)))
-        self.pool.rollback(seq)
-        self.models[seq].cut(self.models[seq].committed)
-
-    @invariant()
-    def matches_the_model(self):
-        self.pool.check_integrity()
-        seqs, pool = sorted(self.models), self.pool
-        assert pool.num_sequences == len(seqs)
-        owned = [page for seq in seqs for page in pool.pages(seq)]
-        assert len(set(owned)) == len(owned) == pool.num_pages - pool.num_free
-        assert [pool.ref_count(page) for page in range(pool.num_pages)] == [
-            owned.count(page) for page in range(pool.num_pages)
-        ]
-        assert pool.lengths(seqs).tolist() == [self.models[seq].length for seq in seqs]
-        assert pool.committed_lengths(seqs).tolist() == [self.models[seq].committed for seq in seqs]
-        depths, starts = pool.pending_depths(seqs)
-        for row, seq in enumerate(seqs):
-            model = self.models[seq]
-            assert depths[starts[row] : starts[row + 1]].tolist() == model.depths == pool.depths(seq)
-
-    @invariant()
-    def rows_are_where_they_were_written(self):
-        seqs = sorted(self.models)
-        for seq, row in zip(seqs, self.pool.block_table(seqs).tolist(), strict=True):
-            model, pages = self.models[seq], self.pool.pages(seq)
-            assert row == pages + [-1] * (len(row) - len(pages))
-            assert [self.storage[slot] for slot in self.slots(seq, 0, model.length)] == model.marks
+        second = digest(field(b"P", first), field(b"T", struct.pack("<4i", 5, 6, 7, 8)))
+        assert [pool.page_name(page) for page in pool.pages(seq)] == [first, second, None]
 
 
-TestPagePoolMachine = PagePoolMachine.TestCase
-TestPagePoolMachine.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+def test_the_model_is_part_of_the_name():
+    names = set()
+    for identity in (b"", b"a", b"b"):
+        pool = make_pool(identity=identity)
+        seq = pool.add_sequence()
+        fill(pool, seq, [1, 2, 3, 4])
+        names.add(pool.page_name(0))
+    assert len(names) == 3
+
+
+def test_only_committed_full_pages_are_published():
+    pool = make_pool(identity=b"model", lengths=[9])
+    pool.raise_rows([0], [7], 3)
+    match = "full committed pages from page 0 on: a multiple of 4, at most 0, got 4"
+    assert_raises_unchanged(ValueError, match, pool, [0], lambda: pool.publish(0, [1, 2, 3, 4]))
+    pool.commit([0], [7])
+    match = "a multiple of 4, at most 7, got 8"
+    assert_raises_unchanged(ValueError, match, pool, [0], lambda: pool.publish(0, [*range(8)]))
+    match = "a multiple of 4, at most 7, got 3"
+    assert_raises_unchanged(ValueError, match, pool, [0], lambda: pool.publish(0, [*range(3)]))
+    pool.publish(0, [*range(4)])
+    match = "from page 1 on: a multiple of 4, at most 3, got 4"
+    assert_raises_unchanged(ValueError, match, pool, [0], lambda: pool.publish(0, [*range(4)]))
+
+
+def test_no_identity_no_sharing():
+    pool = make_pool(lengths=[4])
+    assert not pool.shares_prefixes
+    commit_rows(pool, 0, 4)
+    assert_raises_unchanged(ValueError, "build it with an identity", pool, [0], lambda: pool.publish(0, [1, 2, 3, 4]))
+    assert pool.committed(pool.add_sequence([1, 2, 3, 4, 5])) == 0
+
+
+def test_the_first_page_of_a_name_keeps_it():
+    pool = make_pool(identity=b"model", lengths=[0, 0])
+    for seq in (0, 1):
+        fill(pool, seq, [1, 2, 3, 4])
+    assert [pool.page_name(page) is None for page in (0, 1)] == [False, True]
+    pool.free_sequence(1)
+    pool.free_sequence(0)
+    assert (pool.num_free, pool.num_cached) == (7, 1)
+
+
+def test_found_pages_are_shared_and_outlive_their_first_owner():
+    pool = make_pool(identity=b"model", lengths=[0])
+    fill(pool, 0, [*range(9)])
+    other = pool.add_sequence([*range(9)])
+    assert pool.pages(other) == [0, 1]
+    assert [pool.ref_count(page) for page in (0, 1, 2)] == [2, 2, 1]
+    assert pool.stats()["num_shared"] == 2
+    pool.free_sequence(0)
+    assert (pool.pages(other), pool.num_free, pool.num_cached) == ([0, 1], 6, 0)
+    pool.free_sequence(other)
+    assert (pool.num_free, pool.num_cached) == (6, 2)
+
+
+def test_a_page_that_is_overwritten_loses_its_name():
+    """Cut inside a published page, then grown another way: the old tokens are not found any more."""
+    pool = make_pool(identity=b"model", lengths=[0])
+    fill(pool, 0, [*range(9)])
+    pool.truncate(0, 6)
+    assert pool.num_published(0) == 1
+    assert pool.committed(pool.add_sequence([*range(9)])) == 8, "nothing was overwritten yet"
+    pool.free_sequence(1)
+    pool.append([0], [1])
+    assert pool.committed(pool.add_sequence([*range(9)])) == 4
+    pool.check_integrity()
+
+
+def test_a_shared_published_page_is_copied_not_overwritten():
+    pool, copies = copying_pool(identity=b"model", lengths=[0])
+    fill(pool, 0, [*range(9)])
+    other = pool.add_sequence([*range(9)])
+    pool.truncate(other, 6)
+    pool.append([other], [1])
+    assert copies == [(1, 3)]
+    assert pool.committed(pool.add_sequence([*range(9)])) == 8
+    pool.check_integrity()
+
+
+def test_the_least_recently_used_page_is_evicted():
+    pool = make_pool(num_pages=6, page_size=1, identity=b"model")
+    for first in (10, 20, 30):  # two pages of each are cached
+        seq = pool.add_sequence()
+        fill(pool, seq, [first, first + 1])
+        pool.free_sequence(seq)
+    pool.free_sequence(pool.add_sequence([10, 11, 0]))  # used again
+    assert (pool.num_free, pool.num_cached) == (0, 6)
+
+    seq = pool.add_sequence()
+    gone = []
+    for _ in range(6):
+        before = {page for page in range(6) if pool.page_name(page)}
+        pool.append([seq], [1])
+        gone += before - {page for page in range(6) if pool.page_name(page)}
+    assert gone == [3, 2, 5, 4, 1, 0], "of each chain the end goes first: without its beginning it is not found"
+    assert pool.stats()["num_evictions"] == 6
+    with pytest.raises(CacheFull):
+        pool.append([seq], [1])
+    pool.check_integrity()
+
+
+def test_cached_pages_are_room():
+    pool = sharing_pool([*range(32)])
+    assert (pool.num_free, pool.num_available) == (0, 8)
+    seq = pool.add_sequence([0, 1, 2, 3, 4])  # one page is found
+    assert pool.num_available == 7
+    call = lambda: pool.append([seq], [29])  # noqa: E731
+    error = assert_raises_unchanged(CacheFull, "8 pages needed, 7 free", pool, [seq], call)
+    assert (error.needed, error.free) == (8, 7)
+    pool.append([seq], [28])
+    assert pool.num_available == 0
+
+
+# ---- statistics ----
+
+
+def test_stats():
+    pool, _ = copying_pool(identity=b"model", num_pages=10)
+    fill(pool, pool.add_sequence([*range(10)]), [*range(10)])
+    pool.fork(0)
+    pool.append([1], [1])
+    pool.append([pool.add_sequence([*range(5)])], [1])
+    pool.free_sequence(0)
+    assert pool.stats() == {
+        "num_free": 6, "num_cached": 0, "num_owned": 4, "num_shared": 1, "num_sequences": 2,
+        "used_positions": 4 + 4 + 3 + 1, "unused_positions": 4, "queried_tokens": 15, "hit_tokens": 4,
+        "num_evictions": 0, "num_copies": 1,
+    }  # fmt: skip
+
+
+def test_less_than_a_page_per_sequence_is_unused():
+    pool = make_pool(num_pages=50, page_size=7, lengths=[1, 7, 8, 13, 14, 20])
+    stats = pool.stats()
+    assert stats["used_positions"] == 1 + 7 + 8 + 13 + 14 + 20
+    assert stats["unused_positions"] == 6 + 0 + 6 + 1 + 0 + 1 < 7 * 6
+
+
+# ---- threads ----
+
+
+def test_a_copy_may_let_other_threads_run():
+    """The GIL changes hands inside copy_page, and another thread waits for the pool: neither waits for ever."""
+    pool, copying, other_done = None, threading.Event(), []
+
+    def copy_page(source, target):
+        copying.set()
+        time.sleep(0.1)  # lets go of the GIL
+        other_done.append(False)
+
+    def other():
+        copying.wait()
+        pool.length(0)
+        other_done.append(True)
+
+    pool = make_pool(lengths=[6], copy_page=copy_page)
+    commit_rows(pool, 0, 6)
+    pool.fork(0)
+    thread = threading.Thread(target=other)
+    thread.start()
+    pool.append([1], [1])
+    thread.join(timeout=60)
+    assert other_done == [False, True]
+
+
+# ---- the C++ core's own tests ----
+
+
+@pytest.mark.skipif(not (shutil.which("g++") and shutil.which("make")), reason="needs g++ and make")
+def test_in_cpp():
+    """Damage that CheckIntegrity must see, memory that runs out, threads: under the address sanitizer."""
+    folder = Path(__file__).parent / "cpp"
+    result = subprocess.run(["make", "-s", "address"], cwd=folder, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
