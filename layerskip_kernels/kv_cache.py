@@ -58,6 +58,16 @@ class PagedKVCache:
             raise ValueError(f"page_size must be at least 1, got {page_size}")
         return cls(model, max(1, sum(-(-length // page_size) for length in lengths)), page_size)
 
+    @classmethod
+    def with_memory(cls, model: Model, num_bytes: int, page_size: int = 16) -> PagedKVCache:
+        """A cache of as many pages as fit into ``num_bytes``; raises ValueError where not even one does."""
+        c = model.config
+        values = 2 * c.num_layers * c.num_kv_heads * c.head_dim + c.hidden_size
+        page_bytes = values * page_size * model.dtype.itemsize
+        if num_bytes < page_bytes:
+            raise ValueError(f"memory must be at least {page_bytes} bytes, one page of this model, got {num_bytes}")
+        return cls(model, num_bytes // page_bytes, page_size)
+
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.k, self.v, self.hidden
@@ -65,6 +75,11 @@ class PagedKVCache:
     def add_sequence(self, tokens: ListLike[int]) -> Sequence:
         """A new sequence with its prompt: at least one token, all inside the vocabulary."""
         tokens = list(tokens)
+        self.check_prompt(tokens)
+        return Sequence(self.pool.add_sequence(), tokens)
+
+    def check_prompt(self, tokens: ListLike[int]) -> None:
+        """Raise ValueError for a prompt that add_sequence would refuse."""
         if not tokens:
             raise ValueError("the prompt is empty; give at least one token (a beginning-of-text token will do)")
         for i, token in enumerate(tokens):
@@ -72,7 +87,6 @@ class PagedKVCache:
                 raise ValueError(f"prompt token {i} is {token}, outside the vocabulary 0..{self.vocab_size - 1}")
         if len(tokens) > self.max_positions:
             raise ValueError(f"the prompt has {len(tokens)} tokens; the model has {self.max_positions} positions")
-        return Sequence(self.pool.add_sequence(), tokens)
 
     def free(self, sequence: Sequence) -> None:
         """Give a sequence's pages back; it can't be used any more."""

@@ -1,0 +1,188 @@
+"""Who runs in the next step, and who has to wait when pages run short."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as ListLike
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from layerskip_kernels.config import GenerationConfig
+from layerskip_kernels.costs import Evidence, Wish
+from layerskip_kernels.errors import CacheFull
+from layerskip_kernels.generate import Generation
+from layerskip_kernels.kv_cache import PagedKVCache, Sequence
+
+__all__ = ["Plan", "Request", "Scheduler"]
+
+
+@dataclass(eq=False)
+class Request:
+    """A prompt on its way to a generation.
+
+    Its life: 1. waiting, without a place in the cache; 2. running, its prompt going through in chunks; 3. running,
+    gaining tokens; 4. finished. When pages run short, the newest goes back from 2 or 3 to 1, with all it has
+    gained; then its prompt is everything known so far.
+    """
+
+    id: int
+    known: list[int]  # the prompt, and after a preemption what was generated as well
+    config: GenerationConfig
+    exit_layer: int  # 0: plain decoding
+    limit: int  # tokens, prompt included, at which it ends at the latest
+    salt: bytes | None
+    generation: Generation
+    sequence: Sequence | None = None
+    logits: list[Tensor] = field(default_factory=list)
+    evidence: Evidence = field(default_factory=Evidence)
+    error: Exception | None = None
+    reported: int = 0  # tokens already handed out
+
+    @property
+    def tokens(self) -> list[int]:
+        """Everything known: the prompt and what was generated."""
+        return self.known if self.sequence is None else self.sequence.tokens
+
+    @property
+    def finished(self) -> bool:
+        return self.generation.finish_reason is not None
+
+    def wish(self) -> Wish:
+        """What it may draft next: none that could not become one of its tokens."""
+        most = min(self.config.num_speculations, self.limit - len(self.tokens) - 1) if self.exit_layer else 0
+        return Wish(self.exit_layer, most, self.evidence)
+
+
+@dataclass
+class Plan:
+    """The requests of a step, oldest first, and for each what Draft.num_tokens says: a number of tokens to draft, or
+    a negative one for a chunk of a prompt that leaves so many known tokens for later. ``rows``: of known tokens."""
+
+    requests: list[Request] = field(default_factory=list)
+    counts: list[int] = field(default_factory=list)
+    rows: list[int] = field(default_factory=list)
+
+    def add(self, request: Request, count: int, rows: int) -> None:
+        self.requests.append(request)
+        self.counts.append(count)
+        self.rows.append(rows)
+
+    def only(self, chosen: ListLike[int]) -> Plan:
+        return Plan(*([column[i] for i in chosen] for column in (self.requests, self.counts, self.rows)))
+
+    def without_drafts(self) -> Plan:
+        return Plan(self.requests, [min(count, 0) for count in self.counts], self.rows)
+
+    @property
+    def decoding(self) -> list[int]:
+        """The places of those that have gained tokens and may draft; the others bring in their prompts."""
+        return [
+            i
+            for i, request in enumerate(self.requests)
+            if self.rows[i] == 1 and self.counts[i] >= 0 and request.generation.token_ids
+        ]
+
+    @property
+    def prompt_rows(self) -> tuple[int, int]:
+        """Rows of prompts, and how many of these prompts are complete with them: as Rows counts them."""
+        decoding = set(self.decoding)
+        prompts = [i for i in range(len(self.rows)) if i not in decoding]
+        return sum(self.rows[i] for i in prompts), sum(self.counts[i] == 0 for i in prompts)
+
+    @property
+    def sequences(self) -> list[Sequence]:
+        return [request.sequence for request in self.requests if request.sequence is not None]
+
+
+class Scheduler:
+    """Requests waiting and running, first come, first served: nobody overtakes, and the oldest always proceeds.
+
+    ``chunk_size``: the rows of prompts in one step, all requests together.
+    """
+
+    def __init__(self, cache: PagedKVCache, max_batch: int, chunk_size: int) -> None:
+        self.cache = cache
+        self.max_batch = max_batch
+        self.chunk_size = chunk_size
+        self.waiting: list[Request] = []  # both in the order of arrival
+        self.running: list[Request] = []
+        self.preemptions = 0
+
+    def add(self, request: Request) -> None:
+        """Let a request wait for its turn, which comes before that of any that arrived later."""
+        self.waiting.append(request)
+        self.waiting.sort(key=lambda r: r.id)
+
+    def remove(self, request: Request) -> None:
+        """Forget a request, wherever it is, and give its pages back."""
+        if request in self.waiting:
+            self.waiting.remove(request)
+        else:
+            self.running.remove(request)
+            self._leave(request)
+
+    def plan(self) -> Plan:
+        """Everybody who runs: one row of those that decode, a chunk of the prompt of the others."""
+        self._admit()
+        plan, budget = Plan(), self.chunk_size
+        for request in self.running:
+            assert request.sequence is not None
+            left = len(request.tokens) - self.cache.length(request.sequence)
+            rows = left if left == 1 else min(left, budget)
+            budget -= rows if left > 1 else 0
+            if rows:
+                plan.add(request, rows - left, rows)
+        return plan
+
+    def make_room(self, plan: Plan) -> Plan:
+        """The plan, or what is left of it when pages run short: first drafts go, then the newest requests wait."""
+        if self._new_pages(plan) > self._free_pages():
+            plan = plan.without_drafts()
+        while (needed := self._new_pages(plan)) > self._free_pages():
+            if len(self.running) == 1:
+                raise CacheFull(needed, self._free_pages())
+            newest = self.running.pop()
+            self._preempt(newest)
+            plan = plan.only([i for i, request in enumerate(plan.requests) if request is not newest])
+        return plan
+
+    def _admit(self) -> None:
+        while self.waiting and len(self.running) < self.max_batch:
+            request = self.waiting[0]
+            wanted = sum(self._pages_wanted(r) for r in (*self.running, request))
+            if self.running and wanted > self._free_pages():
+                return
+            self.waiting.pop(0)
+            request.sequence = self.cache.add_sequence(request.known)
+            self.running.append(request)
+
+    def _preempt(self, request: Request) -> None:
+        self.preemptions += 1
+        self._leave(request)
+        self.add(request)
+
+    def _leave(self, request: Request) -> None:
+        assert request.sequence is not None
+        request.known = request.sequence.tokens
+        self.cache.free(request.sequence)
+        request.sequence = None
+
+    # ---- pages ----
+
+    def pages_for(self, length: int) -> int:
+        return -(-length // self.cache.pool.page_size)
+
+    def _pages_wanted(self, request: Request) -> int:
+        """Pages a request still needs for all tokens known and a next one."""
+        held = 0 if request.sequence is None else len(self.cache.pool.pages(request.sequence.id))
+        return max(0, self.pages_for(len(request.tokens) + 1) - held)
+
+    def _new_pages(self, plan: Plan) -> int:
+        """Pages that the rows of a plan need beyond those their sequences hold."""
+        return sum(
+            self.pages_for(len(sequence.tokens) + count) - len(self.cache.pool.pages(sequence.id))
+            for sequence, count in zip(plan.sequences, plan.counts, strict=True)
+        )
+
+    def _free_pages(self) -> int:
+        return self.cache.pool.num_free
