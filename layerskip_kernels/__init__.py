@@ -17,6 +17,7 @@ from layerskip_kernels.generate import Generation, generate
 from layerskip_kernels.kv_cache import PagedKVCache, Sequence
 from layerskip_kernels.loading import load_model
 from layerskip_kernels.model import Model
+from layerskip_kernels.sampling import Sampler, StopStrings, TokenLogprobs, make_sampler
 from layerskip_kernels.steps import Draft, Verdict, draft_step, prefill, verify_step
 
 __all__ = [
@@ -28,12 +29,16 @@ __all__ = [
     "ModelConfig",
     "PagedKVCache",
     "RopeScaling",
+    "Sampler",
     "Sequence",
+    "StopStrings",
+    "TokenLogprobs",
     "UnsupportedModel",
     "Verdict",
     "draft_step",
     "generate",
     "load_model",
+    "make_sampler",
     "prefill",
     "verify_step",
 ]

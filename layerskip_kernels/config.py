@@ -1,32 +1,52 @@
 """What a model is and what a generation does: frozen, validated once, where they are made."""
 
 import math
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
 
 from layerskip_kernels.errors import UnsupportedModel
 
-__all__ = ["GenerationConfig", "ModelConfig", "RopeScaling", "RopeScalingKind", "Strategy"]
+__all__ = ["Acceptance", "GenerationConfig", "ModelConfig", "RopeScaling", "RopeScalingKind", "Strategy"]
 
 RopeScalingKind = Literal["none", "linear", "llama3"]
 Strategy = Literal["autoregressive", "self_speculative"]
+Acceptance = Literal["exact", "rejection"]
+
+# What a request may ask for: far more than any needs, little enough that no request holds up the others.
+MAX_STOP_STRINGS = 16
+MAX_STOP_LENGTH = 1000
+MAX_LOGPROBS = 100
+MAX_SAMPLES = 1000
 
 # Hugging Face calls "no scaling" the default.
 ROPE_KIND_OF_HF_TYPE: dict[str, RopeScalingKind] = {"default": "none", "linear": "linear", "llama3": "llama3"}
 
 
-def _check_int(name: str, value: object, minimum: int) -> None:
+def _check_int(name: str, value: object, minimum: int, maximum: int | None = None) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an int, got {value!r} ({type(value).__name__})")
     if value < minimum:
         raise ValueError(f"{name} must be at least {minimum}, got {value}")
+    if maximum is not None and value > maximum:
+        raise ValueError(f"{name} must be at most {maximum}, got {value}")
+
+
+def _check_number(name: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {value!r} ({type(value).__name__})")
+    return value
 
 
 def _check_positive_float(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, got {value!r} ({type(value).__name__})")
-    if not (math.isfinite(value) and value > 0):
+    number = _check_number(name, value)
+    if not (math.isfinite(number) and number > 0):
         raise ValueError(f"{name} must be positive and finite, got {value}")
+
+
+def _check_between(name: str, value: object, low: float, high: float) -> None:
+    if not low <= _check_number(name, value) <= high:
+        raise ValueError(f"{name} must be in {low:g}..{high:g}, got {value}")
 
 
 def _check_bool(name: str, value: object) -> None:
@@ -39,6 +59,29 @@ def _check_token_ids(name: str, value: object) -> None:
         raise TypeError(f"{name} must be a tuple of token ids, got {value!r} ({type(value).__name__})")
     for token_id in value:
         _check_int(f"each of {name}", token_id, 0)
+
+
+def _check_stop_strings(value: object) -> None:
+    if not isinstance(value, tuple):
+        raise TypeError(f"stop must be a tuple of strings, got {value!r} ({type(value).__name__})")
+    if len(value) > MAX_STOP_STRINGS:
+        raise ValueError(f"stop must hold at most {MAX_STOP_STRINGS} strings, got {len(value)}")
+    for text in value:
+        if not isinstance(text, str):
+            raise TypeError(f"each of stop must be a str, got {text!r} ({type(text).__name__})")
+        if not 1 <= len(text) <= MAX_STOP_LENGTH:
+            raise ValueError(f"each of stop must have 1..{MAX_STOP_LENGTH} characters, got {len(text)}")
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise ValueError(f"each of stop must be Unicode text, got {text!r}, which holds a lone surrogate")
+
+
+def _checked_bias(value: object) -> dict[int, float]:
+    if not isinstance(value, Mapping):
+        raise TypeError(f"logit_bias must be a dict of token ids and numbers, got {value!r} ({type(value).__name__})")
+    for token_id, bias in value.items():
+        _check_int("each token id of logit_bias", token_id, 0)
+        _check_between(f"logit_bias of token {token_id}", bias, -1e6, 1e6)
+    return dict(value)
 
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
@@ -99,9 +142,9 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            if field.type is int:
-                _check_int(field.name, getattr(self, field.name), 1)
+        for size in fields(self):
+            if size.type is int:
+                _check_int(size.name, getattr(self, size.name), 1)
         _check_positive_float("rms_norm_eps", self.rms_norm_eps)
         _check_positive_float("rope_theta", self.rope_theta)
         if not isinstance(self.rope_scaling, RopeScaling):
@@ -244,10 +287,33 @@ def _rope_number(field: str, rope: dict[str, Any], name: str) -> float:
 class GenerationConfig:
     """How tokens are generated.
 
-    ``exit_layer``: how many layers draft (None: a third of them); ``num_speculations``: tokens drafted before
-    each verification; ``eos_token_ids``: where to stop (None: the model's own, ``()``: nowhere);
-    ``return_logits``: keep the logits of every generated token; ``return_kv``: keep K and V. Raises TypeError
-    or ValueError naming the argument.
+    Decoding. ``exit_layer``: how many layers draft (None: a third of them); ``num_speculations``: tokens drafted
+    before each verification; ``return_logits``: keep the logits of every generated token; ``return_kv``: keep K
+    and V; ``logprobs``: keep the log-probability of each token and of the N likeliest (0: of the token alone).
+
+    Ending. ``eos_token_ids`` (None: the model's own, ``()``: none) and ``stop_token_ids`` end a text and belong to
+    it; a ``stop`` string, wherever token borders are, ends it and does not. None of them before ``min_new_tokens``.
+
+    Choosing. What happens to logits, in this order, which is that of Transformers:
+
+    - ``logit_bias`` {token id: number} is added;
+    - ``repetition_penalty`` divides positive and multiplies negative logits of all tokens in prompt and text
+      (as in Transformers; 1: no effect);
+    - ``frequency_penalty`` times how often a token was generated, then ``presence_penalty`` if it was, are taken
+      away; the prompt does not count (as OpenAI defines them; 0: no effect);
+    - what would end the text before ``min_new_tokens`` is left out;
+    - ``temperature`` divides (0: the greatest logit is taken, and what follows has no effect);
+    - ``top_k`` keeps so many of the greatest (0: all), ``top_p`` the fewest of them that hold this much of their
+      probability (1: all), ``min_p`` those with at least this part of the greatest's (0: all). Among equal logits,
+      the lowest ids are kept.
+
+    Then one token is drawn, with noise that depends on ``seed`` (None: a new one each time), the token's position
+    and its id alone. ``num_samples``: how many texts for each prompt; the first is what one alone would be.
+    ``acceptance``: when drafts are verified, "exact" gives bit for bit the text of plain sampling with this seed
+    (draft and verification share the noise), "rejection" only its distribution, accepting more (Leviathan et al.
+    2023, arXiv 2211.17192; Chen et al. 2023, arXiv 2302.01318).
+
+    Raises TypeError or ValueError naming the argument.
     """
 
     strategy: Strategy = "self_speculative"
@@ -257,6 +323,21 @@ class GenerationConfig:
     eos_token_ids: tuple[int, ...] | None = None
     return_logits: bool = False
     return_kv: bool = False
+    min_new_tokens: int = 0
+    stop_token_ids: tuple[int, ...] = ()
+    stop: tuple[str, ...] = ()
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)
+    seed: int | None = None
+    acceptance: Acceptance = "exact"
+    logprobs: int | None = None
+    num_samples: int = 1
 
     def __post_init__(self) -> None:
         _check_choice("strategy", self.strategy, get_args(Strategy))
@@ -268,6 +349,35 @@ class GenerationConfig:
             _check_token_ids("eos_token_ids", self.eos_token_ids)
         _check_bool("return_logits", self.return_logits)
         _check_bool("return_kv", self.return_kv)
+        if self.logprobs is not None:
+            _check_int("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+        self._check_ending()
+        self._check_choosing()
+
+    def _check_ending(self) -> None:
+        _check_int("min_new_tokens", self.min_new_tokens, 0)
+        if self.min_new_tokens > self.max_new_tokens:
+            raise ValueError(
+                f"min_new_tokens must be at most max_new_tokens ({self.max_new_tokens}), got {self.min_new_tokens}"
+            )
+        _check_token_ids("stop_token_ids", self.stop_token_ids)
+        _check_stop_strings(self.stop)
+
+    def _check_choosing(self) -> None:
+        _check_between("temperature", self.temperature, 0.0, 1e6)
+        if 0 < self.temperature < 1e-4:
+            raise ValueError(f"temperature must be 0 (greedy) or at least 0.0001, got {self.temperature}")
+        _check_int("top_k", self.top_k, 0)
+        _check_between("top_p", self.top_p, 0.0, 1.0)
+        _check_between("min_p", self.min_p, 0.0, 1.0)
+        _check_between("repetition_penalty", self.repetition_penalty, 0.01, 100.0)
+        for name in ("presence_penalty", "frequency_penalty"):
+            _check_between(name, getattr(self, name), -100.0, 100.0)
+        object.__setattr__(self, "logit_bias", _checked_bias(self.logit_bias))  # a copy of our own
+        if self.seed is not None:
+            _check_int("seed", self.seed, 0, 2**63 - 1)
+        _check_choice("acceptance", self.acceptance, get_args(Acceptance))
+        _check_int("num_samples", self.num_samples, 1, MAX_SAMPLES)
 
     def resolve_exit_layer(self, num_layers: int) -> int:
         """The exit layer of a model of ``num_layers`` layers; raises ValueError outside 1..num_layers - 1."""

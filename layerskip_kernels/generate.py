@@ -14,7 +14,17 @@ from torch import Tensor
 from layerskip_kernels.config import GenerationConfig
 from layerskip_kernels.kv_cache import PagedKVCache, Sequence
 from layerskip_kernels.model import Model
+from layerskip_kernels.sampling import (
+    Sampler,
+    StopStrings,
+    TokenLogprobs,
+    end_token_ids,
+    make_sampler,
+    resolve_seed,
+    top_logprobs,
+)
 from layerskip_kernels.steps import Draft, Verdict, draft_step, prefill, verify_step
+from layerskip_kernels.tokenizer import TextStream
 
 __all__ = ["Generation", "generate"]
 
@@ -23,14 +33,20 @@ __all__ = ["Generation", "generate"]
 class Generation:
     """What one prompt became, and what it cost.
 
-    Seconds are wall time by stage; a batch shares them, so each of its generations reports the whole. ``logits``
-    fp32 [tokens, V], and ``kv``, k and v of every position but the last token's ([L, positions, G, K] each), are
-    kept when the config asks for them.
+    ``token_ids`` ends with the token that ended it; ``text`` (where the model has a tokenizer) ends before a stop
+    string. ``finish_reason``: "eos", "stop" (a stop token or string), "length" or "cancelled". ``sample``: which of
+    the prompt's texts this is; ``seed``: what it was drawn with, if it was drawn. Seconds are wall time by stage; a
+    batch shares them, so each of its generations reports the whole. ``logits`` fp32 [tokens, V], ``logprobs``, one
+    for each token, and ``kv``, k and v of every position but the last token's ([L, positions, G, K] each), are kept
+    when the config asks for them.
     """
 
     prompt_length: int
     token_ids: list[int] = field(default_factory=list)
     finish_reason: str | None = None
+    text: str | None = None
+    sample: int = 0
+    seed: int | None = None
     cycles: int = 0
     drafted: int = 0
     accepted: int = 0
@@ -38,6 +54,7 @@ class Generation:
     draft_seconds: float = 0.0
     verify_seconds: float = 0.0
     logits: Tensor | None = None
+    logprobs: list[TokenLogprobs] | None = None
     kv: tuple[Tensor, Tensor] | None = None
 
     @property
@@ -65,40 +82,59 @@ def generate(
     *,
     cache: PagedKVCache | None = None,
     on_tokens: Callable[[int, list[int]], None] | None = None,
+    on_draft: Callable[[int, list[int], int], None] | None = None,
+    cancelled: Callable[[], bool] | None = None,
 ) -> list[Generation]:
-    """Continue each prompt (text or token ids) greedily; the strategy changes the speed, never a bit.
+    """Continue each prompt (text or token ids); the strategy changes the speed, never a bit.
 
-    ``on_tokens(i, tokens)`` is called with the tokens prompt ``i`` gained, as they come. ``cache``: where to put
-    the sequences (default: a new one of just the right size); it is left without them. Raises ValueError for bad
-    prompts and settings, CacheFull when a given cache is too small.
+    (The one exception is ``acceptance="rejection"``, which keeps only the distribution.) Returns num_samples
+    generations for each prompt, those of one prompt side by side. ``on_tokens(i, tokens)`` is called with the
+    tokens generation ``i`` gained, as they come, and before it ``on_draft(i, drafts, num_accepted)`` where some
+    were drafted. ``cancelled()`` is asked between cycles; once it is true, what there is so far is returned.
+    ``cache``: where to put the sequences (default: a new one of just the right size); it is left without them.
+    Raises ValueError for bad prompts and settings, CacheFull when a given cache is too small, RuntimeError when the
+    logits leave nothing to choose.
     """
-    config = config or GenerationConfig()
-    if config.strategy == "self_speculative":
-        config = replace(config, exit_layer=config.resolve_exit_layer(model.config.num_layers))
-    token_ids = [_encode(model, prompt) for prompt in prompts]
+    config = _resolved(model, config or GenerationConfig())
+    prompt_ids = [_encode(model, prompt) for prompt in prompts]
+    token_ids = [ids for ids in prompt_ids for _ in range(config.num_samples)]
     limits = [min(len(ids) + config.max_new_tokens, model.config.max_positions + 1) for ids in token_ids]
     cache = cache or PagedKVCache.with_room_for(model, limits)
+    run = _Run(model, cache, config, on_tokens, on_draft)
     with _added(cache, token_ids) as sequences:
         texts = [
-            _Text(i, s, limit, Generation(len(s.tokens)))
-            for i, (s, limit) in enumerate(zip(sequences, limits, strict=True))
+            _Text.new(model, config, i, sequence, limit)
+            for i, (sequence, limit) in enumerate(zip(sequences, limits, strict=True))
         ]
         with _clock(texts, "prefill_seconds"):
-            verdict = prefill(model, cache, sequences)
+            verdict = prefill(model, cache, sequences, [text.sampler for text in texts])
             cache.commit(verdict)
-        _collect(model, cache, texts, verdict, config, on_tokens)
+        run.collect(texts, verdict)
         while active := [text for text in texts if text.generation.finish_reason is None]:
+            if cancelled is not None and cancelled():
+                for text in active:
+                    run.finish(text, "cancelled")
+                break
             with _clock(active, "draft_seconds"):
-                draft = _draft(model, cache, active, config)
+                draft = run.draft(active)
             with _clock(active, "verify_seconds"):
-                verdict = verify_step(model, cache, draft)
+                verdict = verify_step(model, cache, draft, [text.sampler for text in active])
                 cache.commit(verdict)
-            _collect(model, cache, active, verdict, config, on_tokens)
             for b, text in enumerate(active):
                 text.generation.cycles += 1
                 text.generation.drafted += int(draft.num_tokens[b])
                 text.generation.accepted += int(verdict.num_accepted[b])
+            run.collect(active, verdict)
         return [text.generation for text in texts]
+
+
+def _resolved(model: Model, config: GenerationConfig) -> GenerationConfig:
+    """The config with an exit layer and, where tokens are drawn, a seed; raises ValueError for what can't be."""
+    if config.stop and model.tokenizer is None:
+        raise ValueError("this model came without a tokenizer, so stop strings can't be found; use stop_token_ids")
+    if config.strategy == "self_speculative":
+        config = replace(config, exit_layer=config.resolve_exit_layer(model.config.num_layers))
+    return resolve_seed(config) if config.temperature > 0 else config
 
 
 @dataclass
@@ -109,7 +145,27 @@ class _Text:
     sequence: Sequence
     limit: int
     generation: Generation
+    sampler: Sampler | None
+    stream: TextStream | None  # only where stop strings are looked for
+    stops: StopStrings
+    shown: list[str] = field(default_factory=list)
     logits: list[Tensor] = field(default_factory=list)
+
+    @classmethod
+    def new(cls, model: Model, config: GenerationConfig, index: int, sequence: Sequence, limit: int) -> _Text:
+        sample = index % config.num_samples
+        generation = Generation(len(sequence.tokens), sample=sample, seed=config.seed)
+        sampler = make_sampler(model, config, generation.prompt_length, sample)
+        stream = TextStream(model.tokenizer) if config.stop and model.tokenizer is not None else None
+        return cls(index, sequence, limit, generation, sampler, stream, StopStrings(config.stop))
+
+    def stop_found(self, token: int, min_new_tokens: int) -> bool:
+        """Whether a stop string ends with this token, the next of the text."""
+        if self.stream is None:
+            return False
+        may_end = len(self.generation.token_ids) >= min_new_tokens
+        self.shown.append(self.stops.push(self.stream.push([token]), may_end))
+        return self.stops.found is not None
 
 
 def _encode(model: Model, prompt: ListLike[int] | str) -> list[int]:
@@ -141,41 +197,66 @@ def _clock(texts: list[_Text], stage: str) -> Iterator[None]:
         setattr(text.generation, stage, getattr(text.generation, stage) + perf_counter() - start)
 
 
-def _draft(model: Model, cache: PagedKVCache, texts: list[_Text], config: GenerationConfig) -> Draft:
-    """As many drafts as asked for, but none that could not become an output token."""
-    sequences = [text.sequence for text in texts]
-    counts = [min(config.num_speculations, text.limit - len(text.sequence.tokens) - 1) for text in texts]
-    if config.strategy == "autoregressive" or not any(counts):
-        return Draft.none(sequences)
-    assert config.exit_layer is not None  # resolved by generate
-    return draft_step(model, cache, sequences, config.exit_layer, counts)
+@dataclass(frozen=True)
+class _Run:
+    """What stays the same from the first cycle to the last."""
 
+    model: Model
+    cache: PagedKVCache
+    config: GenerationConfig
+    on_tokens: Callable[[int, list[int]], None] | None
+    on_draft: Callable[[int, list[int], int], None] | None
 
-def _collect(
-    model: Model,
-    cache: PagedKVCache,
-    texts: list[_Text],
-    verdict: Verdict,
-    config: GenerationConfig,
-    on_tokens: Callable[[int, list[int]], None] | None,
-) -> None:
-    """Hand a verdict's tokens out, up to the end of each text."""
-    stop_ids = model.config.eos_token_ids if config.eos_token_ids is None else config.eos_token_ids
-    for b, text in enumerate(texts):
-        generation, tokens = text.generation, verdict.new_tokens(b)
-        end = next((n for n, token in enumerate(tokens, 1) if token in stop_ids), None)
-        tokens = tokens[:end]
-        generation.token_ids += tokens
-        if config.return_logits:
-            text.logits.append(verdict.new_logits(b)[: len(tokens)].clone())
-        if on_tokens is not None:
-            on_tokens(text.index, tokens)
-        if end is None and len(text.sequence.tokens) < text.limit:
-            continue
-        generation.finish_reason = "length" if end is None else "eos"
+    def draft(self, texts: list[_Text]) -> Draft:
+        """As many drafts as asked for, but none that could not become an output token."""
+        config, sequences = self.config, [text.sequence for text in texts]
+        counts = [min(config.num_speculations, text.limit - len(text.sequence.tokens) - 1) for text in texts]
+        if config.strategy == "autoregressive" or not any(counts):
+            return Draft.none(sequences)
+        assert config.exit_layer is not None  # resolved by generate
+        samplers = [text.sampler for text in texts]
+        return draft_step(self.model, self.cache, sequences, config.exit_layer, counts, samplers)
+
+    def collect(self, texts: list[_Text], verdict: Verdict) -> None:
+        """Hand a verdict's tokens out, up to the end of each text."""
+        for b, text in enumerate(texts):
+            tokens, reason = self._take(text, verdict.new_tokens(b))
+            logits = verdict.new_logits(b)[: len(tokens)]
+            if self.config.return_logits:
+                text.logits.append(logits.clone())
+            if self.config.logprobs is not None:
+                text.generation.logprobs = text.generation.logprobs or []
+                text.generation.logprobs += top_logprobs(self.model.ops, logits, tokens, self.config.logprobs)
+            drafts = verdict.draft.of(b)
+            if self.on_draft is not None and drafts:
+                self.on_draft(text.index, drafts, int(verdict.num_accepted[b]))
+            if self.on_tokens is not None:
+                self.on_tokens(text.index, tokens)
+            if reason is not None:
+                self.finish(text, reason)
+
+    def _take(self, text: _Text, tokens: list[int]) -> tuple[list[int], str | None]:
+        """Append tokens up to the one that ends the text, and say why it ended."""
+        stop_ids, end_ids = self.config.stop_token_ids, end_token_ids(self.model, self.config)
+        for n, token in enumerate(tokens, 1):
+            text.generation.token_ids.append(token)
+            if text.stop_found(token, self.config.min_new_tokens) or token in stop_ids:
+                return tokens[:n], "stop"
+            if token in end_ids:
+                return tokens[:n], "eos"
+        return tokens, "length" if len(text.sequence.tokens) >= text.limit else None
+
+    def finish(self, text: _Text, reason: str) -> None:
+        """The text is over, after its last token in ``generation.token_ids``."""
+        generation = text.generation
+        generation.finish_reason = reason
         # Tokens accepted beyond an end of text are cut: the cache ends where plain decoding would end.
-        cache.truncate(text.sequence, generation.prompt_length + len(generation.token_ids) - 1)
-        if config.return_logits:
+        self.cache.truncate(text.sequence, generation.prompt_length + len(generation.token_ids) - 1)
+        if text.stream is not None:
+            generation.text = "".join([*text.shown, text.stops.push(text.stream.finish()), text.stops.finish()])
+        elif self.model.tokenizer is not None:
+            generation.text = self.model.tokenizer.decode(generation.token_ids)
+        if self.config.return_logits:
             generation.logits = torch.cat(text.logits)
-        if config.return_kv:
-            generation.kv = cache.export(text.sequence)
+        if self.config.return_kv:
+            generation.kv = self.cache.export(text.sequence)

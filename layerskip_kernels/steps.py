@@ -6,16 +6,17 @@ When a step raises, the cache is as it was before it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as ListLike
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from layerskip_kernels.kv_cache import PagedKVCache, Sequence
 from layerskip_kernels.model import Model
+from layerskip_kernels.sampling import Sampler, choose_tokens, judge_drafts
 
 __all__ = ["Draft", "Verdict", "draft_step", "prefill", "verify_step"]
 
@@ -28,11 +29,15 @@ class Draft:
 
     A negative num_tokens[b] stands for a chunk of a prompt: the last -num_tokens[b] known tokens wait for a later
     verification, so this one brings the known tokens before them into the cache and says nothing about what follows.
+
+    ``scores``: what the drafts of sampled sequences were drawn from, fp32 [num_tokens[b], V] by the sequence's
+    index b; the rejection rule needs it.
     """
 
     sequences: tuple[Sequence, ...]
     tokens: Tensor
     num_tokens: Tensor
+    scores: Mapping[int, Tensor] = field(default_factory=dict)
 
     @classmethod
     def none(cls, sequences: ListLike[Sequence]) -> Draft:
@@ -54,11 +59,19 @@ class Draft:
             rows = [row_of[id(sequence)] for sequence in part.sequences]
             tokens[rows, : part.tokens.size(1)] = part.tokens
             counts[rows] = part.num_tokens
-        return cls(tuple(sequences), tokens, counts)
+        scores = {row_of[id(part.sequences[b])]: kept for part in parts for b, kept in part.scores.items()}
+        return cls(tuple(sequences), tokens, counts, scores)
 
     def of(self, b: int) -> list[int]:
         """The drafted tokens of sequence ``b``."""
         return self.tokens[b, : max(0, int(self.num_tokens[b]))].tolist()
+
+    def scores_of(self, b: int, vocab_size: int) -> Tensor:
+        """The scores that sequence ``b``'s drafts were drawn from; a draft of unknown origin was certain."""
+        if b in self.scores:
+            return self.scores[b]
+        scores = torch.full((int(self.num_tokens[b]), vocab_size), -torch.inf)
+        return scores.scatter_(1, self.tokens[b, : len(scores), None], 0.0)
 
 
 @dataclass(frozen=True)
@@ -87,7 +100,12 @@ class Verdict:
         return self.logits[first : first + max(0, int(self.num_accepted[b]) + 1)]
 
 
-def prefill(model: Model, cache: PagedKVCache, sequences: ListLike[Sequence]) -> Verdict:
+Samplers = ListLike[Sampler | None]  # one for each sequence; None: its greatest logit
+
+
+def prefill(
+    model: Model, cache: PagedKVCache, sequences: ListLike[Sequence], samplers: Samplers | None = None
+) -> Verdict:
     """Bring all known tokens of the sequences into the cache, and say what follows. To be committed.
 
     Long prompts go through in runs of PREFILL_ROWS, all but the last committed here.
@@ -96,7 +114,7 @@ def prefill(model: Model, cache: PagedKVCache, sequences: ListLike[Sequence]) ->
         while long := [s for s in sequences if len(s.tokens) - cache.length(s) > PREFILL_ROWS]:
             left = [cache.length(s) + PREFILL_ROWS - len(s.tokens) for s in long]
             cache.commit(verify_step(model, cache, Draft.joined(long, left, [])))
-        return verify_step(model, cache, Draft.none(sequences))
+        return verify_step(model, cache, Draft.none(sequences), samplers)
 
 
 def draft_step(
@@ -105,13 +123,15 @@ def draft_step(
     sequences: ListLike[Sequence],
     exit_layer: int,
     num_speculations: int | ListLike[int],
+    samplers: Samplers | None = None,
 ) -> Draft:
     """Draft tokens with the first ``exit_layer`` layers (LayerSkip, arXiv 2404.16710, section 4.3).
 
-    ``num_speculations``: how many, for all sequences or one number for each (0: that one does not draft). Their K
-    and V of those layers and their hidden states stay in the cache for verify_step. Raises ValueError for an exit
-    layer outside 1..L-1, for a count below 1 (or 0 in a list), for a sequence not prefilled or without positions
-    left; CacheFull when pages run short.
+    ``num_speculations``: how many, for all sequences or one number for each (0: that one does not draft).
+    ``samplers`` (None: greedy): how each sequence's tokens are drawn; verify_step needs the same. The drafts' K and
+    V of those layers and their hidden states stay in the cache for verify_step. Raises ValueError for an exit layer
+    outside 1..L-1, for a count below 1 (or 0 in a list), for a sequence not prefilled or without positions left;
+    CacheFull when pages run short.
     """
     if not 1 <= exit_layer < model.config.num_layers:
         raise ValueError(f"exit_layer must be in 1..{model.config.num_layers - 1}, got {exit_layer}")
@@ -130,30 +150,21 @@ def draft_step(
     drafting = [s for s, count in zip(sequences, counts, strict=True) if count]
     with _rollback_on_error(cache, drafting):
         _append(cache, drafting, [count + 1 for count in counts if count])
-        ids = [s.id for s in sequences]
-        tokens = model.ops.draft_step(
-            model.weights,
-            *cache.tensors,
-            torch.tensor([s.tokens[-1] for s in sequences]),
-            torch.from_numpy(cache.pool.committed_lengths(ids)),
-            torch.tensor(counts),
-            torch.from_numpy(cache.pool.block_table(ids)),
-            model.draft_head,
-            model.draft_ids,
-            exit_layer,
-            max(counts),
-            *model.sizes,
-        )
+        if samplers is None or not any(samplers):
+            draft = _draft_greedily(model, cache, sequences, exit_layer, counts)
+        else:
+            draft = _draft_with_samplers(model, cache, sequences, exit_layer, counts, samplers)
         # The last draft has a row already, but has passed no layer yet.
         cache.pool.raise_rows([s.id for s in drafting], [cache.pool.length(s.id) - 1 for s in drafting], exit_layer)
-    return Draft(tuple(sequences), tokens, torch.tensor(counts))
+    return draft
 
 
-def verify_step(model: Model, cache: PagedKVCache, draft: Draft) -> Verdict:
+def verify_step(model: Model, cache: PagedKVCache, draft: Draft, samplers: Samplers | None = None) -> Verdict:
     """Raise every pending row to the last layer in one batched pass, and judge the drafts. To be committed.
 
     Drafted rows go on from their kept hidden states; only the last draft of each sequence still passes the early
     layers. With ``Draft.none`` this is plain decoding, and a chunk of a prompt shares the pass over the weights.
+    ``samplers`` (None: greedy): how each sequence's tokens are drawn, as in draft_step.
     """
     sequences = draft.sequences
     with _rollback_on_error(cache, sequences):
@@ -167,12 +178,102 @@ def verify_step(model: Model, cache: PagedKVCache, draft: Draft) -> Verdict:
         _append(cache, sequences, missing)
         rows = _pending_rows(cache, draft)
         *positions, block_table = rows
-        verdict = model.ops.verify_step(
+        num_accepted, next_tokens, logits = model.ops.verify_step(
             model.weights, *cache.tensors, *positions, draft.num_tokens, block_table, *model.sizes
         )
+        if samplers is not None:
+            judge_drafts(model.ops, draft, logits, samplers, num_accepted, next_tokens)
         ids = [s.id for s in sequences]
         cache.pool.raise_rows(ids, cache.pool.lengths(ids).tolist(), model.config.num_layers)
-    return Verdict(draft, *verdict)
+    return Verdict(draft, num_accepted, next_tokens, logits)
+
+
+def _draft_greedily(
+    model: Model, cache: PagedKVCache, sequences: ListLike[Sequence], exit_layer: int, counts: list[int]
+) -> Draft:
+    """All drafts in one call of the backend."""
+    ids = [s.id for s in sequences]
+    tokens = model.ops.draft_step(
+        model.weights,
+        *cache.tensors,
+        torch.tensor([s.tokens[-1] for s in sequences]),
+        torch.from_numpy(cache.pool.committed_lengths(ids)),
+        torch.tensor(counts),
+        torch.from_numpy(cache.pool.block_table(ids)),
+        model.draft_head,
+        model.draft_ids,
+        exit_layer,
+        max(counts),
+        *model.sizes,
+    )
+    return Draft(tuple(sequences), tokens, torch.tensor(counts))
+
+
+def _draft_with_samplers(
+    model: Model,
+    cache: PagedKVCache,
+    sequences: ListLike[Sequence],
+    exit_layer: int,
+    counts: list[int],
+    samplers: Samplers,
+) -> Draft:
+    """One draft of each sequence at a time, since what a sampler does depends on the drafts before."""
+    tokens = torch.full((len(sequences), max(counts)), -1)
+    scores: dict[int, list[Tensor]] = {}
+    histories = [list(sequence.tokens) for sequence in sequences]
+    for i in range(max(counts)):
+        rows = [b for b, count in enumerate(counts) if count > i]
+        tokens[rows, i], logits = _exit_logits(
+            model, cache, [sequences[b] for b in rows], [histories[b] for b in rows], exit_layer
+        )
+        drawing = [(r, b, sampler) for r, b in enumerate(rows) if (sampler := samplers[b]) is not None]
+        if drawing:
+            logit_rows, drawn, their_samplers = map(list, zip(*drawing, strict=True))
+            tokens[drawn, i], drawn_from = choose_tokens(
+                model.ops, logits[logit_rows], their_samplers, [histories[b] for b in drawn]
+            )
+            for b, row in zip(drawn, drawn_from, strict=True):
+                scores.setdefault(b, []).append(row)
+        for b in rows:
+            histories[b].append(int(tokens[b, i]))
+    stacked = {b: torch.stack(rows) for b, rows in scores.items()}
+    return Draft(tuple(sequences), tokens, torch.tensor(counts), stacked)
+
+
+def _exit_logits(
+    model: Model,
+    cache: PagedKVCache,
+    sequences: ListLike[Sequence],
+    histories: ListLike[ListLike[int]],
+    exit_layer: int,
+) -> tuple[Tensor, Tensor]:
+    """Each history's last row through the first layers: its best token [T] and logits fp32 [T, V].
+
+    Tokens outside a draft vocabulary are -inf.
+    """
+    count, page_size = len(sequences), cache.pool.page_size
+    positions = torch.tensor([len(history) - 1 for history in histories])
+    table = torch.from_numpy(cache.pool.block_table([s.id for s in sequences]))
+    model.ops.run_layers(
+        model.weights,
+        *cache.tensors,
+        torch.tensor([history[-1] for history in histories]),
+        positions,
+        torch.zeros(count, dtype=torch.int32),
+        torch.arange(count + 1, dtype=torch.int32),
+        table,
+        exit_layer,
+        *model.sizes,
+    )
+    hidden = cache.hidden[table[torch.arange(count), positions // page_size].long(), positions % page_size]
+    head = model.weights[2] if model.draft_head is None else model.draft_head
+    size = model.config.vocab_size if model.draft_ids is None else len(model.draft_ids)
+    tokens, logits = model.ops.norm_head_argmax(hidden, model.weights[1], head, size, model.config.rms_norm_eps)
+    if model.draft_ids is None:
+        return tokens, logits
+    everywhere = torch.full((count, model.config.vocab_size), -torch.inf)
+    everywhere[:, model.draft_ids] = logits
+    return model.draft_ids[tokens], everywhere
 
 
 def _draft_counts(num_speculations: int | ListLike[int], num_sequences: int) -> list[int]:

@@ -1,0 +1,280 @@
+"""How tokens are chosen from logits, and where a text ends: samplers, log-probabilities, stop strings.
+
+A sampler is a function of logits and of the tokens before them, nothing else: no step, batch or draft leaves a
+trace in it. That is why speculation in the mode "exact" gives the text of plain sampling bit for bit.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections import Counter
+from collections.abc import Iterable
+from collections.abc import Sequence as ListLike
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from layerskip_kernels import reference
+from layerskip_kernels.config import GenerationConfig
+from layerskip_kernels.reference import MASS_ONE
+
+if TYPE_CHECKING:
+    from layerskip_kernels.model import Model
+    from layerskip_kernels.steps import Draft
+
+__all__ = ["Sampler", "StopStrings", "TokenLogprobs", "choose_tokens", "judge_drafts", "make_sampler", "top_logprobs"]
+
+
+@dataclass(frozen=True, eq=False)
+class Sampler:
+    """How one sequence's tokens are chosen (GenerationConfig says what each setting does); make_sampler makes it.
+
+    ``seed`` and ``sample`` (which of the texts of a prompt) select the noise; ``prompt_length`` tells the prompt
+    from what was generated; ``end_ids`` are the tokens that may not come before min_new_tokens.
+    """
+
+    config: GenerationConfig
+    seed: int
+    sample: int
+    prompt_length: int
+    end_ids: Tensor
+    bias_ids: Tensor
+    biases: Tensor
+
+    @property
+    def draws(self) -> bool:
+        """Whether there is noise; without, it takes the greatest of the processed logits."""
+        return self.config.temperature > 0
+
+    @property
+    def rejects(self) -> bool:
+        """Whether drafts are judged by the classical rejection rule."""
+        return self.draws and self.config.acceptance == "rejection"
+
+    def process(self, logits: Tensor, tokens: ListLike[int]) -> Tensor:
+        """Bias, penalties and the ban on ending early: logits fp32 [V] after ``tokens`` -> fp32 [V], a copy."""
+        c, scores = self.config, logits.clone()
+        scores[self.bias_ids] += self.biases
+        if c.repetition_penalty != 1:
+            seen = torch.tensor(sorted(set(tokens)))
+            met = scores[seen]
+            scores[seen] = torch.where(met < 0, met * c.repetition_penalty, met / c.repetition_penalty)
+        if c.frequency_penalty or c.presence_penalty:
+            counts = Counter(tokens[self.prompt_length :])
+            generated = torch.tensor(list(counts), dtype=torch.int64)
+            times = torch.tensor(list(counts.values()), dtype=torch.float32)
+            scores[generated] = (scores[generated] - c.frequency_penalty * times) - c.presence_penalty
+        if len(tokens) - self.prompt_length < c.min_new_tokens:
+            scores[self.end_ids] = -torch.inf
+        return scores
+
+
+def make_sampler(model: Model, config: GenerationConfig, prompt_length: int, sample: int = 0) -> Sampler | None:
+    """The sampler of a sequence, or None where the config asks for the model's greatest logit and nothing else.
+
+    ``sample``: which of the prompt's texts this is. A config without a seed gets a new one: resolve_seed gives
+    several sequences the same. Raises ValueError for a token id outside the model's vocabulary.
+    """
+    vocab_size = model.config.vocab_size
+    for token_id in [*config.logit_bias, *config.stop_token_ids, *(config.eos_token_ids or ())]:
+        if token_id >= vocab_size:
+            raise ValueError(
+                f"logit_bias, stop_token_ids and eos_token_ids must name tokens in 0..{vocab_size - 1}, got {token_id}"
+            )
+    plain = not (config.logit_bias or config.presence_penalty or config.frequency_penalty or config.min_new_tokens)
+    if plain and config.temperature == 0 and config.repetition_penalty == 1:
+        return None
+    seed = resolve_seed(config).seed
+    assert seed is not None
+    return Sampler(
+        config,
+        seed,
+        sample,
+        prompt_length,
+        torch.tensor(sorted(end_token_ids(model, config)), dtype=torch.int64),
+        torch.tensor(list(config.logit_bias), dtype=torch.int64),
+        torch.tensor(list(config.logit_bias.values()), dtype=torch.float32),
+    )
+
+
+def resolve_seed(config: GenerationConfig) -> GenerationConfig:
+    """The config with a seed: its own, or a new one."""
+    return config if config.seed is not None else replace(config, seed=secrets.randbits(63))
+
+
+def end_token_ids(model: Model, config: GenerationConfig) -> set[int]:
+    """The tokens that end a text: end-of-text tokens and stop tokens."""
+    eos = model.config.eos_token_ids if config.eos_token_ids is None else config.eos_token_ids
+    return {*eos, *config.stop_token_ids}
+
+
+# ---- choosing ----
+
+
+def choose_tokens(
+    ops: Any, logits: Tensor, samplers: ListLike[Sampler], histories: ListLike[ListLike[int]]
+) -> tuple[Tensor, Tensor]:
+    """Draw a token of each row of logits fp32 [T, V], whose tokens before it are ``histories[row]``.
+
+    Returns tokens int64 [T] and the scores fp32 [T, V] that they were drawn from: processed, divided by the
+    temperature, filtered. Raises RuntimeError where nothing can be chosen (NaN, or every token excluded).
+    """
+    configs = [sampler.config for sampler in samplers]
+    processed = [s.process(row, history) for row, s, history in zip(logits, samplers, histories, strict=True)]
+    scores = reference.filter_logits(
+        torch.stack(processed),
+        torch.tensor([c.temperature for c in configs], dtype=torch.float32),
+        torch.tensor([c.top_k for c in configs]),
+        torch.tensor([c.top_p for c in configs], dtype=torch.float64),
+        torch.tensor([c.min_p for c in configs], dtype=torch.float32),
+    )
+    noisy = torch.tensor([sampler.draws for sampler in samplers])
+    return reference.gumbel_argmax(scores, *_places(samplers, histories), noisy), scores
+
+
+def _places(samplers: ListLike[Sampler], histories: ListLike[ListLike[int]]) -> tuple[Tensor, Tensor, Tensor]:
+    """What selects each row's noise: the position of the token to be chosen, the seed and the sample."""
+    positions = torch.tensor([len(history) for history in histories])
+    return positions, torch.tensor([s.seed for s in samplers]), torch.tensor([s.sample for s in samplers])
+
+
+def judge_drafts(
+    ops: Any,
+    draft: Draft,
+    logits: Tensor,
+    samplers: ListLike[Sampler | None],
+    num_accepted: Tensor,
+    next_tokens: Tensor,
+) -> None:
+    """What the samplers make of drafts and of the full model's logits [sum(num_tokens + 1), V].
+
+    Overwrites num_accepted and next_tokens int64 [B] of the sequences that have a sampler.
+    """
+    row = 0
+    for b, (sequence, sampler) in enumerate(zip(draft.sequences, samplers, strict=True)):
+        drafts = draft.of(b)
+        rows = slice(row, row + max(0, int(draft.num_tokens[b]) + 1))
+        row = rows.stop
+        if sampler is None or draft.num_tokens[b] < 0:
+            continue
+        histories = [[*sequence.tokens, *drafts[:i]] for i in range(len(drafts) + 1)]
+        chosen, scores = choose_tokens(ops, logits[rows], [sampler] * len(histories), histories)
+        if sampler.rejects and drafts:
+            chosen[:-1] = reference.rejection_sample(
+                draft.scores_of(b, logits.size(1)),
+                scores[:-1],
+                torch.tensor(drafts),
+                *_places([sampler] * len(drafts), histories[:-1]),
+            )
+        agreed = int((chosen[:-1] == torch.tensor(drafts, dtype=torch.int64)).long().cumprod(0).sum())
+        num_accepted[b], next_tokens[b] = agreed, chosen[agreed]
+
+
+# ---- log-probabilities ----
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """A token's natural log-probability by the model's own logits, and the likeliest tokens with theirs."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+def top_logprobs(ops: Any, logits: Tensor, tokens: ListLike[int], count: int) -> list[TokenLogprobs]:
+    """Of each row of logits fp32 [T, V] the log-probability of its token and of the ``count`` likeliest.
+
+    Equal ones are in order of their ids. The sum over the vocabulary is exact in integers, so a row's result
+    does not depend on its neighbours or on threads.
+    """
+    x = logits - logits.amax(dim=1, keepdim=True)
+    totals = (ops.exp(x) * MASS_ONE).to(torch.int64).sum(dim=1)
+    logprobs = x - ops.log((totals.double() / MASS_ONE).float())[:, None]
+    return [
+        TokenLogprobs(token, float(row[token]), _greatest(row, min(count, len(row))))
+        for row, token in zip(logprobs, tokens, strict=True)
+    ]
+
+
+def _greatest(row: Tensor, count: int) -> tuple[tuple[int, float], ...]:
+    if count == 0:
+        return ()
+    ids = (row >= row.topk(count).values[-1]).nonzero()[:, 0]  # topk promises no order of equal values
+    best = ids[row[ids].argsort(descending=True, stable=True)[:count]]
+    return tuple(zip(best.tolist(), row[best].tolist(), strict=True))
+
+
+# ---- stop strings ----
+
+
+class StopStrings:
+    """Watches a growing text for strings that end it, wherever the borders of tokens lie.
+
+    ``push`` text as it comes and show what it returns: text that may be the start of a stop string is held back.
+    Once ``found`` names one, the text is over and ends before it; ``finish`` returns what was held back when it
+    ended otherwise. Of strings that end at the same character, the longest counts. Time is linear in the text
+    (Knuth, Morris and Pratt 1977).
+    """
+
+    def __init__(self, strings: Iterable[str]) -> None:
+        self._patterns = [_Pattern(string) for string in strings]
+        self._held = ""
+        self.found: str | None = None
+
+    def push(self, text: str, may_end: bool = True) -> str:
+        """The text that is safe to show now. What comes after a stop string is dropped.
+
+        ``may_end``: False lets strings that end in this text pass.
+        """
+        if self.found is not None:
+            return ""
+        for n, character in enumerate(text, 1):
+            for pattern in self._patterns:
+                pattern.push(character)
+            ended = [pattern.string for pattern in self._patterns if pattern.complete]
+            if ended and may_end:
+                self.found = max(ended, key=len)
+                return self._release(text[:n], len(self.found))
+        return self._release(text, max((pattern.partial for pattern in self._patterns), default=0))
+
+    def finish(self) -> str:
+        """What was held back, if no stop string was found."""
+        return self._release("", 0) if self.found is None else ""
+
+    def _release(self, text: str, held: int) -> str:
+        whole = self._held + text
+        self._held = whole[len(whole) - held :]
+        return whole[: len(whole) - held]
+
+
+class _Pattern:
+    """How much of one string the end of the text matches."""
+
+    def __init__(self, string: str) -> None:
+        self.string = string
+        self.matched = 0
+        # borders[n]: the longest proper prefix of string[:n] that also ends it.
+        self._borders = [0, 0]
+        for character in string[1:]:
+            border = self._longest(self._borders[-1], character)
+            self._borders.append(border)
+
+    @property
+    def complete(self) -> bool:
+        return self.matched == len(self.string)
+
+    @property
+    def partial(self) -> int:
+        """Length of the longest unfinished match."""
+        return self._borders[self.matched] if self.complete else self.matched
+
+    def push(self, character: str) -> None:
+        self.matched = self._longest(self.partial, character)
+
+    def _longest(self, matched: int, character: str) -> int:
+        while matched and self.string[matched] != character:
+            matched = self._borders[matched]
+        return matched + (self.string[matched] == character)
