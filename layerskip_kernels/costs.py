@@ -71,16 +71,17 @@ class Costs:
 
     One curve is learnt, the seconds a weight takes with r rows: piecewise linear between KNOTS, never falling. A
     measurement is a sum over passes; its surprise scales the knots that took part, by their share of the sum, and
-    the less the more a knot has seen.
+    the less the more a knot has seen. Knots that have seen nothing follow the others.
     """
 
     KNOTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64, 128, 256)
     FREE_ROWS = 6  # before anything was measured: so many rows cost no more than one, then time grows with them
     SLOWEST_LEARNING = 0.1
     LARGEST_SURPRISE = 2.0  # times slower or faster than expected: other processes may have held the cores
+    KNOWN = 2.0  # measurements after which a knot is protected from larger surprises
 
     def __init__(self) -> None:
-        self._curve = [max(1.0, knot / self.FREE_ROWS) for knot in self.KNOTS]
+        self._curve = [self._first_guess(knot) for knot in range(len(self.KNOTS))]
         self._seen = [0.0] * len(self.KNOTS)
 
     def seconds(self, passes: ListLike[Pass]) -> float:
@@ -90,26 +91,26 @@ class Costs:
     def observe(self, passes: ListLike[Pass], seconds: float) -> None:
         """Learn from a measurement."""
         parts = self._parts(passes)
-        ratio = seconds / sum(parts.values())
-        if not any(self._seen):
-            self._curve = [value * ratio for value in self._curve]
-            ratio = 1.0
-        ratio = max(1 / self.LARGEST_SURPRISE, min(self.LARGEST_SURPRISE, ratio))
-        largest = max(parts.values())
+        largest, surprise = max(parts.values()), seconds / sum(parts.values())
         for knot, part in parts.items():
-            share = part / largest
+            share, ratio = part / largest, surprise
+            if self._seen[knot] >= self.KNOWN:
+                ratio = max(1 / self.LARGEST_SURPRISE, min(self.LARGEST_SURPRISE, ratio))
             self._seen[knot] += share
-            step = max(self.SLOWEST_LEARNING, 1 / self._seen[knot]) * share
-            self._move(knot, self._curve[knot] * ratio ** min(step, 1.0))
+            self._scale(knot, ratio ** min(1.0, share * max(self.SLOWEST_LEARNING, 1 / self._seen[knot])))
 
-    def _move(self, knot: int, value: float) -> None:
-        """Set a knot; more rows never cost less."""
-        curve = self._curve
-        self._curve = [
-            *(min(v, value) for v in curve[:knot]),
-            value,
-            *(max(v, value) for v in curve[knot + 1 :]),
-        ]
+    def _scale(self, knot: int, factor: float) -> None:
+        """Move a knot; more rows never cost less. Those that have seen nothing follow the nearest that has."""
+        value = self._curve[knot] * factor
+        below, above = self._curve[:knot], self._curve[knot + 1 :]
+        self._curve = [*(min(v, value) for v in below), value, *(max(v, value) for v in above)]
+        seen = [k for k, times in enumerate(self._seen) if times]
+        for k in set(range(len(self.KNOTS))).difference(seen):
+            nearest = min(seen, key=lambda s: abs(s - k))
+            self._curve[k] = self._curve[nearest] * self._first_guess(k) / self._first_guess(nearest)
+
+    def _first_guess(self, knot: int) -> float:
+        return max(1.0, self.KNOTS[knot] / self.FREE_ROWS)
 
     def _parts(self, passes: ListLike[Pass]) -> dict[int, float]:
         """The expected time of passes, as a sum over knots."""
@@ -199,13 +200,25 @@ class DraftLengths:
                 best, best_score = counts.copy(), (alone + extra) / tokens
         return best if any(best) else self._trial(wishes, plain, prompt, judged)
 
-    def learn(self, wishes: ListLike[Wish], counts: ListLike[int], accepted: ListLike[int]) -> None:
-        """Take note of a step: what was drafted and accepted, and so what it cost and brought beyond plain decoding.
+    def learn(
+        self,
+        wishes: ListLike[Wish],
+        counts: ListLike[int],
+        accepted: ListLike[int],
+        prompt: tuple[int, int],
+        draft_seconds: float,
+        verify_seconds: float,
+    ) -> None:
+        """Take note of a step: what each drafted and how much was accepted, ``prompt`` as in choose, and the times."""
+        rows = self._rows(wishes, counts, *prompt)
+        if any(counts):
+            self.costs.observe(rows.draft_passes(self.model), draft_seconds)
+        self.costs.observe(rows.verify_passes(self.model), verify_seconds)
+        if wishes:
+            self._settle(wishes, counts, accepted)
 
-        To be called after the step's times went to ``costs``.
-        """
-        if not wishes:
-            return
+    def _settle(self, wishes: ListLike[Wish], counts: ListLike[int], accepted: ListLike[int]) -> None:
+        """What the drafts of a step cost beyond plain decoding, and what they saved."""
         for wish, count, right in zip(wishes, counts, accepted, strict=True):
             if count:
                 wish.evidence.add(count, right)
@@ -214,7 +227,8 @@ class DraftLengths:
         credit = self.FIRST_CREDIT * alone if self.credit is None else self.credit
         extra = self._seconds(wishes, counts) - alone
         saved = sum(accepted) * alone / len(wishes)
-        self.credit = min(credit + self.EARNING * alone + saved - extra, self.LARGEST_CREDIT * alone)
+        largest = self.LARGEST_CREDIT * alone
+        self.credit = max(-largest, min(credit + self.EARNING * alone + saved - extra, largest))
 
     def _by_probability(self, wishes: ListLike[Wish]) -> list[tuple[float, int]]:
         """Every draft that may be worth it, as (probability to be accepted, sequence), likeliest first."""
@@ -244,6 +258,8 @@ class DraftLengths:
         return self.costs.seconds(Rows(((1, 0),) * sequences).verify_passes(self.model))
 
     def _seconds(self, wishes: ListLike[Wish], counts: ListLike[int], prompt: int = 0, judged: int = 0) -> float:
-        drafts = tuple((wish.exit_layer, count) for wish, count in zip(wishes, counts, strict=True))
-        rows = Rows(drafts, prompt, judged)
+        rows = self._rows(wishes, counts, prompt, judged)
         return self.costs.seconds(rows.draft_passes(self.model) + rows.verify_passes(self.model))
+
+    def _rows(self, wishes: ListLike[Wish], counts: ListLike[int], prompt: int, judged: int) -> Rows:
+        return Rows(tuple((w.exit_layer, count) for w, count in zip(wishes, counts, strict=True)), prompt, judged)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from collections.abc import Sequence as ListLike
-from dataclasses import dataclass
 from threading import RLock
 from time import perf_counter
 from typing import Literal, get_args
@@ -20,32 +19,17 @@ from typing import Literal, get_args
 import torch
 
 from layerskip_kernels.config import GenerationConfig
-from layerskip_kernels.costs import DraftLengths, Rows
-from layerskip_kernels.errors import CacheFull
-from layerskip_kernels.generate import Generation
+from layerskip_kernels.costs import DraftLengths
 from layerskip_kernels.kv_cache import PagedKVCache
 from layerskip_kernels.model import Model
-from layerskip_kernels.scheduler import Plan, Request, Scheduler
+from layerskip_kernels.request import Generation, Output, Request
+from layerskip_kernels.scheduler import Plan, Scheduler
 from layerskip_kernels.steps import Draft, Verdict, draft_step, verify_step
 
 __all__ = ["DraftPolicy", "Engine", "Output"]
 
 DraftPolicy = Literal["measured", "fixed"]
 DEFAULT_MEMORY = 1 << 30
-
-
-@dataclass(frozen=True)
-class Output:
-    """What a request gained since the last report: tokens, and at the end how it finished and all of it.
-
-    ``finish_reason``: "eos", "length", "cancelled", or "error" with the error; None while it goes on.
-    """
-
-    request_id: int
-    tokens: list[int]
-    finish_reason: str | None = None
-    generation: Generation | None = None
-    error: Exception | None = None
 
 
 class Engine:
@@ -85,33 +69,41 @@ class Engine:
 
     # ---- requests ----
 
-    def add_request(self, prompt: ListLike[int] | str, config: GenerationConfig | None = None) -> int:
+    def add_request(
+        self, prompt: ListLike[int] | str, config: GenerationConfig | None = None, *, salt: bytes | None = None
+    ) -> int:
         """Queue a prompt (text or token ids). Returns the request's id.
 
-        Raises ValueError for what the prompt or the config ask for that the model does not have, and CacheFull,
-        with the numbers, for a request that could not fit even if it were alone.
+        ``salt``: prefixes are shared only among requests of equal salt. Raises ValueError for what the prompt or the
+        config ask for that the model does not have or that needs ``add_samples``, and CacheFull, with the numbers,
+        for a request that could not fit even if it were alone.
         """
-        config = config or GenerationConfig()
-        tokens = _encode(self.model, prompt)
-        self.cache.check_prompt(tokens)
-        speculative = config.strategy == "self_speculative"
-        exit_layer = config.resolve_exit_layer(self.model.config.num_layers) if speculative else 0
-        limit = min(len(tokens) + config.max_new_tokens, self.model.config.max_positions + 1)
-        pages = self._scheduler.pages_for(limit - 1)
-        if pages > self.cache.pool.num_pages:
-            raise CacheFull(pages, self.cache.pool.num_pages)
+        if config is not None and config.num_samples > 1:
+            raise ValueError(f"add_request queues one text, but num_samples is {config.num_samples}; use add_samples")
+        [request_id] = self.add_samples(prompt, config, salt=salt)
+        return request_id
+
+    def add_samples(
+        self, prompt: ListLike[int] | str, config: GenerationConfig | None = None, *, salt: bytes | None = None
+    ) -> list[int]:
+        """Queue num_samples texts of one prompt, which goes through the model once. Returns their ids.
+
+        Raises as add_request does.
+        """
         with self._lock:
-            request = Request(self._next_id, tokens, config, exit_layer, limit, None, Generation(len(tokens)))
-            self._next_id += 1
-            self._requests[request.id] = request
-            self._scheduler.add(request)
-        return request.id
+            requests = Request.samples(self.model, config or GenerationConfig(), prompt, salt, self._next_id)
+            self._scheduler.check(requests[0])
+            self._next_id += len(requests)
+            for request in requests:
+                self._requests[request.id] = request
+                self._scheduler.add(request)
+        return [request.id for request in requests]
 
     def cancel(self, request_id: int) -> bool:
         """End a request where it is; its pages are free at once. Returns whether it had still been going on."""
         with self._lock:
             request = self._requests.get(request_id)
-            if request is None or request.finished:
+            if request is None or request.generation.finish_reason is not None:
                 return False
             self._finish(request, "cancelled")
             return True
@@ -119,21 +111,20 @@ class Engine:
     def stream(self, request_id: int) -> Iterator[Output]:
         """What a request gains, as it comes; the last output holds the whole generation.
 
-        Steps the engine as needed. Raises ValueError for an id that is unknown or whose end was reported, and the
+        Steps the engine as needed. Raises ValueError for an id that is unknown or whose end was handed out, and the
         request's own error if it has one. A stream that is left early leaves the request running: see ``cancel``.
         """
         request = self._requests.get(request_id)
         if request is None:
-            raise ValueError(f"request {request_id} is unknown, or its end has been reported already")
+            raise ValueError(f"request {request_id} is unknown, or its end has been handed out already")
         while request_id in self._requests:
             with self._lock:
-                if not self._has_news(request):
+                if not request.outputs:
                     self._advance()
-                output = self._report(request) if self._has_news(request) else None
-            if output is not None:
-                yield output
-                if output.error is not None:
-                    raise output.error
+                outputs = self._collect(request)
+            yield from outputs
+            if outputs and outputs[-1].error is not None:
+                raise outputs[-1].error
 
     def run(self) -> dict[int, Generation]:
         """Step until nothing is left to do. Returns the generations that ended, by request id."""
@@ -152,10 +143,10 @@ class Engine:
     # ---- the step ----
 
     def step(self) -> list[Output]:
-        """Bring everybody who runs one step forward, and report what is new about any request."""
+        """Bring everybody who runs one step forward, and hand out what is new about any request."""
         with self._lock:
             self._advance()
-            return [self._report(request) for request in list(self._requests.values()) if self._has_news(request)]
+            return [output for request in list(self._requests.values()) for output in self._collect(request)]
 
     @torch.no_grad()
     def _advance(self) -> None:
@@ -165,30 +156,32 @@ class Engine:
             self._run(plan)
 
     def _run(self, plan: Plan) -> None:
-        """Draft, verify, commit, hand out. What fails is tried again in smaller company, to find whose error it is."""
+        """Draft, verify, commit, take. What fails is tried again in smaller company, to find whose error it is."""
         try:
             start = perf_counter()
             draft = self._draft(plan)
             drafted = perf_counter()
-            verdict = verify_step(self.model, self.cache, draft)
+            verdict = verify_step(self.model, self.cache, draft, plan.samplers)
+            self.cache.commit(verdict)
+            verified = perf_counter()
         except BaseException as error:
             self.cache.rollback(plan.sequences)
             if not isinstance(error, Exception):
                 raise
             self._isolate(plan, error)
             return
-        self.cache.commit(verdict)
-        self._take_times(plan, verdict, drafted - start, perf_counter() - drafted)
+        self._take_times(plan, verdict, drafted - start, verified - drafted)
         for b, request in enumerate(plan.requests):
-            self._hand_out(request, verdict, b)
+            self._take(request, verdict, b)
 
     def _draft(self, plan: Plan) -> Draft:
         """One draft_step for each exit layer, joined."""
         parts = []
-        for exit_layer in sorted({r.exit_layer for r, count in zip(plan.requests, plan.counts, strict=True) if count > 0}):
-            of_layer = [i for i, r in enumerate(plan.requests) if r.exit_layer == exit_layer and plan.counts[i] > 0]
-            group = plan.only(of_layer)
-            parts.append(draft_step(self.model, self.cache, group.sequences, exit_layer, group.counts))
+        drafting = [i for i, count in enumerate(plan.counts) if count > 0]
+        for exit_layer in sorted({plan.requests[i].exit_layer for i in drafting}):
+            group = plan.only([i for i in drafting if plan.requests[i].exit_layer == exit_layer])
+            samplers = group.samplers
+            parts.append(draft_step(self.model, self.cache, group.sequences, exit_layer, group.counts, samplers))
         return Draft.joined(plan.sequences, plan.counts, parts)
 
     def _isolate(self, plan: Plan, error: Exception) -> None:
@@ -205,26 +198,17 @@ class Engine:
     # ---- what surrounds the step ----
 
     def _choose_drafts(self, plan: Plan) -> Plan:
-        wishes = [plan.requests[i].wish() for i in plan.decoding]
-        if self.drafts == "fixed":
-            counts = [wish.most for wish in wishes]
-        else:
-            counts = self.lengths.choose(wishes, *plan.prompt_rows)
-        for i, count in zip(plan.decoding, counts, strict=True):
-            plan.counts[i] = count
-        return plan
+        wishes = plan.wishes
+        fixed = self.drafts == "fixed"
+        counts = [wish.most for wish in wishes] if fixed else self.lengths.choose(wishes, *plan.prompt_rows)
+        return plan.with_drafts(counts)
 
     def _take_times(self, plan: Plan, verdict: Verdict, draft_seconds: float, verify_seconds: float) -> None:
-        """Tell the draft lengths what the step took and brought."""
+        """Take note of what the step took and brought, for each request and for the next choice of drafts."""
         decoding = plan.decoding
-        wishes = [plan.requests[i].wish() for i in decoding]
-        counts = [plan.counts[i] for i in decoding]
-        rows = Rows(tuple((w.exit_layer, count) for w, count in zip(wishes, counts, strict=True)), *plan.prompt_rows)
-        costs = self.lengths.costs
-        if any(counts):
-            costs.observe(rows.draft_passes(self.model), draft_seconds)
-        costs.observe(rows.verify_passes(self.model), verify_seconds)
-        self.lengths.learn(wishes, counts, [int(verdict.num_accepted[i]) for i in decoding])
+        counts, accepted = [plan.counts[i] for i in decoding], [int(verdict.num_accepted[i]) for i in decoding]
+        if self.drafts == "measured":
+            self.lengths.learn(plan.wishes, counts, accepted, plan.prompt_rows, draft_seconds, verify_seconds)
         for i, request in enumerate(plan.requests):
             generation = request.generation
             generation.cycles += plan.counts[i] >= 0 and bool(generation.token_ids)
@@ -236,50 +220,31 @@ class Engine:
             else:
                 generation.prefill_seconds += draft_seconds + verify_seconds
 
-    def _hand_out(self, request: Request, verdict: Verdict, b: int) -> None:
-        """Give a request what it gained, up to its end."""
-        generation, tokens = request.generation, verdict.new_tokens(b)
-        stop_ids = self.model.config.eos_token_ids if request.config.eos_token_ids is None else request.config.eos_token_ids
-        end = next((n for n, token in enumerate(tokens, 1) if token in stop_ids), None)
-        tokens = tokens[:end]
-        generation.token_ids += tokens
-        if request.config.return_logits and tokens:
-            request.logits.append(verdict.new_logits(b)[: len(tokens)].clone())
-        if end is not None:
-            self._finish(request, "eos")
-        elif len(request.tokens) >= request.limit:
-            self._finish(request, "length")
+    def _take(self, request: Request, verdict: Verdict, b: int) -> None:
+        """Give a request what it gained."""
+        try:
+            reason = request.take(verdict, b)
+        except Exception as error:
+            self._finish(request, "error", error)
+        else:
+            if reason is not None:
+                self._finish(request, reason)
 
     def _finish(self, request: Request, reason: str, error: Exception | None = None) -> None:
-        """Give the pages back, and keep what was asked to be kept."""
-        generation, sequence = request.generation, request.sequence
-        generation.finish_reason, request.error = reason, error
-        if request.logits:
-            generation.logits = torch.cat(request.logits)
-        if sequence is not None:
+        """A request is over: keep what was asked to be kept, give the pages back."""
+        kv = None
+        if request.sequence is not None:
             # Tokens accepted beyond an end of text are cut: the cache ends where plain decoding would end.
-            length = generation.prompt_length + len(generation.token_ids) - 1
-            self.cache.truncate(sequence, min(length, self.cache.length(sequence)))
-            if request.config.return_kv:
-                generation.kv = self.cache.export(sequence)
+            length = request.generation.prompt_length + len(request.generation.token_ids) - 1
+            self.cache.truncate(request.sequence, min(length, self.cache.length(request.sequence)))
+            kv = self.cache.export(request.sequence) if request.config.return_kv else None
         self._scheduler.remove(request)
+        request.end(reason, kv, error)
 
-    def _has_news(self, request: Request) -> bool:
-        return request.finished or request.reported < len(request.generation.token_ids)
-
-    def _report(self, request: Request) -> Output:
+    def _collect(self, request: Request) -> list[Output]:
         """What is new about a request; once its end is told, it is forgotten."""
-        tokens = request.generation.token_ids[request.reported :]
-        request.reported += len(tokens)
-        if not request.finished:
-            return Output(request.id, tokens)
-        del self._requests[request.id]
-        return Output(request.id, tokens, request.generation.finish_reason, request.generation, request.error)
-
-
-def _encode(model: Model, prompt: ListLike[int] | str) -> list[int]:
-    if not isinstance(prompt, str):
-        return list(prompt)
-    if model.tokenizer is None:
-        raise ValueError("this model came without a tokenizer; give the prompt as token ids")
-    return model.tokenizer.encode(prompt)
+        outputs = list(request.outputs)
+        request.outputs.clear()
+        if outputs and outputs[-1].finish_reason is not None:
+            del self._requests[request.id]
+        return outputs

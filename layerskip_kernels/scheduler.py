@@ -5,52 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence as ListLike
 from dataclasses import dataclass, field
 
-from torch import Tensor
-
-from layerskip_kernels.config import GenerationConfig
-from layerskip_kernels.costs import Evidence, Wish
+from layerskip_kernels.costs import Wish
 from layerskip_kernels.errors import CacheFull
-from layerskip_kernels.generate import Generation
 from layerskip_kernels.kv_cache import PagedKVCache, Sequence
+from layerskip_kernels.request import Request
+from layerskip_kernels.sampling import Sampler
 
-__all__ = ["Plan", "Request", "Scheduler"]
-
-
-@dataclass(eq=False)
-class Request:
-    """A prompt on its way to a generation.
-
-    Its life: 1. waiting, without a place in the cache; 2. running, its prompt going through in chunks; 3. running,
-    gaining tokens; 4. finished. When pages run short, the newest goes back from 2 or 3 to 1, with all it has
-    gained; then its prompt is everything known so far.
-    """
-
-    id: int
-    known: list[int]  # the prompt, and after a preemption what was generated as well
-    config: GenerationConfig
-    exit_layer: int  # 0: plain decoding
-    limit: int  # tokens, prompt included, at which it ends at the latest
-    salt: bytes | None
-    generation: Generation
-    sequence: Sequence | None = None
-    logits: list[Tensor] = field(default_factory=list)
-    evidence: Evidence = field(default_factory=Evidence)
-    error: Exception | None = None
-    reported: int = 0  # tokens already handed out
-
-    @property
-    def tokens(self) -> list[int]:
-        """Everything known: the prompt and what was generated."""
-        return self.known if self.sequence is None else self.sequence.tokens
-
-    @property
-    def finished(self) -> bool:
-        return self.generation.finish_reason is not None
-
-    def wish(self) -> Wish:
-        """What it may draft next: none that could not become one of its tokens."""
-        most = min(self.config.num_speculations, self.limit - len(self.tokens) - 1) if self.exit_layer else 0
-        return Wish(self.exit_layer, most, self.evidence)
+__all__ = ["Plan", "Scheduler"]
 
 
 @dataclass
@@ -70,6 +31,13 @@ class Plan:
     def only(self, chosen: ListLike[int]) -> Plan:
         return Plan(*([column[i] for i in chosen] for column in (self.requests, self.counts, self.rows)))
 
+    def with_drafts(self, drafts: ListLike[int]) -> Plan:
+        """The plan with so many drafts of each that decodes."""
+        counts = self.counts.copy()
+        for i, count in zip(self.decoding, drafts, strict=True):
+            counts[i] = count
+        return Plan(self.requests, counts, self.rows)
+
     def without_drafts(self) -> Plan:
         return Plan(self.requests, [min(count, 0) for count in self.counts], self.rows)
 
@@ -83,6 +51,12 @@ class Plan:
         ]
 
     @property
+    def wishes(self) -> list[Wish]:
+        """What those that decode may draft."""
+        decoding = [self.requests[i] for i in self.decoding]
+        return [Wish(request.exit_layer, request.max_drafts, request.evidence) for request in decoding]
+
+    @property
     def prompt_rows(self) -> tuple[int, int]:
         """Rows of prompts, and how many of these prompts are complete with them: as Rows counts them."""
         decoding = set(self.decoding)
@@ -92,6 +66,10 @@ class Plan:
     @property
     def sequences(self) -> list[Sequence]:
         return [request.sequence for request in self.requests if request.sequence is not None]
+
+    @property
+    def samplers(self) -> list[Sampler | None]:
+        return [request.sampler for request in self.requests]
 
 
 class Scheduler:
@@ -107,6 +85,13 @@ class Scheduler:
         self.waiting: list[Request] = []  # both in the order of arrival
         self.running: list[Request] = []
         self.preemptions = 0
+
+    def check(self, request: Request) -> None:
+        """Raise ValueError for a bad prompt, CacheFull for a request that could not fit even if it were alone."""
+        self.cache.check_prompt(request.known)
+        pages = self.pages_for(request.limit - 1)
+        if pages > self.cache.pool.num_pages:
+            raise CacheFull(pages, self.cache.pool.num_pages)
 
     def add(self, request: Request) -> None:
         """Let a request wait for its turn, which comes before that of any that arrived later."""
