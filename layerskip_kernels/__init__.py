@@ -12,21 +12,25 @@ or, in one call, ``generate(model, ["def fibonacci(n):"])``.
 """
 
 from layerskip_kernels.config import GenerationConfig, ModelConfig, RopeScaling
+from layerskip_kernels.engine import Engine
 from layerskip_kernels.errors import CacheFull, UnsupportedModel
 from layerskip_kernels.generate import Generation, generate
 from layerskip_kernels.kv_cache import PagedKVCache, Sequence
 from layerskip_kernels.loading import load_model
 from layerskip_kernels.model import Model
+from layerskip_kernels.request import Output
 from layerskip_kernels.sampling import Sampler, StopStrings, TokenLogprobs, make_sampler
 from layerskip_kernels.steps import Draft, Verdict, draft_step, prefill, verify_step
 
 __all__ = [
     "CacheFull",
     "Draft",
+    "Engine",
     "Generation",
     "GenerationConfig",
     "Model",
     "ModelConfig",
+    "Output",
     "PagedKVCache",
     "RopeScaling",
     "Sampler",

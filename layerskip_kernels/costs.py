@@ -6,6 +6,7 @@ can change a token: it only decides how many are drafted.
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections.abc import Sequence as ListLike
 from dataclasses import dataclass, field
@@ -97,17 +98,22 @@ class Costs:
             if self._seen[knot] >= self.KNOWN:
                 ratio = max(1 / self.LARGEST_SURPRISE, min(self.LARGEST_SURPRISE, ratio))
             self._seen[knot] += share
-            self._scale(knot, ratio ** min(1.0, share * max(self.SLOWEST_LEARNING, 1 / self._seen[knot])))
+            self._curve[knot] *= ratio ** min(1.0, share * max(self.SLOWEST_LEARNING, 1 / self._seen[knot]))
+        for knot in parts:
+            self._straighten(knot)
 
-    def _scale(self, knot: int, factor: float) -> None:
-        """Move a knot; more rows never cost less. Those that have seen nothing follow the nearest that has."""
-        value = self._curve[knot] * factor
+    def _straighten(self, knot: int) -> None:
+        """More rows than a knot's never cost less. Those that have seen nothing follow the nearest that has."""
+        value = self._curve[knot]
         below, above = self._curve[:knot], self._curve[knot + 1 :]
         self._curve = [*(min(v, value) for v in below), value, *(max(v, value) for v in above)]
         seen = [k for k, times in enumerate(self._seen) if times]
         for k in set(range(len(self.KNOTS))).difference(seen):
             nearest = min(seen, key=lambda s: abs(s - k))
-            self._curve[k] = self._curve[nearest] * self._first_guess(k) / self._first_guess(nearest)
+            guess = self._curve[nearest] * self._first_guess(k) / self._first_guess(nearest)
+            least = max((self._curve[s] for s in seen if s < k), default=0.0)
+            most = min((self._curve[s] for s in seen if s > k), default=math.inf)
+            self._curve[k] = min(max(guess, least), most)
 
     def _first_guess(self, knot: int) -> float:
         return max(1.0, self.KNOTS[knot] / self.FREE_ROWS)
@@ -199,6 +205,10 @@ class DraftLengths:
             if (alone + extra) / tokens < best_score:
                 best, best_score = counts.copy(), (alone + extra) / tokens
         return best if any(best) else self._trial(wishes, plain, prompt, judged)
+
+    def prompt_seconds(self, rows: int) -> float | None:
+        """How long so many rows of a prompt take; None before anything was measured."""
+        return None if self.credit is None else self.costs.seconds(Rows((), rows).verify_passes(self.model))
 
     def learn(
         self,

@@ -10,6 +10,7 @@ Every step is the loop of generate.py for whoever is there: draft, verify, commi
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from collections.abc import Sequence as ListLike
 from threading import RLock
@@ -20,9 +21,11 @@ import torch
 
 from layerskip_kernels.config import GenerationConfig
 from layerskip_kernels.costs import DraftLengths
+from layerskip_kernels.errors import CacheFull
 from layerskip_kernels.kv_cache import PagedKVCache
 from layerskip_kernels.model import Model
 from layerskip_kernels.request import Generation, Output, Request
+from layerskip_kernels.places import Places, Preemption, Stats
 from layerskip_kernels.scheduler import Plan, Scheduler
 from layerskip_kernels.steps import Draft, Verdict, draft_step, verify_step
 
@@ -35,10 +38,11 @@ DEFAULT_MEMORY = 1 << 30
 class Engine:
     """Runs requests together: prompts in chunks beside sequences that decode, each with a config of its own.
 
-    ``cache``: where the sequences live (default: a new one of ``memory`` bytes). ``max_batch``: requests that run at
-    a time. ``chunk_size``: rows of prompts in one step. ``drafts``: "measured" shortens drafts, down to none, where
-    speculation does not pay by the engine's own times; "fixed" drafts as many tokens as each config says. None of
-    these changes a token.
+    ``cache``: where the sequences live (default: a new one of ``memory`` bytes that shares prefixes). ``max_batch``:
+    requests that run at a time. ``chunk_size``: rows of prompts in one step. ``drafts``: "measured" shortens drafts,
+    down to none, where speculation does not pay by the engine's own times; "fixed" drafts as many tokens as each
+    config says. ``preemption``: when pages run short, the newest request's are swapped to host memory (or to files
+    under ``swap_dir``) or computed again later; "auto" takes the faster. None of these changes a token.
 
     Any thread may call any method: one at a time does the work, the others wait.
     """
@@ -52,17 +56,24 @@ class Engine:
         max_batch: int = 8,
         chunk_size: int = 64,
         drafts: DraftPolicy = "measured",
+        preemption: Preemption = "auto",
+        swap_dir: str | os.PathLike[str] | None = None,
     ) -> None:
         for name, value in (("max_batch", max_batch), ("chunk_size", chunk_size)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
-        if drafts not in get_args(DraftPolicy):
-            raise ValueError(f"drafts must be one of {', '.join(map(repr, get_args(DraftPolicy)))}, got {drafts!r}")
+        for name, choice, choices in (
+            ("drafts", drafts, get_args(DraftPolicy)),
+            ("preemption", preemption, get_args(Preemption)),
+        ):
+            if choice not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {choice!r}")
         self.model = model
-        self.cache = cache or PagedKVCache.with_memory(model, memory)
+        self.cache = cache or PagedKVCache.with_memory(model, memory, prefix_sharing=True)
         self.drafts = drafts
         self.lengths = DraftLengths(model)
-        self._scheduler = Scheduler(self.cache, max_batch, chunk_size)
+        places = Places(self.cache, preemption, swap_dir, self.lengths.prompt_seconds)
+        self._scheduler = Scheduler(places, max_batch, chunk_size)
         self._requests: dict[int, Request] = {}  # all whose end has not been reported
         self._next_id = 0
         self._lock = RLock()
@@ -136,6 +147,11 @@ class Engine:
         return generations
 
     @property
+    def stats(self) -> Stats:
+        """Preemptions so far, and how they went; the cache has statistics of its own."""
+        return self._scheduler.places.stats
+
+    @property
     def num_unfinished(self) -> int:
         """Requests waiting or running."""
         return len(self._scheduler.waiting) + len(self._scheduler.running)
@@ -151,7 +167,11 @@ class Engine:
     @torch.no_grad()
     def _advance(self) -> None:
         plan = self._choose_drafts(self._scheduler.plan())
-        plan = self._scheduler.make_room(plan)
+        try:
+            plan = self._scheduler.make_room(plan)
+        except CacheFull as error:  # the only one left, and others than this engine hold pages
+            self._finish(self._scheduler.running[0], "error", error)
+            return
         if plan.requests:
             self._run(plan)
 
@@ -207,8 +227,7 @@ class Engine:
         """Take note of what the step took and brought, for each request and for the next choice of drafts."""
         decoding = plan.decoding
         counts, accepted = [plan.counts[i] for i in decoding], [int(verdict.num_accepted[i]) for i in decoding]
-        if self.drafts == "measured":
-            self.lengths.learn(plan.wishes, counts, accepted, plan.prompt_rows, draft_seconds, verify_seconds)
+        self.lengths.learn(plan.wishes, counts, accepted, plan.prompt_rows, draft_seconds, verify_seconds)
         for i, request in enumerate(plan.requests):
             generation = request.generation
             generation.cycles += plan.counts[i] >= 0 and bool(generation.token_ids)
@@ -233,7 +252,7 @@ class Engine:
     def _finish(self, request: Request, reason: str, error: Exception | None = None) -> None:
         """A request is over: keep what was asked to be kept, give the pages back."""
         kv = None
-        if request.sequence is not None:
+        if request.sequence is not None and request.swapped is None:
             # Tokens accepted beyond an end of text are cut: the cache ends where plain decoding would end.
             length = request.generation.prompt_length + len(request.generation.token_ids) - 1
             self.cache.truncate(request.sequence, min(length, self.cache.length(request.sequence)))

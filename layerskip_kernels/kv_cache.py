@@ -59,14 +59,14 @@ class PagedKVCache:
         return cls(model, max(1, sum(-(-length // page_size) for length in lengths)), page_size)
 
     @classmethod
-    def with_memory(cls, model: Model, num_bytes: int, page_size: int = 16) -> PagedKVCache:
+    def with_memory(cls, model: Model, num_bytes: int, page_size: int = 16, prefix_sharing: bool = False) -> PagedKVCache:
         """A cache of as many pages as fit into ``num_bytes``; raises ValueError where not even one does."""
         c = model.config
         values = 2 * c.num_layers * c.num_kv_heads * c.head_dim + c.hidden_size
         page_bytes = values * page_size * model.dtype.itemsize
         if num_bytes < page_bytes:
             raise ValueError(f"memory must be at least {page_bytes} bytes, one page of this model, got {num_bytes}")
-        return cls(model, num_bytes // page_bytes, page_size)
+        return cls(model, num_bytes // page_bytes, page_size, prefix_sharing)
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence as ListLike
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from layerskip_kernels.sampling import (
     top_logprobs,
 )
 from layerskip_kernels.steps import Verdict
+from layerskip_kernels.swap import SwappedKV
 from layerskip_kernels.tokenizer import TextStream
 
 __all__ = ["Generation", "Output", "Request", "encode"]
@@ -109,6 +111,7 @@ class Request:
     generation: Generation
     leader: Request | None = None  # another text of the same prompt, whose pages it can share
     sequence: Sequence | None = None  # its place in the cache
+    swapped: SwappedKV | Path | None = None  # what it had there, when others needed the pages
     evidence: Evidence = field(default_factory=Evidence)
     outputs: deque[Output] = field(default_factory=deque)  # not yet handed out
 
@@ -147,6 +150,10 @@ class Request:
         return requests
 
     @property
+    def prompt_length(self) -> int:
+        return self.generation.prompt_length
+
+    @property
     def tokens(self) -> list[int]:
         """Everything known: the prompt and what was generated."""
         return self.known if self.sequence is None else self.sequence.tokens
@@ -158,6 +165,8 @@ class Request:
 
     def take(self, verdict: Verdict, b: int) -> str | None:
         """Take what sequence ``b`` of a verdict gained, up to the text's end. Returns why it ended, or None."""
+        if verdict.num_accepted[b] < 0:  # a chunk of its prompt
+            return None
         tokens, reason = self._until_end(verdict.new_tokens(b))
         logits = verdict.new_logits(b)[: len(tokens)]
         if self.config.return_logits:

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 
 from layerskip_kernels.costs import Wish
 from layerskip_kernels.errors import CacheFull
-from layerskip_kernels.kv_cache import PagedKVCache, Sequence
+from layerskip_kernels.kv_cache import Sequence
+from layerskip_kernels.places import Places
 from layerskip_kernels.request import Request
 from layerskip_kernels.sampling import Sampler
 
@@ -78,20 +79,26 @@ class Scheduler:
     ``chunk_size``: the rows of prompts in one step, all requests together.
     """
 
-    def __init__(self, cache: PagedKVCache, max_batch: int, chunk_size: int) -> None:
-        self.cache = cache
+    def __init__(self, places: Places, max_batch: int, chunk_size: int) -> None:
+        self.places = places
+        self.cache = places.cache
         self.max_batch = max_batch
         self.chunk_size = chunk_size
         self.waiting: list[Request] = []  # both in the order of arrival
         self.running: list[Request] = []
-        self.preemptions = 0
 
     def check(self, request: Request) -> None:
         """Raise ValueError for a bad prompt, CacheFull for a request that could not fit even if it were alone."""
         self.cache.check_prompt(request.known)
-        pages = self.pages_for(request.limit - 1)
-        if pages > self.cache.pool.num_pages:
-            raise CacheFull(pages, self.cache.pool.num_pages)
+        needed, pages = self._pages_for(request.limit - 1), self.cache.pool.num_pages
+        if needed > pages:
+            raise _cache_full(
+                f"a prompt of {len(request.known)} tokens and {request.limit - len(request.known)} new ones need {needed} "
+                f"pages of {self.cache.pool.page_size} positions, but the whole cache has {pages}; ask for fewer tokens, "
+                "or give the cache more memory",
+                needed,
+                pages,
+            )
 
     def add(self, request: Request) -> None:
         """Let a request wait for its turn, which comes before that of any that arrived later."""
@@ -104,7 +111,7 @@ class Scheduler:
             self.waiting.remove(request)
         else:
             self.running.remove(request)
-            self._leave(request)
+        self.places.leave(request)
 
     def plan(self) -> Plan:
         """Everybody who runs: one row of those that decode, a chunk of the prompt of the others."""
@@ -121,53 +128,49 @@ class Scheduler:
 
     def make_room(self, plan: Plan) -> Plan:
         """The plan, or what is left of it when pages run short: first drafts go, then the newest requests wait."""
-        if self._new_pages(plan) > self._free_pages():
+        if self._pages_needed(plan) > self.cache.num_free_pages:
             plan = plan.without_drafts()
-        while (needed := self._new_pages(plan)) > self._free_pages():
+        while (needed := self._pages_needed(plan)) > (free := self.cache.num_free_pages):
             if len(self.running) == 1:
-                raise CacheFull(needed, self._free_pages())
+                message = f"{needed} pages are needed and {free} are free: others than this engine hold the rest"
+                raise _cache_full(message, needed, free)
             newest = self.running.pop()
-            self._preempt(newest)
+            self.places.preempt(newest)
+            self.add(newest)
             plan = plan.only([i for i, request in enumerate(plan.requests) if request is not newest])
         return plan
 
     def _admit(self) -> None:
         while self.waiting and len(self.running) < self.max_batch:
             request = self.waiting[0]
-            wanted = sum(self._pages_wanted(r) for r in (*self.running, request))
-            if self.running and wanted > self._free_pages():
+            if self.running and (self._prompt_is_coming(request) or not self._fits(request)):
                 return
-            self.waiting.pop(0)
-            request.sequence = self.cache.add_sequence(request.known)
-            self.running.append(request)
+            self.places.enter(request)
+            self.running.append(self.waiting.pop(0))
 
-    def _preempt(self, request: Request) -> None:
-        self.preemptions += 1
-        self._leave(request)
-        self.add(request)
+    def _prompt_is_coming(self, request: Request) -> bool:
+        """Whether it is worth waiting for another text of the same prompt, which is still going through."""
+        leader = request.leader
+        return leader in self.running and not leader.generation.token_ids if leader is not None else False
 
-    def _leave(self, request: Request) -> None:
-        assert request.sequence is not None
-        request.known = request.sequence.tokens
-        self.cache.free(request.sequence)
-        request.sequence = None
+    def _fits(self, request: Request) -> bool:
+        """Whether everybody, this one included, finds pages for all tokens known and a next one."""
+        sequences = [r.sequence for r in self.running if r.sequence is not None]
+        counts = [len(s.tokens) + 1 - self.cache.length(s) for s in sequences]
+        needed = self.cache.pages_needed(sequences, counts) + self._pages_for(len(request.tokens) + 1)
+        return needed <= self.cache.num_free_pages
 
-    # ---- pages ----
+    def _pages_needed(self, plan: Plan) -> int:
+        """Pages that the rows of a plan need beyond those their sequences hold."""
+        sequences = plan.sequences
+        drafts = [max(count, 0) for count in plan.counts]
+        return self.cache.pages_needed(sequences, [r + d for r, d in zip(plan.rows, drafts, strict=True)])
 
-    def pages_for(self, length: int) -> int:
+    def _pages_for(self, length: int) -> int:
         return -(-length // self.cache.pool.page_size)
 
-    def _pages_wanted(self, request: Request) -> int:
-        """Pages a request still needs for all tokens known and a next one."""
-        held = 0 if request.sequence is None else len(self.cache.pool.pages(request.sequence.id))
-        return max(0, self.pages_for(len(request.tokens) + 1) - held)
 
-    def _new_pages(self, plan: Plan) -> int:
-        """Pages that the rows of a plan need beyond those their sequences hold."""
-        return sum(
-            self.pages_for(len(sequence.tokens) + count) - len(self.cache.pool.pages(sequence.id))
-            for sequence, count in zip(plan.sequences, plan.counts, strict=True)
-        )
-
-    def _free_pages(self) -> int:
-        return self.cache.pool.num_free
+def _cache_full(message: str, needed: int, free: int) -> CacheFull:
+    error = CacheFull(message)
+    error.needed, error.free = needed, free
+    return error
