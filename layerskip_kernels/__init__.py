@@ -13,9 +13,9 @@ or, in one call, ``generate(model, ["def fibonacci(n):"])``.
 
 from layerskip_kernels.config import GenerationConfig, ModelConfig, RopeScaling
 from layerskip_kernels.engine import Engine
-from layerskip_kernels.errors import CacheFull, UnsupportedModel
+from layerskip_kernels.errors import CacheFull, SwapError, UnsupportedModel
 from layerskip_kernels.generate import Generation, generate
-from layerskip_kernels.kv_cache import PagedKVCache, Sequence
+from layerskip_kernels.kv_cache import CacheStats, PagedKVCache, Sequence
 from layerskip_kernels.loading import load_model
 from layerskip_kernels.model import Model
 from layerskip_kernels.request import Output
@@ -24,6 +24,7 @@ from layerskip_kernels.steps import Draft, Verdict, draft_step, prefill, verify_
 
 __all__ = [
     "CacheFull",
+    "CacheStats",
     "Draft",
     "Engine",
     "Generation",
@@ -36,6 +37,7 @@ __all__ = [
     "Sampler",
     "Sequence",
     "StopStrings",
+    "SwapError",
     "TokenLogprobs",
     "UnsupportedModel",
     "Verdict",

@@ -24,8 +24,8 @@ from layerskip_kernels.costs import DraftLengths
 from layerskip_kernels.errors import CacheFull
 from layerskip_kernels.kv_cache import PagedKVCache
 from layerskip_kernels.model import Model
-from layerskip_kernels.request import Generation, Output, Request
 from layerskip_kernels.places import Places, Preemption, Stats
+from layerskip_kernels.request import Generation, Output, Request
 from layerskip_kernels.scheduler import Plan, Scheduler
 from layerskip_kernels.steps import Draft, Verdict, draft_step, verify_step
 

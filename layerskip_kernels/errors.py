@@ -2,7 +2,11 @@
 
 from layerskip_kernels._kv import CacheFull
 
-__all__ = ["CacheFull", "UnsupportedModel"]
+__all__ = ["CacheFull", "SwapError", "UnsupportedModel"]
+
+
+class SwapError(RuntimeError):
+    """A sequence's swapped K and V could not be written, or cannot be used; prefill can compute them again."""
 
 
 class UnsupportedModel(ValueError):  # noqa: N818 - the name is what it says to the reader

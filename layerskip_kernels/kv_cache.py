@@ -5,8 +5,11 @@ Which page holds what is decided by ``_kv.PagePool`` (csrc/kv/page_pool.h); this
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence as ListLike
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,11 +18,12 @@ from torch import Tensor
 from layerskip_kernels._kv import PagePool
 from layerskip_kernels.memory import empty
 from layerskip_kernels.model import Model
+from layerskip_kernels.swap import SwappedKV, read_swapped, write_swapped
 
 if TYPE_CHECKING:
     from layerskip_kernels.steps import Verdict
 
-__all__ = ["PagedKVCache", "Sequence"]
+__all__ = ["CacheStats", "PagedKVCache", "Sequence"]
 
 
 @dataclass(eq=False)
@@ -34,32 +38,74 @@ class Sequence:
     tokens: list[int] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class CacheStats:
+    """Pages by state, and what happened since the cache was made."""
+
+    num_free: int  # pages that hold nothing
+    num_cached: int  # published pages that no sequence holds: reused by prompts that begin alike, or evicted
+    num_owned: int  # pages of sequences
+    num_shared: int  # of the owned ones: of several sequences
+    num_sequences: int
+    used_positions: int  # of the owned pages; a shared one counts once
+    unused_positions: int  # of the owned pages: less than a page per sequence
+    queried_tokens: int  # of prompts looked up for sharing
+    hit_tokens: int  # of these, found in the cache and not computed again
+    num_evictions: int
+    num_copies: int  # of shared pages, before a write
+
+    @property
+    def hit_rate(self) -> float | None:
+        """Found over looked-up tokens; None where nothing was looked up."""
+        return self.hit_tokens / self.queried_tokens if self.queried_tokens else None
+
+    @property
+    def fragmentation(self) -> float:
+        """The part of the owned pages' positions that holds nothing."""
+        positions = self.used_positions + self.unused_positions
+        return self.unused_positions / positions if positions else 0.0
+
+
 class PagedKVCache:
     """Pages for ``num_pages * page_size`` positions of one model, shared by any number of sequences.
 
     k [L, P, G, K, S] and v [L, P, G, S, K] in the model's dtype (S = page_size; a page of k is transposed, so
     that its positions are adjacent); hidden [P, S, D]: each pending position's hidden state at its depth.
     Raises CacheFull where pages run short; the call that raised has then changed nothing.
+
+    ``prefix_sharing``: prompts that begin like a text in the cache, under the same salt, take its full pages
+    instead of computing them; the pages of freed sequences are kept for that, until they are needed. The bits are
+    the same, the time a prompt takes is not: it tells whether someone else sent its beginning, unless their salts
+    differ.
     """
 
-    def __init__(self, model: Model, num_pages: int, page_size: int = 16) -> None:
+    def __init__(self, model: Model, num_pages: int, page_size: int = 16, prefix_sharing: bool = False) -> None:
         c = model.config
-        self.pool = PagePool(num_pages, page_size, c.num_layers)
+        self.model = model
         self.k = empty(c.num_layers, num_pages, c.num_kv_heads, c.head_dim, page_size, dtype=model.dtype)
         self.v = empty(c.num_layers, num_pages, c.num_kv_heads, page_size, c.head_dim, dtype=model.dtype)
         self.hidden = empty(num_pages, page_size, c.hidden_size, dtype=model.dtype)
+        # Of the tensors alone: a pool that referred to its cache could not be collected.
+        copy_page = partial(_copy_page, self.k, self.v)
+        identity = model.identity if prefix_sharing else None
+        self.pool = PagePool(num_pages, page_size, c.num_layers, identity=identity, copy_page=copy_page)
         self.max_positions = c.max_positions
         self.vocab_size = c.vocab_size
 
     @classmethod
-    def with_room_for(cls, model: Model, lengths: ListLike[int], page_size: int = 16) -> PagedKVCache:
+    def with_room_for(
+        cls, model: Model, lengths: ListLike[int], page_size: int = 16, prefix_sharing: bool = False
+    ) -> PagedKVCache:
         """A cache that holds sequences of these lengths, and no more."""
         if page_size < 1:
             raise ValueError(f"page_size must be at least 1, got {page_size}")
-        return cls(model, max(1, sum(-(-length // page_size) for length in lengths)), page_size)
+        num_pages = max(1, sum(-(-length // page_size) for length in lengths))
+        return cls(model, num_pages, page_size, prefix_sharing)
 
     @classmethod
-    def with_memory(cls, model: Model, num_bytes: int, page_size: int = 16, prefix_sharing: bool = False) -> PagedKVCache:
+    def with_memory(
+        cls, model: Model, num_bytes: int, page_size: int = 16, prefix_sharing: bool = False
+    ) -> PagedKVCache:
         """A cache of as many pages as fit into ``num_bytes``; raises ValueError where not even one does."""
         c = model.config
         values = 2 * c.num_layers * c.num_kv_heads * c.head_dim + c.hidden_size
@@ -72,11 +118,25 @@ class PagedKVCache:
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.k, self.v, self.hidden
 
-    def add_sequence(self, tokens: ListLike[int]) -> Sequence:
-        """A new sequence with its prompt: at least one token, all inside the vocabulary."""
+    @property
+    def num_free_pages(self) -> int:
+        """Pages that sequences can have: free ones, and cached ones that would be evicted."""
+        return self.pool.num_available
+
+    def pages_needed(self, sequences: ListLike[Sequence], counts: ListLike[int]) -> int:
+        """Pages it takes to append ``counts[i]`` positions to ``sequences[i]``, copies of shared ones included."""
+        return self.pool.pages_needed([s.id for s in sequences], list(counts))
+
+    def add_sequence(self, tokens: ListLike[int], salt: bytes | str | None = None) -> Sequence:
+        """A new sequence with its prompt: at least one token, all inside the vocabulary.
+
+        With prefix sharing, what is found of it under the same ``salt`` is in the cache already (``length``), at
+        least the last token excepted; prefill computes the rest.
+        """
         tokens = list(tokens)
         self.check_prompt(tokens)
-        return Sequence(self.pool.add_sequence(), tokens)
+        salt = salt.encode() if isinstance(salt, str) else salt
+        return Sequence(self.pool.add_sequence(tokens if self.pool.shares_prefixes else [], salt), tokens)
 
     def check_prompt(self, tokens: ListLike[int]) -> None:
         """Raise ValueError for a prompt that add_sequence would refuse."""
@@ -87,6 +147,13 @@ class PagedKVCache:
                 raise ValueError(f"prompt token {i} is {token}, outside the vocabulary 0..{self.vocab_size - 1}")
         if len(tokens) > self.max_positions:
             raise ValueError(f"the prompt has {len(tokens)} tokens; the model has {self.max_positions} positions")
+
+    def fork(self, sequence: Sequence) -> Sequence:
+        """A new sequence with the same tokens on the same pages; who writes into one first gets a copy of it.
+
+        Raises ValueError where rows are pending: commit or roll back first.
+        """
+        return Sequence(self.pool.fork(sequence.id), list(sequence.tokens))
 
     def free(self, sequence: Sequence) -> None:
         """Give a sequence's pages back; it can't be used any more."""
@@ -104,6 +171,7 @@ class PagedKVCache:
         self.pool.commit([s.id for s in sequences], lengths)
         for b, sequence in enumerate(sequences):
             sequence.tokens += verdict.new_tokens(b)
+        self._publish(sequences)
 
     def truncate(self, sequence: Sequence, length: int) -> None:
         """Cut a sequence back to ``length`` positions, known tokens included (one more than the cache holds)."""
@@ -117,7 +185,77 @@ class PagedKVCache:
 
     def export(self, sequence: Sequence) -> tuple[Tensor, Tensor]:
         """Copies of a sequence's committed k and v, both [L, length, G, K], whatever the pages."""
-        positions = torch.arange(self.length(sequence))
-        pages = torch.tensor(self.pool.pages(sequence.id), dtype=torch.int64)
-        page, offset = pages[positions // self.pool.page_size], positions % self.pool.page_size
+        page, offset = self._slots(sequence, 0, self.length(sequence))
         return self.k[:, page, :, :, offset].transpose(0, 1), self.v[:, page, :, offset, :].transpose(0, 1)
+
+    def swap_out(self, sequence: Sequence, to: str | os.PathLike[str] | None = None) -> SwappedKV | Path:
+        """Move a sequence's committed k and v to host memory (None) or to a file, and give its pages back.
+
+        Pending rows are dropped. The sequence stays, with its tokens and nothing in the cache: swap_in of what
+        this returns brings it back, and so does prefill, by computing. Raises SwapError where the file cannot be
+        written; the sequence is then as it was.
+        """
+        k, v = (tensor.contiguous() for tensor in self.export(sequence))
+        tokens = sequence.tokens[: self.length(sequence)]
+        swapped = SwappedKV.of(self.model.identity, tokens, k, v)
+        moved = swapped if to is None else write_swapped(Path(to), swapped)
+        self.pool.truncate(sequence.id, 0)
+        return moved
+
+    def swap_in(self, sequence: Sequence, swapped: SwappedKV | str | os.PathLike[str]) -> None:
+        """Bring a sequence back to where swap_out took it from; a file is left where it is.
+
+        Raises SwapError for a file that cannot be read, for sizes or a checksum that do not fit, and for another
+        model or other tokens; CacheFull when pages run short; ValueError where rows are pending. The sequence is
+        then as it was: prefill can compute what is missing.
+        """
+        start, held = self.length(sequence), self.pool.length(sequence.id)
+        if held > start:
+            raise ValueError(f"sequence {sequence.id} has {held - start} pending rows; commit or roll back first")
+        if not isinstance(swapped, SwappedKV):
+            swapped = read_swapped(Path(swapped), self.k, self.max_positions)
+        swapped.check(self.model.identity, sequence.tokens, self.k)
+        stop = len(swapped.tokens)
+        if stop <= start:
+            return
+        try:
+            self.pool.append([sequence.id], [stop - start])
+            page, offset = self._slots(sequence, start, stop)
+            self.k[:, page, :, :, offset] = swapped.k[:, start:].transpose(0, 1)
+            self.v[:, page, :, offset, :] = swapped.v[:, start:].transpose(0, 1)
+            self.pool.raise_rows([sequence.id], [stop], self.pool.num_layers)
+            self.pool.commit([sequence.id], [stop])
+        except BaseException:
+            self.pool.rollback(sequence.id)
+            raise
+        self._publish([sequence])
+
+    def stats(self) -> CacheStats:
+        return CacheStats(**self.pool.stats())
+
+    def check_integrity(self) -> None:
+        """Raise RuntimeError, naming what is broken, unless every page is accounted for."""
+        self.pool.check_integrity()
+
+    def _publish(self, sequences: ListLike[Sequence]) -> None:
+        """Let later prompts find the full pages that were committed since the last time."""
+        if not self.pool.shares_prefixes:
+            return
+        size = self.pool.page_size
+        for sequence in sequences:
+            start = self.pool.num_published(sequence.id) * size
+            stop = self.length(sequence) // size * size
+            if start < stop:
+                self.pool.publish(sequence.id, sequence.tokens[start:stop])
+
+    def _slots(self, sequence: Sequence, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Page and offset in it, int64 [stop - start] each, of a sequence's positions."""
+        positions = torch.arange(start, stop)
+        pages = torch.tensor(self.pool.pages(sequence.id), dtype=torch.int64)
+        return pages[positions // self.pool.page_size], positions % self.pool.page_size
+
+
+def _copy_page(k: Tensor, v: Tensor, source: int, target: int) -> None:
+    """All layers of a page of committed positions; hidden states belong to pending ones, which nobody shares."""
+    k[:, target] = k[:, source]
+    v[:, target] = v[:, source]

@@ -6,9 +6,12 @@ and live in the backend (reference.run_layers says what it does).
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -51,6 +54,17 @@ class Model:
         """The last arguments of run_layers and the steps: what the tensors' shapes do not say."""
         c = self.config
         return c.num_heads, c.intermediate_size, c.vocab_size, c.rms_norm_eps, c.softmax_scale
+
+    @cached_property
+    def identity(self) -> bytes:
+        """What a token's K and V depend on besides the tokens: SHA-256 of config, dtype, backend and weights.
+
+        Reads all weights once, with torch's number of threads.
+        """
+        with ThreadPoolExecutor(torch.get_num_threads()) as threads:
+            digests = list(threads.map(_tensor_digest, self.weights))
+        settings = repr((self.config, self.dtype, self.backend)).encode()
+        return hashlib.sha256(hashlib.sha256(settings).digest() + b"".join(digests)).digest()
 
     def with_draft_vocab(self, token_ids: Iterable[int]) -> Model:
         """The same model, drafting only tokens of a list; verification still chooses among all of them.
@@ -95,6 +109,13 @@ class Model:
         for layer in range(config.num_layers):
             flat += _layer_weights(tensors, f"model.layers.{layer}.", pack_linear, config.attention_bias)
         return cls(config, checkpoint.dtype, flat, backend, checkpoint.tokenizer, checkpoint.name)
+
+
+def _tensor_digest(tensor: Tensor) -> bytes:
+    """SHA-256 of a tensor's dtype, shape and bytes."""
+    digest = hashlib.sha256(repr((tensor.dtype, tuple(tensor.shape))).encode() + b"\n")
+    digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.digest()
 
 
 def _layer_weights(tensors: dict[str, Tensor], prefix: str, pack: Any, attention_bias: bool) -> list[Tensor]:

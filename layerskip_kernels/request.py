@@ -144,9 +144,7 @@ class Request:
             generation = Generation(len(tokens), sample=sample, seed=config.seed)
             leader = requests[0] if requests else None
             id_ = first_id + sample
-            requests.append(
-                cls(id_, model, config, tokens, limit, exit_layer, salt, sampler, generation, leader)
-            )
+            requests.append(cls(id_, model, config, tokens, limit, exit_layer, salt, sampler, generation, leader))
         return requests
 
     @property

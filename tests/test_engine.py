@@ -226,7 +226,11 @@ def test_several_texts_of_one_prompt():
     rows = []
 
     def counted(model, cache, draft, samplers):
-        rows.append(sum(len(s.tokens) + int(n) - cache.length(s) for s, n in zip(draft.sequences, draft.num_tokens, strict=True)))
+        rows.append(
+            sum(
+                len(s.tokens) + int(n) - cache.length(s) for s, n in zip(draft.sequences, draft.num_tokens, strict=True)
+            )
+        )
         return verify_step(model, cache, draft, samplers)
 
     with pytest.MonkeyPatch.context() as patch:

@@ -7,8 +7,8 @@ from math import prod
 import pytest
 from conftest import tiny_model
 
-from layerskip_kernels.llama_tensors import tensor_shapes
 from layerskip_kernels.costs import Costs, DraftLengths, Evidence, Pass, Rows, Wish
+from layerskip_kernels.llama_tensors import tensor_shapes
 
 
 @pytest.fixture(scope="module")

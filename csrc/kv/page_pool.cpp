@@ -3,9 +3,6 @@
 #include <algorithm>
 #include <functional>
 #include <limits>
-#include <numeric>
-#include <sstream>
-#include <string>
 #include <utility>
 
 namespace layerskip {
@@ -15,27 +12,17 @@ namespace {
 constexpr int64_t kMaxInt32 = std::numeric_limits<int32_t>::max();
 constexpr int64_t kMaxInt64 = std::numeric_limits<int64_t>::max();
 
-template <typename... Parts>
-std::string Concat(const Parts&... parts) {
-  std::ostringstream out;
-  (out << ... << parts);
-  return out.str();
-}
-
-// The caller's mistake.
-template <typename... Parts>
-void Require(bool ok, const Parts&... parts) {
-  if (!ok) throw std::invalid_argument(Concat(parts...));
-}
-
-// Our own mistake.
-template <typename... Parts>
-void Ensure(bool ok, const Parts&... parts) {
-  if (!ok) throw std::logic_error(Concat("page pool broken: ", parts...));
-}
-
 void RequireSize(const char* name, int64_t value) {
   Require(value >= 1 && value <= kMaxInt32, name, " must be in 1..", kMaxInt32, ", got ", value);
+}
+
+int64_t CheckedPages(int64_t num_pages, int64_t page_size, int64_t num_layers) {
+  RequireSize("num_pages", num_pages);
+  RequireSize("page_size", page_size);
+  RequireSize("num_layers", num_layers);
+  Require(num_pages * page_size <= kMaxInt32, "num_pages * page_size must be at most ", kMaxInt32, ", got ", num_pages,
+          " * ", page_size);
+  return num_pages;
 }
 
 void RequireDistinct(std::vector<SequenceId> seqs) {
@@ -57,52 +44,125 @@ std::vector<int32_t> Raised(std::vector<int32_t> depths, int64_t num_rows, int64
   return depths;
 }
 
-}  // namespace
-
-CacheFull::CacheFull(int64_t needed, int64_t free)
-    : std::runtime_error(Concat("the cache is full: ", needed, " pages needed, ", free,
-                                " free; free or truncate sequences, or build the cache with more pages")),
-      needed(needed),
-      free(free) {}
-
-PagePool::PagePool(int64_t num_pages, int64_t page_size, int64_t num_layers)
-    : page_size_(page_size), num_layers_(num_layers) {
-  RequireSize("num_pages", num_pages);
-  RequireSize("page_size", page_size);
-  RequireSize("num_layers", num_layers);
-  Require(num_pages * page_size <= kMaxInt32, "num_pages * page_size must be at most ", kMaxInt32, ", got ", num_pages,
-          " * ", page_size);
-  ref_counts_.assign(num_pages, 0);
-  free_pages_.resize(num_pages);
-  std::iota(free_pages_.rbegin(), free_pages_.rend(), 0);  // the top of the stack is page 0
+// As reserve, but growing by half at least: rows come one by one.
+template <typename T>
+void ReserveMore(std::vector<T>& values, size_t count) {
+  const size_t wanted = values.size() + count;
+  if (wanted > values.capacity()) values.reserve(std::max(wanted, values.capacity() + values.capacity() / 2));
 }
 
-SequenceId PagePool::AddSequence() {
-  sequences_.emplace(next_id_, Sequence());
-  return next_id_++;
+}  // namespace
+
+PagePool::PagePool(int64_t num_pages, int64_t page_size, int64_t num_layers, PoolOptions options)
+    : page_size_(page_size),
+      num_layers_(num_layers),
+      options_(std::move(options)),
+      pages_(CheckedPages(num_pages, page_size, num_layers), page_size, options_.identity.has_value()) {}
+
+int64_t PagePool::num_free() const {
+  const Lock lock(mutex_);
+  return pages_.num_free();
+}
+
+int64_t PagePool::num_cached() const {
+  const Lock lock(mutex_);
+  return pages_.num_cached();
+}
+
+int64_t PagePool::num_available() const {
+  const Lock lock(mutex_);
+  return pages_.num_available();
+}
+
+int64_t PagePool::num_sequences() const {
+  const Lock lock(mutex_);
+  return static_cast<int64_t>(sequences_.size());
+}
+
+PoolStats PagePool::Stats() const {
+  const Lock lock(mutex_);
+  std::vector<int64_t> used(num_pages(), 0);
+  for (const auto& [id, seq] : sequences_) {
+    for (size_t i = 0; i < seq.pages.size(); ++i) {
+      const int64_t rows = std::min(page_size_, seq.length() - static_cast<int64_t>(i) * page_size_);
+      used[seq.pages[i]] = std::max(used[seq.pages[i]], rows);
+    }
+  }
+
+  PoolStats stats{};
+  stats.num_free = pages_.num_free();
+  stats.num_cached = pages_.num_cached();
+  for (PageId page = 0; page < num_pages(); ++page) {
+    stats.num_owned += pages_.ref_count(page) > 0;
+    stats.num_shared += pages_.ref_count(page) > 1;
+    stats.used_positions += used[page];
+  }
+  stats.unused_positions = stats.num_owned * page_size_ - stats.used_positions;
+  stats.num_sequences = static_cast<int64_t>(sequences_.size());
+  stats.queried_tokens = queried_tokens_;
+  stats.hit_tokens = hit_tokens_;
+  stats.num_evictions = pages_.num_evictions();
+  stats.num_copies = num_copies_;
+  return stats;
+}
+
+SequenceId PagePool::AddSequence(const std::vector<int32_t>& tokens, const std::optional<std::string>& salt) {
+  const Lock lock(mutex_);
+  Sequence seq;
+  if (shares_prefixes()) {
+    seq.root = RootName(*options_.identity, salt);
+    FindPrefix(seq, tokens);
+  }
+  const int64_t num_hits = seq.committed;
+  const SequenceId id = Insert(std::move(seq));
+  if (shares_prefixes()) queried_tokens_ += static_cast<int64_t>(tokens.size());
+  hit_tokens_ += num_hits;
+  return id;
+}
+
+SequenceId PagePool::Fork(SequenceId id) {
+  const Lock lock(mutex_);
+  const Sequence& seq = Find(id);
+  Require(seq.depths.empty(), "sequence ", id, " has ", seq.depths.size(),
+          " pending rows; commit or roll back before a fork");
+  return Insert(seq);
 }
 
 void PagePool::FreeSequence(SequenceId id) {
-  Truncate(id, 0);
+  const Lock lock(mutex_);
+  Cut(Find(id), 0);
   sequences_.erase(id);
 }
 
 void PagePool::Append(const std::vector<SequenceId>& seqs, const std::vector<int64_t>& counts) {
+  const Lock lock(mutex_);
   const std::vector<Sequence*> batch = FindBatch(seqs, counts, "counts");
-  int64_t needed = 0;
+  const Growth plan = PlanGrowth(batch, counts);
+  if (plan.num_pages > pages_.num_available()) throw CacheFull(plan.num_pages, pages_.num_available());
   for (size_t i = 0; i < batch.size(); ++i) {
-    Require(counts[i] >= 0, "counts[", i, "] must be at least 0, got ", counts[i]);
-    needed += std::min(NumNewPages(*batch[i], counts[i]), kMaxInt64 - needed);
+    ReserveMore(batch[i]->pages, NumNewPages(*batch[i], counts[i]));
+    ReserveMore(batch[i]->depths, counts[i]);
   }
-  RequirePages(needed);
+  pages_.Clear(plan.num_pages);
+  if (options_.copy_page) {
+    for (size_t i = 0; i < plan.copies.size(); ++i) options_.copy_page(plan.copies[i].source, pages_.Upcoming(i));
+  }
 
-  for (size_t i = 0; i < batch.size(); ++i) {
-    TakePages(*batch[i], NumNewPages(*batch[i], counts[i]));
-    batch[i]->depths.insert(batch[i]->depths.end(), counts[i], 0);
+  for (const Copy& copy : plan.copies) {
+    batch[copy.row]->pages[copy.index] = pages_.Take();
+    pages_.Release(copy.source);
   }
+  for (size_t i = 0; i < batch.size(); ++i) Grow(*batch[i], counts[i]);
+  num_copies_ += static_cast<int64_t>(plan.copies.size());
+}
+
+int64_t PagePool::PagesNeeded(const std::vector<SequenceId>& seqs, const std::vector<int64_t>& counts) const {
+  const Lock lock(mutex_);
+  return PlanGrowth(const_cast<PagePool*>(this)->FindBatch(seqs, counts, "counts"), counts).num_pages;
 }
 
 void PagePool::RaiseRows(const std::vector<SequenceId>& seqs, const std::vector<int64_t>& stops, int64_t depth) {
+  const Lock lock(mutex_);
   const std::vector<Sequence*> batch = FindBatch(seqs, stops, "stops");
   Require(depth >= 1 && depth <= num_layers_, "depth must be in 1..", num_layers_, " (num_layers), got ", depth);
   std::vector<std::vector<int32_t>> raised;
@@ -120,6 +180,7 @@ void PagePool::RaiseRows(const std::vector<SequenceId>& seqs, const std::vector<
 }
 
 void PagePool::Commit(const std::vector<SequenceId>& seqs, const std::vector<int64_t>& lengths) {
+  const Lock lock(mutex_);
   const std::vector<Sequence*> batch = FindBatch(seqs, lengths, "lengths");
   for (size_t i = 0; i < batch.size(); ++i) {
     const Sequence& seq = *batch[i];
@@ -138,53 +199,112 @@ void PagePool::Commit(const std::vector<SequenceId>& seqs, const std::vector<int
   }
 }
 
+void PagePool::Publish(SequenceId id, const std::vector<int32_t>& tokens) {
+  const Lock lock(mutex_);
+  Sequence& seq = Find(id);
+  Require(shares_prefixes(), "this pool shares no prefixes; build it with an identity to publish pages");
+  const auto first = static_cast<int64_t>(seq.names.size());
+  const auto num_tokens = static_cast<int64_t>(tokens.size());
+  Require(num_tokens % page_size_ == 0 && num_tokens <= seq.committed - first * page_size_,
+          "tokens must be those of full committed pages from page ", first, " on: a multiple of ", page_size_,
+          ", at most ", seq.committed - first * page_size_, ", got ", num_tokens);
+  ReserveMore(seq.names, num_tokens / page_size_);
+
+  for (int64_t start = 0; start < num_tokens; start += page_size_) {
+    const PageId page = seq.pages[seq.names.size()];
+    const Digest& parent = seq.names.empty() ? seq.root : seq.names.back();
+    const Digest name = PageName(parent, tokens.data() + start, page_size_);
+    pages_.index().Insert(page, name, parent, tokens.data() + start);
+    seq.names.push_back(name);
+  }
+}
+
+int64_t PagePool::NumPublished(SequenceId id) const {
+  const Lock lock(mutex_);
+  return static_cast<int64_t>(Find(id).names.size());
+}
+
 void PagePool::Truncate(SequenceId id, int64_t new_length) {
+  const Lock lock(mutex_);
   Sequence& seq = Find(id);
   Require(0 <= new_length && new_length <= seq.length(), "new_length must be in 0..", seq.length(),
           " (length of sequence ", id, "), got ", new_length);
-
-  seq.committed = std::min(seq.committed, new_length);
-  seq.depths.resize(new_length - seq.committed);
-  GiveBackUnused(seq);
+  Cut(seq, new_length);
 }
 
-void PagePool::Rollback(SequenceId id) { Truncate(id, Committed(id)); }
+void PagePool::Rollback(SequenceId id) {
+  const Lock lock(mutex_);
+  Sequence& seq = Find(id);
+  Cut(seq, seq.committed);
+}
+
+int64_t PagePool::Length(SequenceId id) const {
+  const Lock lock(mutex_);
+  return Find(id).length();
+}
+
+int64_t PagePool::Committed(SequenceId id) const {
+  const Lock lock(mutex_);
+  return Find(id).committed;
+}
+
+std::vector<int32_t> PagePool::Depths(SequenceId id) const {
+  const Lock lock(mutex_);
+  return Find(id).depths;
+}
+
+std::vector<PageId> PagePool::Pages(SequenceId id) const {
+  const Lock lock(mutex_);
+  return Find(id).pages;
+}
 
 int64_t PagePool::RefCount(int64_t page) const {
+  const Lock lock(mutex_);
   Require(0 <= page && page < num_pages(), "page must be in 0..", num_pages() - 1, ", got ", page);
-  return ref_counts_[page];
+  return pages_.ref_count(static_cast<PageId>(page));
+}
+
+std::optional<Digest> PagePool::NameOf(int64_t page) const {
+  const Lock lock(mutex_);
+  Require(0 <= page && page < num_pages(), "page must be in 0..", num_pages() - 1, ", got ", page);
+  if (!pages_.IsNamed(static_cast<PageId>(page))) return std::nullopt;
+  return pages_.index().NameOf(static_cast<PageId>(page));
 }
 
 std::vector<int64_t> PagePool::Lengths(const std::vector<SequenceId>& seqs) const {
+  const Lock lock(mutex_);
   std::vector<int64_t> lengths;
   lengths.reserve(seqs.size());
-  for (const SequenceId id : seqs) lengths.push_back(Length(id));
+  for (const SequenceId id : seqs) lengths.push_back(Find(id).length());
   return lengths;
 }
 
 std::vector<int64_t> PagePool::CommittedLengths(const std::vector<SequenceId>& seqs) const {
+  const Lock lock(mutex_);
   std::vector<int64_t> lengths;
   lengths.reserve(seqs.size());
-  for (const SequenceId id : seqs) lengths.push_back(Committed(id));
+  for (const SequenceId id : seqs) lengths.push_back(Find(id).committed);
   return lengths;
 }
 
 BlockTable PagePool::MakeBlockTable(const std::vector<SequenceId>& seqs) const {
+  const Lock lock(mutex_);
   size_t columns = 1;  // a kernel never sees an empty table
-  for (const SequenceId id : seqs) columns = std::max(columns, Pages(id).size());
+  for (const SequenceId id : seqs) columns = std::max(columns, Find(id).pages.size());
 
   std::vector<PageId> entries(seqs.size() * columns, kNoPage);
   for (size_t i = 0; i < seqs.size(); ++i) {
-    const std::vector<PageId>& pages = Pages(seqs[i]);
+    const std::vector<PageId>& pages = Find(seqs[i]).pages;
     std::copy(pages.begin(), pages.end(), entries.begin() + i * columns);
   }
   return {static_cast<int64_t>(seqs.size()), static_cast<int64_t>(columns), std::move(entries)};
 }
 
 PendingDepths PagePool::MakePendingDepths(const std::vector<SequenceId>& seqs) const {
+  const Lock lock(mutex_);
   PendingDepths pending{{}, {0}};
   for (const SequenceId id : seqs) {
-    const std::vector<int32_t>& depths = Depths(id);
+    const std::vector<int32_t>& depths = Find(id).depths;
     pending.depths.insert(pending.depths.end(), depths.begin(), depths.end());
     pending.starts.push_back(static_cast<int32_t>(pending.depths.size()));
   }
@@ -210,6 +330,27 @@ std::vector<PagePool::Sequence*> PagePool::FindBatch(const std::vector<SequenceI
   return batch;
 }
 
+SequenceId PagePool::Insert(Sequence seq) {
+  const auto [place, inserted] = sequences_.emplace(next_id_, std::move(seq));
+  Ensure(inserted, "sequence id ", next_id_, " is given out twice");
+  for (const PageId page : place->second.pages) pages_.Retain(page);
+  return next_id_++;
+}
+
+void PagePool::FindPrefix(Sequence& seq, const std::vector<int32_t>& tokens) const {
+  const int64_t num_full = tokens.empty() ? 0 : (static_cast<int64_t>(tokens.size()) - 1) / page_size_;
+  for (int64_t i = 0; i < num_full; ++i) {
+    const Digest& parent = seq.names.empty() ? seq.root : seq.names.back();
+    const int32_t* page_tokens = tokens.data() + i * page_size_;
+    const Digest name = PageName(parent, page_tokens, page_size_);
+    const PageId page = pages_.index().Find(name, parent, page_tokens);
+    if (page == kNoPage) break;
+    seq.pages.push_back(page);
+    seq.names.push_back(name);
+  }
+  seq.committed = static_cast<int64_t>(seq.pages.size()) * page_size_;
+}
+
 int64_t PagePool::NumPagesFor(int64_t length) const { return length / page_size_ + (length % page_size_ != 0); }
 
 int64_t PagePool::NumNewPages(const Sequence& seq, int64_t count) const {
@@ -218,43 +359,62 @@ int64_t PagePool::NumNewPages(const Sequence& seq, int64_t count) const {
   return NumPagesFor(std::max<int64_t>(count - room, 0));
 }
 
-void PagePool::RequirePages(int64_t needed) const {
-  if (needed > num_free()) throw CacheFull(needed, num_free());
+bool PagePool::WritesInside(const Sequence& seq, int64_t count) const {
+  return count > 0 && seq.length() % page_size_ != 0;
 }
 
-void PagePool::TakePages(Sequence& seq, int64_t count) {
-  RequirePages(count);
-  for (int64_t i = 0; i < count; ++i) {
-    const PageId page = free_pages_.back();
-    seq.pages.push_back(page);
-    free_pages_.pop_back();
-    Retain(page);
+PagePool::Growth PagePool::PlanGrowth(const std::vector<Sequence*>& batch, const std::vector<int64_t>& counts) const {
+  Growth growth{{}, 0};
+  for (size_t i = 0; i < batch.size(); ++i) {
+    Require(counts[i] >= 0, "counts[", i, "] must be at least 0, got ", counts[i]);
+    growth.num_pages += std::min(NumNewPages(*batch[i], counts[i]), kMaxInt64 - growth.num_pages);
+    if (!WritesInside(*batch[i], counts[i])) continue;
+    const PageId page = batch[i]->pages.back();
+    if (pages_.ref_count(page) == 1) continue;
+    // The last owner left, when all others have copies, keeps the page.
+    const auto same = [page](const Copy& copy) { return copy.source == page; };
+    const int64_t others = std::count_if(growth.copies.begin(), growth.copies.end(), same);
+    if (others + 1 < pages_.ref_count(page)) growth.copies.push_back({i, batch[i]->pages.size() - 1, page});
   }
+  const auto num_copies = static_cast<int64_t>(growth.copies.size());
+  growth.num_pages += std::min(num_copies, kMaxInt64 - growth.num_pages);
+  return growth;
+}
+
+void PagePool::Grow(Sequence& seq, int64_t count) {
+  if (WritesInside(seq, count)) pages_.Unname(seq.pages.back());  // its contents will be others
+  const int64_t num_new = NumNewPages(seq, count);
+  for (int64_t i = 0; i < num_new; ++i) seq.pages.push_back(pages_.Take());
+  seq.depths.insert(seq.depths.end(), count, 0);
+}
+
+void PagePool::Cut(Sequence& seq, int64_t new_length) {
+  seq.committed = std::min(seq.committed, new_length);
+  seq.depths.resize(new_length - seq.committed);
+  const auto num_full = static_cast<size_t>(seq.committed / page_size_);
+  seq.names.erase(seq.names.begin() + std::min(num_full, seq.names.size()), seq.names.end());
+  GiveBackUnused(seq);
 }
 
 void PagePool::GiveBackUnused(Sequence& seq) {
   const size_t used = NumPagesFor(seq.length());
-  // From the back, so that the next pages taken are the same ones in the same order.
+  // From the back, so that the next pages taken are the same ones in the same order, and of a chain of cached pages
+  // the end is evicted before what leads to it.
   while (seq.pages.size() > used) {
-    Release(seq.pages.back());
+    pages_.Release(seq.pages.back());
     seq.pages.pop_back();
   }
 }
 
-void PagePool::Retain(PageId page) { ++ref_counts_[page]; }
-
-void PagePool::Release(PageId page) {
-  Ensure(ref_counts_[page] > 0, "released page ", page, ", which is free");
-  if (--ref_counts_[page] == 0) free_pages_.push_back(page);
-}
-
 void PagePool::CheckIntegrity() const {
+  const Lock lock(mutex_);
   std::vector<int32_t> num_entries(num_pages(), 0);
   for (const auto& [id, seq] : sequences_) {
     CheckSequence(id, seq);
     for (const PageId page : seq.pages) ++num_entries[page];
   }
-  CheckPages(num_entries);
+  pages_.CheckIntegrity(num_entries);
+  for (const auto& [id, seq] : sequences_) CheckSharing(id, seq);
 }
 
 void PagePool::CheckSequence(SequenceId id, const Sequence& seq) const {
@@ -270,22 +430,17 @@ void PagePool::CheckSequence(SequenceId id, const Sequence& seq) const {
          " names a page twice");
 }
 
-void PagePool::CheckPages(const std::vector<int32_t>& num_entries) const {
-  std::vector<bool> is_free(num_pages(), false);
-  for (const PageId page : free_pages_) {
-    Ensure(0 <= page && page < num_pages(), "the free list names page ", page, " outside 0..", num_pages() - 1);
-    Ensure(!is_free[page], "the free list names page ", page, " twice");
-    Ensure(num_entries[page] == 0, "page ", page, " is both free and owned");
-    is_free[page] = true;
+void PagePool::CheckSharing(SequenceId id, const Sequence& seq) const {
+  for (size_t i = 0; i < seq.pages.size(); ++i) {
+    const PageId page = seq.pages[i];
+    const bool pending = static_cast<int64_t>(i + 1) * page_size_ > seq.committed && seq.committed < seq.length();
+    Ensure(!pending || (pages_.ref_count(page) == 1 && !pages_.IsNamed(page)), "page ", page,
+           " is shared or has a name, and sequence ", id, " has pending rows in it");
+    Ensure(i >= seq.names.size() || !pages_.IsNamed(page) || pages_.index().NameOf(page) == seq.names[i], "page ", page,
+           " has another name than sequence ", id, " published");
   }
-  for (int64_t page = 0; page < num_pages(); ++page) {
-    Ensure(ref_counts_[page] == num_entries[page], "page ", page, " has reference count ", ref_counts_[page], " and ",
-           num_entries[page], " table entries");
-  }
-  const int64_t owned = num_pages() - std::count(num_entries.begin(), num_entries.end(), 0);
-  const int64_t cached = 0;  // unreferenced pages kept for prefix sharing: none before there is sharing
-  Ensure(num_free() + cached + owned == num_pages(), num_free(), " free + ", cached, " cached + ", owned,
-         " owned pages, expected ", num_pages(), " in all");
+  Ensure(static_cast<int64_t>(seq.names.size()) * page_size_ <= seq.committed, "sequence ", id, " published ",
+         seq.names.size(), " pages with ", seq.committed, " committed rows");
 }
 
 }  // namespace layerskip

@@ -11,12 +11,12 @@ namespace layerskip {
 
 struct PagePoolPeer {
   PagePool& pool;
-  std::vector<int32_t>& ref_counts() { return pool.ref_counts_; }
-  std::vector<PageId>& free_pages() { return pool.free_pages_; }
+  std::vector<int32_t>& ref_counts() { return pool.pages_.ref_counts_; }
+  std::vector<PageId>& free_pages() { return pool.pages_.free_; }
   std::vector<PageId>& pages(SequenceId id) { return pool.Find(id).pages; }
   std::vector<int32_t>& depths(SequenceId id) { return pool.Find(id).depths; }
   int64_t& committed(SequenceId id) { return pool.Find(id).committed; }
-  void Release(PageId page) { pool.Release(page); }
+  void Release(PageId page) { pool.pages_.Release(page); }
 };
 
 }  // namespace layerskip
@@ -65,7 +65,7 @@ const Case kCases[] = {
     {"depth too large", [](PagePoolPeer& p) { p.depths(0)[0] = 5; }, "sequence 0 are no staircase"},
     {"depth negative", [](PagePoolPeer& p) { p.depths(1)[0] = -1; }, "sequence 1 are no staircase"},
     {"committed negative", [](PagePoolPeer& p) { p.committed(1) = -1; }, "-1 committed rows"},
-    {"free page released", [](PagePoolPeer& p) { p.Release(5); }, "released page 5, which is free"},
+    {"free page released", [](PagePoolPeer& p) { p.Release(5); }, "released page 5, which is not owned"},
     {"raise on no staircase",
      [](PagePoolPeer& p) {
        p.depths(0)[1] = 3;
