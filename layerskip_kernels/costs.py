@@ -122,15 +122,17 @@ class Costs:
         """The expected time of passes, as a sum over knots."""
         parts: dict[int, float] = {}
         for weights, rows in passes:
-            low = bisect_right(self.KNOTS, rows) - 1
-            if low == len(self.KNOTS) - 1:
-                shares = ((low, rows / self.KNOTS[low]),)
-            else:
-                share = (rows - self.KNOTS[low]) / (self.KNOTS[low + 1] - self.KNOTS[low])
-                shares = ((low, 1 - share), (low + 1, share)) if share else ((low, 1.0),)
-            for knot, share in shares:
+            for knot, share in self._between(rows):
                 parts[knot] = parts.get(knot, 0.0) + weights * share * self._curve[knot]
         return parts
+
+    def _between(self, rows: int) -> list[tuple[int, float]]:
+        """The knots on both sides of a number of rows, and how near each is; the last one stands for all beyond."""
+        low = bisect_right(self.KNOTS, rows) - 1
+        if low == len(self.KNOTS) - 1:
+            return [(low, rows / self.KNOTS[low])]
+        share = (rows - self.KNOTS[low]) / (self.KNOTS[low + 1] - self.KNOTS[low])
+        return [(low, 1 - share), (low + 1, share)] if share else [(low, 1.0)]
 
 
 @dataclass

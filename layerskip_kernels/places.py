@@ -106,7 +106,7 @@ class Places:
         return True
 
     def _swap_in(self, request: Request) -> None:
-        """What can't be brought back is computed again: the sequence has its tokens, and so far nothing in the cache."""
+        """What can't be brought back is computed again: the sequence has its tokens and nothing in the cache yet."""
         assert request.sequence is not None and request.swapped is not None
         start = perf_counter()
         try:

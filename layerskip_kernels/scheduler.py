@@ -30,7 +30,10 @@ class Plan:
         self.rows.append(rows)
 
     def only(self, chosen: ListLike[int]) -> Plan:
-        return Plan(*([column[i] for i in chosen] for column in (self.requests, self.counts, self.rows)))
+        """The part of the plan at some places."""
+        return Plan(
+            [self.requests[i] for i in chosen], [self.counts[i] for i in chosen], [self.rows[i] for i in chosen]
+        )
 
     def with_drafts(self, drafts: ListLike[int]) -> Plan:
         """The plan with so many drafts of each that decodes."""
@@ -92,10 +95,10 @@ class Scheduler:
         self.cache.check_prompt(request.known)
         needed, pages = self._pages_for(request.limit - 1), self.cache.pool.num_pages
         if needed > pages:
+            prompt, size = len(request.known), self.cache.pool.page_size
             raise _cache_full(
-                f"a prompt of {len(request.known)} tokens and {request.limit - len(request.known)} new ones need {needed} "
-                f"pages of {self.cache.pool.page_size} positions, but the whole cache has {pages}; ask for fewer tokens, "
-                "or give the cache more memory",
+                f"a prompt of {prompt} tokens and {request.limit - prompt} new ones need {needed} pages of {size} "
+                f"positions, but the whole cache has {pages}; ask for fewer tokens, or give the cache more memory",
                 needed,
                 pages,
             )

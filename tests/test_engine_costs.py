@@ -2,6 +2,7 @@
 
 import random
 from dataclasses import dataclass
+from itertools import pairwise
 from math import prod
 
 import pytest
@@ -66,7 +67,7 @@ def test_more_rows_never_seem_cheaper():
     for _ in range(200):
         costs.observe([Pass(1000, rng.randint(1, 300))], rng.uniform(1e-3, 1e-2))
         seconds = [costs.seconds([Pass(1000, rows)]) for rows in range(1, 300)]
-        assert all(b >= a * (1 - 1e-12) for a, b in zip(seconds, seconds[1:], strict=False))
+        assert all(b >= a * (1 - 1e-12) for a, b in pairwise(seconds))
 
 
 def test_evidence_fades():
