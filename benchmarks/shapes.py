@@ -74,3 +74,14 @@ def filled_cache(model: Model, context: int, num_sequences: int, room: int) -> t
     kv.pool.raise_rows(ids, lengths, model.config.num_layers)
     kv.pool.commit(ids, lengths)
     return kv, sequences
+
+
+def logits(rows: int, vocab_size: int) -> Tensor:
+    """fp32 [rows, V]: the first rows of always the same ones."""
+    generator = torch.Generator().manual_seed(vocab_size)
+    return torch.stack([3 * torch.randn(vocab_size, generator=generator) for _ in range(rows)])
+
+
+def places(rows: int) -> dict[str, Tensor]:
+    """Which random numbers each row draws."""
+    return {"positions": torch.arange(rows), "seeds": torch.full((rows,), 7), "samples": torch.zeros(rows).long()}

@@ -35,6 +35,14 @@ TORCH_LIBRARY(layerskip, m) {
       "accept_draft(Tensor tokens, Tensor targets, Tensor query_start_loc, Tensor num_drafts) -> "
       "(Tensor num_accepted, Tensor next_tokens)");
 
+  m.def("philox(Tensor counters, int seed) -> Tensor");
+  m.def("gumbel(Tensor words) -> Tensor");
+  m.def("filter_logits(Tensor scores, Tensor temperatures, Tensor top_ks, Tensor top_ps, Tensor min_ps) -> Tensor");
+  m.def("gumbel_argmax(Tensor scores, Tensor positions, Tensor seeds, Tensor samples, Tensor noisy) -> Tensor");
+  m.def(
+      "rejection_sample(Tensor draft_scores, Tensor scores, Tensor drafts, Tensor positions, Tensor seeds, "
+      "Tensor samples) -> Tensor");
+
   m.def(
       "run_layers(Tensor[] weights, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor(c!) hidden_cache, Tensor tokens, "
       "Tensor positions, Tensor depths, Tensor query_start_loc, Tensor block_table, int stop, int num_heads, "
@@ -72,6 +80,11 @@ TORCH_LIBRARY_IMPL(layerskip, CPU, m) {
   m.impl("down_residual", &layerskip::down_residual);
   m.impl("norm_head_argmax", &layerskip::norm_head_argmax);
   m.impl("accept_draft", &layerskip::accept_draft);
+  m.impl("philox", &layerskip::philox);
+  m.impl("gumbel", &layerskip::gumbel);
+  m.impl("filter_logits", &layerskip::filter_logits);
+  m.impl("gumbel_argmax", &layerskip::gumbel_argmax);
+  m.impl("rejection_sample", &layerskip::rejection_sample);
   m.impl("run_layers", &layerskip::run_layers);
   m.impl("draft_step", &layerskip::draft_step);
   m.impl("verify_step", &layerskip::verify_step);

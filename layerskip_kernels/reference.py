@@ -440,8 +440,8 @@ def filter_logits(scores: Tensor, temperatures: Tensor, top_ks: Tensor, top_ps: 
 
     scores fp32 [T, V]; for each row temperatures fp32 [T] (0: the row stays as it is), top_ks int64 [T] (0: all),
     top_ps fp64 [T] (1: all), min_ps fp32 [T] (0: all) -> fp32 [T, V]. Tokens are ordered by falling score, then
-    rising id; each filter keeps the first of them, at least one. Raises RuntimeError for NaN or +inf, and for a row
-    that is -inf throughout.
+    rising id; top-k and top-p keep the first of them, at least one. Raises RuntimeError for NaN or +inf, and for a
+    row that is -inf throughout.
     """
     rows = [_filter_row(*row) for row in zip(scores, temperatures, top_ks, top_ps, min_ps, strict=True)]
     return torch.stack(rows)
@@ -458,10 +458,9 @@ def _filter_row(row: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, 
     if top_p < 1:
         limit = max(1, math.ceil(float(top_p) * float(masses[:kept].sum())))
         kept = int((masses[:kept].cumsum(0) - masses[:kept] < limit).sum())
-    kept = min(kept, int((exp(row - row.max()) >= min_p).sum()))
     filtered = torch.full_like(row, -torch.inf)
     filtered[order[:kept]] = row[order[:kept]]
-    return filtered
+    return torch.where(exp(row - row.max()) >= min_p, filtered, -torch.inf)
 
 
 def _check_scores(scores: Tensor) -> None:

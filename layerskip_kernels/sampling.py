@@ -11,12 +11,11 @@ from collections import Counter
 from collections.abc import Iterable
 from collections.abc import Sequence as ListLike
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from layerskip_kernels import reference
 from layerskip_kernels.config import GenerationConfig
 from layerskip_kernels.reference import MASS_ONE
 
@@ -123,7 +122,7 @@ def choose_tokens(
     """
     configs = [sampler.config for sampler in samplers]
     processed = [s.process(row, history) for row, s, history in zip(logits, samplers, histories, strict=True)]
-    scores = reference.filter_logits(
+    scores = ops.filter_logits(
         torch.stack(processed),
         torch.tensor([c.temperature for c in configs], dtype=torch.float32),
         torch.tensor([c.top_k for c in configs]),
@@ -131,7 +130,7 @@ def choose_tokens(
         torch.tensor([c.min_p for c in configs], dtype=torch.float32),
     )
     noisy = torch.tensor([sampler.draws for sampler in samplers])
-    return reference.gumbel_argmax(scores, *_places(samplers, histories), noisy), scores
+    return ops.gumbel_argmax(scores, *_places(samplers, histories), noisy), scores
 
 
 def _places(samplers: ListLike[Sampler], histories: ListLike[ListLike[int]]) -> tuple[Tensor, Tensor, Tensor]:
@@ -152,24 +151,40 @@ def judge_drafts(
 
     Overwrites num_accepted and next_tokens int64 [B] of the sequences that have a sampler.
     """
-    row = 0
-    for b, (sequence, sampler) in enumerate(zip(draft.sequences, samplers, strict=True)):
-        drafts = draft.of(b)
-        rows = slice(row, row + max(0, int(draft.num_tokens[b]) + 1))
-        row = rows.stop
-        if sampler is None or draft.num_tokens[b] < 0:
-            continue
-        histories = [[*sequence.tokens, *drafts[:i]] for i in range(len(drafts) + 1)]
-        chosen, scores = choose_tokens(ops, logits[rows], [sampler] * len(histories), histories)
-        if sampler.rejects and drafts:
-            chosen[:-1] = reference.rejection_sample(
-                draft.scores_of(b, logits.size(1)),
-                scores[:-1],
-                torch.tensor(drafts),
-                *_places([sampler] * len(drafts), histories[:-1]),
-            )
-        agreed = int((chosen[:-1] == torch.tensor(drafts, dtype=torch.int64)).long().cumprod(0).sum())
-        num_accepted[b], next_tokens[b] = agreed, chosen[agreed]
+    counts = draft.num_tokens.tolist()  # negative: a chunk of a prompt, with no logits
+    first_rows = torch.tensor([0, *(max(0, count + 1) for count in counts)]).cumsum(0).tolist()
+    judged = [
+        _Judged(b, sampler, draft.of(b), sequence.tokens, first_rows[b])
+        for b, (sequence, sampler) in enumerate(zip(draft.sequences, samplers, strict=True))
+        if sampler is not None and counts[b] >= 0
+    ]
+    if not judged:
+        return
+    rows = [row for j in judged for row in range(j.first_row, j.first_row + len(j.drafts) + 1)]
+    row_samplers = [j.sampler for j in judged for _ in range(len(j.drafts) + 1)]
+    histories = [[*j.tokens, *j.drafts[:i]] for j in judged for i in range(len(j.drafts) + 1)]
+    chosen, scores = choose_tokens(ops, logits[rows], row_samplers, histories)
+    start = 0
+    for j in judged:
+        targets, theirs = chosen[start : start + len(j.drafts) + 1], slice(start, start + len(j.drafts))
+        start += len(j.drafts) + 1
+        drafts = torch.tensor(j.drafts, dtype=torch.int64)
+        if j.sampler.rejects and j.drafts:
+            draft_scores = draft.scores_of(j.b, logits.size(1))
+            places = _places(row_samplers[theirs], histories[theirs])
+            targets[:-1] = ops.rejection_sample(draft_scores, scores[theirs], drafts, *places)
+        agreed = int((targets[:-1] == drafts).long().cumprod(0).sum())
+        num_accepted[j.b], next_tokens[j.b] = agreed, targets[agreed]
+
+
+class _Judged(NamedTuple):
+    """A sequence with a sampler: its place in the batch, its drafts, the tokens before, its first row of logits."""
+
+    b: int
+    sampler: Sampler
+    drafts: list[int]
+    tokens: list[int]
+    first_row: int
 
 
 # ---- log-probabilities ----

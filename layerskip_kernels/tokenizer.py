@@ -40,7 +40,14 @@ class Tokenizer:
         return self._backend.get_vocab_size()
 
     def encode(self, text: str) -> list[int]:
-        """The token ids of a text, with the special tokens (such as BOS) that the model expects around it."""
+        """The token ids of a text, with the special tokens (such as BOS) that the model expects around it.
+
+        Raises ValueError for a lone surrogate, which no Unicode text holds.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"the text holds a lone surrogate at character {error.start}: it is no Unicode") from error
         return self._backend.encode(text).ids
 
     def decode(self, ids: Iterable[int]) -> str:

@@ -77,7 +77,8 @@ def test_generate_prints_the_text_and_one_json_line(monkeypatch, capsys, default
         "model": default_model.name, "backend": "cpu", "dtype": "bfloat16", "strategy": strategy,
     }  # fmt: skip
     assert list(output) == [
-        "token_ids", "text", "finish_reason", "tokens_per_second", "acceptance_rate", "tokens_per_cycle",
+        "prompt", "sample", "seed", "token_ids", "text", "finish_reason", "tokens_per_second", "acceptance_rate",
+        "tokens_per_cycle",
     ]  # fmt: skip
     assert output["token_ids"] == expected.token_ids
     assert output["text"] == default_model.tokenizer.decode(expected.token_ids)
@@ -126,7 +127,7 @@ def test_generate_passes_its_options_on(monkeypatch, capsys):
         asked["source"] = source
         return replace(tiny_model(), tokenizer=Words())
 
-    def record(model: Model, prompts: list[str], config: GenerationConfig, on_tokens: object) -> list[Generation]:
+    def record(model: Model, prompts: list[str], config: GenerationConfig, **_: object) -> list[Generation]:
         asked["config"], asked["threads"] = config, torch.get_num_threads()
         return [Generation(1, [2], "length")]
 

@@ -62,6 +62,16 @@ def arguments(name):
             return x, model.weights[1], model.weights[2], 101, 1e-5
         case "accept_draft":
             return torch.tensor([9, 1]), torch.tensor([1, 2]), torch.tensor([0, 2]).int(), torch.tensor([1])
+        case "philox":
+            return torch.arange(12).view(3, 4), 5
+        case "gumbel":
+            return (torch.arange(5),)
+        case "filter_logits":
+            return torch.rand(2, 7), torch.ones(2), torch.tensor([3, 0]), torch.ones(2).double(), torch.zeros(2)
+        case "gumbel_argmax":
+            return torch.rand(2, 7), *[torch.tensor([1, 2])] * 3, torch.tensor([True, False])
+        case "rejection_sample":
+            return torch.rand(2, 7), torch.rand(2, 7), *[torch.tensor([1, 2])] * 4
         case "run_layers":
             return model.weights, *cache, *rows, table, 3, *model.sizes
         case "draft_step":
@@ -80,7 +90,7 @@ def registered() -> list[str]:
 
 
 def test_the_list_is_complete():
-    assert len(registered()) == 19
+    assert len(registered()) == 24
 
 
 @pytest.mark.parametrize("name", registered())

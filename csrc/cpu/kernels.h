@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "contract.h"
+#include "random.h"
 
 namespace layerskip {
 
@@ -84,6 +85,11 @@ struct Kernels {
   void (*merge_chunks)(float* partials, int64_t num_chunks, int64_t head_dim, float* out);
   // Rule 6 over n values.
   Maximum (*argmax)(const float* x, int64_t n);
+  // Rule 7: words to Gumbel noise; scores of all token ids plus their noise; x / divisor; exp(x - maximum).
+  void (*gumbel)(const uint32_t* words, int64_t n, float* out);
+  void (*add_gumbel)(const float* scores, int64_t n, const NoiseKey& key, float* out);
+  void (*divide)(const float* x, int64_t n, float divisor, float* out);
+  void (*exp_from)(const float* x, int64_t n, float maximum, float* out);
 };
 
 enum class InstructionSet { kPortable, kAvx2, kAvx512 };

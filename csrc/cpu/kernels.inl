@@ -556,11 +556,55 @@ Maximum Argmax(const float* x, int64_t n) {
   return best;
 }
 
+// ---- rule 7 ----
+
+constexpr int64_t kNoiseBlocks = 16, kNoiseIds = 4 * kNoiseBlocks;  // counters, and the token ids they serve
+
+void GumbelAll(const uint32_t* words, int64_t n, float* out) {
+  for (int64_t i = 0; i < n; ++i) out[i] = Gumbel(words[i]);
+}
+
+// The words of ids 64 * group .. 64 * group + 63: the sixteen counters are lanes.
+void NoiseWords(const NoiseKey& key, int64_t group, uint32_t* words) {
+  uint32_t lanes[4][kNoiseBlocks];
+  for (int64_t i = 0; i < kNoiseBlocks; ++i) {
+    const PhiloxWords block = RandomWords(key, static_cast<uint32_t>(group * kNoiseBlocks + i));
+    for (int w = 0; w < 4; ++w) lanes[w][i] = block.w[w];
+  }
+  for (int64_t i = 0; i < kNoiseBlocks; ++i)
+    for (int w = 0; w < 4; ++w) words[4 * i + w] = lanes[w][i];
+}
+
+// Where scores are -inf, noise would change nothing and is not made.
+void AddGumbel(const float* scores, int64_t n, const NoiseKey& key, float* out) {
+  constexpr float kNever = -__builtin_inff();
+  uint32_t words[kNoiseIds];
+  float noise[kNoiseIds];
+  for (int64_t begin = 0; begin < n; begin += kNoiseIds) {
+    const int64_t count = Min(kNoiseIds, n - begin);
+    bool any = false;
+    for (int64_t i = 0; i < count; ++i) any |= scores[begin + i] != kNever;
+    if (any) {
+      NoiseWords(key, begin / kNoiseIds, words);
+      GumbelAll(words, kNoiseIds, noise);
+    }
+    for (int64_t i = 0; i < count; ++i) out[begin + i] = any ? scores[begin + i] + noise[i] : kNever;
+  }
+}
+
+void DivideAll(const float* x, int64_t n, float divisor, float* out) {
+  for (int64_t i = 0; i < n; ++i) out[i] = x[i] / divisor;
+}
+
+void ExpFrom(const float* x, int64_t n, float maximum, float* out) {
+  for (int64_t i = 0; i < n; ++i) out[i] = Exp(x[i] - maximum);
+}
+
 template <class T>
 constexpr Kernels Table() {
-  return {sizeof(T), ExpAll,     LogAll,         SiluAll,        InverseSqrtAll, Widen<T>,       Narrow<T>,
-          Pack<T>,   CopyRow<T>, Embed<T>,       RmsNorm<T>,     Linear<T>,      AddResidual<T>, SiluMul<T>,
-          Rope<T>,   Append<T>,  AttendChunk<T>, MergeChunks<T>, Argmax};
+  return {sizeof(T),      ExpAll,         LogAll,     SiluAll,   InverseSqrtAll, Widen<T>,   Narrow<T>, Pack<T>,
+          CopyRow<T>,     Embed<T>,       RmsNorm<T>, Linear<T>, AddResidual<T>, SiluMul<T>, Rope<T>,   Append<T>,
+          AttendChunk<T>, MergeChunks<T>, Argmax,     GumbelAll, AddGumbel,      DivideAll,  ExpFrom};
 }
 
 constexpr Kernels kTables[kNumDtypes] = {Table<BFloat16>(), Table<Float16>(), Table<float>()};

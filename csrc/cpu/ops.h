@@ -39,6 +39,15 @@ std::tuple<Tensor, Tensor> norm_head_argmax(const Tensor& hidden, const Tensor& 
 std::tuple<Tensor, Tensor> accept_draft(const Tensor& tokens, const Tensor& targets, const Tensor& query_start_loc,
                                         const Tensor& num_drafts);
 
+Tensor philox(const Tensor& counters, int64_t seed);
+Tensor gumbel(const Tensor& words);
+Tensor filter_logits(const Tensor& scores, const Tensor& temperatures, const Tensor& top_ks, const Tensor& top_ps,
+                     const Tensor& min_ps);
+Tensor gumbel_argmax(const Tensor& scores, const Tensor& positions, const Tensor& seeds, const Tensor& samples,
+                     const Tensor& noisy);
+Tensor rejection_sample(const Tensor& draft_scores, const Tensor& scores, const Tensor& drafts, const Tensor& positions,
+                        const Tensor& seeds, const Tensor& samples);
+
 void run_layers(TensorList weights, Tensor k_cache, Tensor v_cache, Tensor hidden_cache, const Tensor& tokens,
                 const Tensor& positions, const Tensor& depths, const Tensor& query_start_loc, const Tensor& block_table,
                 int64_t stop, int64_t num_heads, int64_t intermediate_size, int64_t vocab_size, double eps,

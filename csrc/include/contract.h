@@ -153,13 +153,19 @@ LAYERSKIP_FN float Silu(float x) {
   return x < -128.0f ? -0.0f : y;
 }
 
-LAYERSKIP_FN float Log(float x) {
-  const bool subnormal = x < 0x1p-126f;
-  const uint32_t bits = BitCast<uint32_t>(subnormal ? x * 0x1p23f : x);
+struct LogParts {  // (1 + f) * 2^e, f in [sqrt(1/2) - 1, sqrt(2) - 1)
+  float f, e;
+};
+
+LAYERSKIP_FN LogParts SplitForLog(uint32_t bits) {
   // Offsetting by sqrt(1/2) puts the mantissa into [sqrt(1/2), sqrt(2)).
   const uint32_t offset = bits - 0x3f3504f3u;
-  const float e = static_cast<float>((static_cast<int32_t>(offset) >> 23) - (subnormal ? 23 : 0));
-  const float f = BitCast<float>((offset & 0x007fffffu) + 0x3f3504f3u) - 1.0f;
+  return {BitCast<float>((offset & 0x007fffffu) + 0x3f3504f3u) - 1.0f,
+          static_cast<float>(static_cast<int32_t>(offset) >> 23)};
+}
+
+LAYERSKIP_FN float LogOf(LogParts x) {
+  const float f = x.f;
   float p = 0x1.1457a2p-4f;
   p = p * f + -0x1.de3c14p-4f;
   p = p * f + 0x1.e6f06cp-4f;
@@ -170,9 +176,16 @@ LAYERSKIP_FN float Log(float x) {
   p = p * f + -0x1.000006p-2f;
   p = p * f + 0x1.555548p-2f;
   const float square = f * f;
-  float y = (p * f) * square + e * kLn2Lo;
+  float y = (p * f) * square + x.e * kLn2Lo;
   y = y - 0.5f * square;
-  y = (f + y) + e * kLn2Hi;
+  return (f + y) + x.e * kLn2Hi;
+}
+
+LAYERSKIP_FN float Log(float x) {
+  const bool subnormal = x < 0x1p-126f;
+  LogParts parts = SplitForLog(BitCast<uint32_t>(subnormal ? x * 0x1p23f : x));
+  parts.e -= subnormal ? 23.0f : 0.0f;
+  float y = LogOf(parts);
   y = x == __builtin_inff() ? x : y;
   y = x == 0.0f ? -__builtin_inff() : y;
   return x < 0.0f || x != x ? __builtin_nanf("") : y;
