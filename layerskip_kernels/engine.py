@@ -44,7 +44,8 @@ class Engine:
     config says. ``preemption``: when pages run short, the newest request's are swapped to host memory (or to files
     under ``swap_dir``) or computed again later; "auto" takes the faster. None of these changes a token.
 
-    Any thread may call any method: one at a time does the work, the others wait.
+    What a request gains is handed out once, by ``step``, ``stream`` or ``run``. Any thread may call any method: one at
+    a time does the work, the others wait.
     """
 
     def __init__(
@@ -74,7 +75,7 @@ class Engine:
         self.lengths = DraftLengths(model)
         places = Places(self.cache, preemption, swap_dir, self.lengths.prompt_seconds)
         self._scheduler = Scheduler(places, max_batch, chunk_size)
-        self._requests: dict[int, Request] = {}  # all whose end has not been reported
+        self._requests: dict[int, Request] = {}  # all whose end has not been handed out
         self._next_id = 0
         self._lock = RLock()
 
@@ -166,10 +167,13 @@ class Engine:
 
     @torch.no_grad()
     def _advance(self) -> None:
+        while refused := self._scheduler.admit():
+            request, error = refused
+            self._finish(request, "error", error)
         plan = self._choose_drafts(self._scheduler.plan())
         try:
             plan = self._scheduler.make_room(plan)
-        except CacheFull as error:  # the only one left, and others than this engine hold pages
+        except CacheFull as error:  # a single one is left, and others than this engine hold pages
             self._finish(self._scheduler.running[0], "error", error)
             return
         if plan.requests:

@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 from time import perf_counter
 from typing import Literal
 
-from layerskip_kernels.errors import SwapError
+from layerskip_kernels.errors import CacheFull, SwapError
 from layerskip_kernels.kv_cache import PagedKVCache
 from layerskip_kernels.request import Request
 
@@ -111,7 +111,7 @@ class Places:
         start = perf_counter()
         try:
             self.cache.swap_in(request.sequence, request.swapped)
-        except (SwapError, MemoryError):
+        except (SwapError, CacheFull, MemoryError):
             self.stats.swap_errors += 1
         else:
             self.stats.swapped_in += 1

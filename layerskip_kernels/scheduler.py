@@ -17,8 +17,11 @@ __all__ = ["Plan", "Scheduler"]
 
 @dataclass
 class Plan:
-    """The requests of a step, oldest first, and for each what Draft.num_tokens says: a number of tokens to draft, or
-    a negative one for a chunk of a prompt that leaves so many known tokens for later. ``rows``: of known tokens."""
+    """The requests of a step, oldest first.
+
+    ``counts``: for each what Draft.num_tokens says, a number of tokens to draft, or a negative one for a chunk of a
+    prompt that leaves so many known tokens for later; ``rows``: how many known tokens go through the model.
+    """
 
     requests: list[Request] = field(default_factory=list)
     counts: list[int] = field(default_factory=list)
@@ -116,9 +119,21 @@ class Scheduler:
             self.running.remove(request)
         self.places.leave(request)
 
+    def admit(self) -> tuple[Request, Exception] | None:
+        """Let in who can run. Returns, still waiting, one that the cache would not take, and its error."""
+        while self.waiting and len(self.running) < self.max_batch:
+            request = self.waiting[0]
+            if self.running and (self._prompt_is_coming(request) or not self._fits(request)):
+                break
+            try:
+                self.places.enter(request)
+            except Exception as error:
+                return request, error
+            self.running.append(self.waiting.pop(0))
+        return None
+
     def plan(self) -> Plan:
         """Everybody who runs: one row of those that decode, a chunk of the prompt of the others."""
-        self._admit()
         plan, budget = Plan(), self.chunk_size
         for request in self.running:
             assert request.sequence is not None
@@ -143,18 +158,10 @@ class Scheduler:
             plan = plan.only([i for i, request in enumerate(plan.requests) if request is not newest])
         return plan
 
-    def _admit(self) -> None:
-        while self.waiting and len(self.running) < self.max_batch:
-            request = self.waiting[0]
-            if self.running and (self._prompt_is_coming(request) or not self._fits(request)):
-                return
-            self.places.enter(request)
-            self.running.append(self.waiting.pop(0))
-
     def _prompt_is_coming(self, request: Request) -> bool:
         """Whether it is worth waiting for another text of the same prompt, which is still going through."""
         leader = request.leader
-        return leader in self.running and not leader.generation.token_ids if leader is not None else False
+        return leader is not None and leader in self.running and not leader.generation.token_ids
 
     def _fits(self, request: Request) -> bool:
         """Whether everybody, this one included, finds pages for all tokens known and a next one."""

@@ -335,6 +335,26 @@ def test_refusal_comes_with_its_numbers():
     assert (error.value.needed, error.value.free) == (9, 3)
 
 
+def test_pages_in_other_hands_are_an_error_not_a_dead_engine():
+    """A cache of which somebody else holds most: what does not fit beside it ends with the numbers."""
+    model = tiny_model()
+    cache = cache_for(model, 96)
+    other = cache.add_sequence(random_tokens(60))
+    cache.commit(verify_step(model, cache, Draft.none([other])))
+    for preemption in ("swap", "recompute"):
+        engine = Engine(model, cache, preemption=preemption)
+        fits = [engine.add_request([i], GenerationConfig(max_new_tokens=20)) for i in range(3)]
+        too_long = engine.add_request([1], GenerationConfig(max_new_tokens=60))
+        ends = {}
+        while engine.num_unfinished:
+            ends.update((output.request_id, output) for output in engine.step() if output.finish_reason)
+        assert [ends[request_id].finish_reason for request_id in fits] == ["length"] * 3
+        assert (ends[too_long].error.needed, ends[too_long].error.free) == (1, 0)
+        assert len(ends[too_long].generation.token_ids) == 32
+    cache.free(other)
+    assert all_free(engine)
+
+
 def poisoned(model, token):
     """The model with a token after which every logit is NaN."""
     embedding = model.weights[0]
