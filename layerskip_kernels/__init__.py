@@ -12,11 +12,13 @@ or, in one call, ``generate(model, ["def fibonacci(n):"])``.
 """
 
 from layerskip_kernels.config import GenerationConfig, ModelConfig, RopeScaling
+from layerskip_kernels.engine import Engine
 from layerskip_kernels.errors import CacheFull, SwapError, UnsupportedModel
 from layerskip_kernels.generate import Generation, generate
 from layerskip_kernels.kv_cache import CacheStats, PagedKVCache, Sequence
 from layerskip_kernels.loading import load_model
 from layerskip_kernels.model import Model
+from layerskip_kernels.request import Output
 from layerskip_kernels.sampling import Sampler, StopStrings, TokenLogprobs, make_sampler
 from layerskip_kernels.steps import Draft, Verdict, draft_step, prefill, verify_step
 
@@ -24,10 +26,12 @@ __all__ = [
     "CacheFull",
     "CacheStats",
     "Draft",
+    "Engine",
     "Generation",
     "GenerationConfig",
     "Model",
     "ModelConfig",
+    "Output",
     "PagedKVCache",
     "RopeScaling",
     "Sampler",

@@ -188,13 +188,17 @@ def _verify(args: argparse.Namespace) -> int:
     prompts = _prompts(args, default_count=args.num_prompts)
     model = _load(args)
     exit_layers = args.exit_layer or [config.resolve_exit_layer(model.config.num_layers)]
-    reports = verify(model, prompts, config, exit_layers)
+    reports = verify(model, prompts, config, exit_layers, args.batch)
     sampled = f", temperature {config.temperature:g} with seed {config.seed}" if config.temperature else ""
-    print(f"{model.name}: plain against self-speculative decoding, {config.num_speculations} drafts at a time{sampled}")
+    company = f" in mixed batches of {args.batch}" if args.batch else ""
+    print(
+        f"{model.name}: plain against self-speculative decoding{company}, {config.num_speculations} drafts at a "
+        f"time{sampled}"
+    )
     for report in reports:
         print(report)
     settings = {name: getattr(config, name) for name in ("num_speculations", "temperature", "seed")}
-    print(json.dumps({**summary(reports), **settings, **_identity(model)}))
+    print(json.dumps({**summary(reports), **settings, "batch": args.batch, **_identity(model)}))
     return 0 if all(report.all_equal for report in reports) else 1
 
 
@@ -359,6 +363,9 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--num-prompts", type=_positive, default=20, metavar="N", help="of HumanEval (default: 20)")
     verify.add_argument(
         "--exit-layer", type=_positives, metavar="E[,E...]", help="one or several (default: a third of the layers)"
+    )
+    verify.add_argument(
+        "--batch", type=_positive, metavar="N", help="compare mixed batches of N prompts with each of them alone"
     )
     _add_prompt_options(verify, "HumanEval problems")
     _add_model_options(verify)

@@ -102,6 +102,18 @@ class PagedKVCache:
         num_pages = max(1, sum(-(-length // page_size) for length in lengths))
         return cls(model, num_pages, page_size, prefix_sharing)
 
+    @classmethod
+    def with_memory(
+        cls, model: Model, num_bytes: int, page_size: int = 16, prefix_sharing: bool = False
+    ) -> PagedKVCache:
+        """A cache of as many pages as fit into ``num_bytes``; raises ValueError where not even one does."""
+        c = model.config
+        values = 2 * c.num_layers * c.num_kv_heads * c.head_dim + c.hidden_size
+        page_bytes = values * page_size * model.dtype.itemsize
+        if num_bytes < page_bytes:
+            raise ValueError(f"memory must be at least {page_bytes} bytes, one page of this model, got {num_bytes}")
+        return cls(model, num_bytes // page_bytes, page_size, prefix_sharing)
+
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.k, self.v, self.hidden

@@ -200,7 +200,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Rule 2: x [T, D], weight [D] -> [T, D]."""
     x32 = x.float()
     squares = torch.nn.functional.pad(x32 * x32, (0, -x.size(1) % NORM_LANES))
-    lanes = fold(squares.view(x.size(0), -1, NORM_LANES).transpose(0, 1))
+    lanes = fold(squares.unflatten(1, (-1, NORM_LANES)).transpose(0, 1))
     mean = tree(lanes.T) / x.size(1)
     inv = inverse_sqrt(mean + eps)
     return ((x32 * inv[:, None]).to(x.dtype).float() * weight.float()).to(x.dtype)
@@ -347,7 +347,7 @@ def norm_head_argmax(
     logits = dot(rms_norm(hidden, norm_weight, eps), lm_head)
     if logits.isnan().any():
         raise RuntimeError(NAN_LOGITS)
-    tokens = torch.stack([(row == row.max()).nonzero()[0, 0] for row in logits])
+    tokens = torch.tensor([int((row == row.max()).nonzero()[0, 0]) for row in logits], dtype=torch.int64)
     return tokens, logits
 
 
@@ -363,9 +363,15 @@ def accept_draft(tokens: Tensor, targets: Tensor, query_start_loc: Tensor, num_d
     tokens int64 [T]: pending rows, of which the last num_drafts[b] of sequence b are drafts; targets int64
     [sum(num_drafts + 1)]: what the full model says after the last num_drafts[b] + 1 rows of each sequence;
     query_start_loc int32 [B+1]; num_drafts int64 [B]. Returns num_accepted int64 [B], next_tokens int64 [B].
+
+    A sequence with negative num_drafts (a chunk of a prompt) has no targets and gets num_drafts[b] and -1.
     """
     accepted, following, first_target = [], [], 0
     for b, drafts in enumerate(num_drafts.tolist()):
+        if drafts < 0:
+            accepted.append(drafts)
+            following.append(-1)
+            continue
         draft = tokens[int(query_start_loc[b + 1]) - drafts : int(query_start_loc[b + 1])]
         target = targets[first_target : first_target + drafts + 1]
         agreed = int((draft == target[:drafts]).long().cumprod(0).sum())
@@ -657,7 +663,8 @@ def verify_step(
 
     Rows as in run_layers; the last num_drafts[b] (int64 [B]) rows of a sequence are its drafts. Returns
     num_accepted int64 [B], next_tokens int64 [B] and, for the last num_drafts[b] + 1 rows of each sequence,
-    logits fp32 [sum(num_drafts + 1), V]. With no drafts this is plain decoding, and with many rows prefill.
+    logits fp32 [sum(num_drafts + 1), V]. With no drafts this is plain decoding, and with many rows prefill;
+    with a negative count, a sequence's rows are raised and not judged (accept_draft).
     """
     num_layers = len(weights[len(MODEL_WEIGHTS) :]) // len(LAYER_WEIGHTS)
     run_layers(

@@ -27,6 +27,9 @@ PREFILL_ROWS = 256  # rows of a prompt that go through the layers at once: bound
 class Draft:
     """Guessed continuations: tokens int64 [B, max_drafts] (-1 beyond a sequence's own), num_tokens int64 [B].
 
+    A negative num_tokens[b] stands for a chunk of a prompt: the last -num_tokens[b] known tokens wait for a later
+    verification, so this one brings the known tokens before them into the cache and says nothing about what follows.
+
     ``scores``: what the drafts of sampled sequences were drawn from, fp32 [num_tokens[b], V] by the sequence's
     index b; the rejection rule needs it.
     """
@@ -46,9 +49,22 @@ class Draft:
             torch.zeros(num_sequences, dtype=torch.int64),
         )
 
+    @classmethod
+    def joined(cls, sequences: ListLike[Sequence], num_tokens: ListLike[int], parts: ListLike[Draft]) -> Draft:
+        """One draft of ``sequences``: their drafts out of ``parts``, and for all others the count given."""
+        counts = torch.tensor(num_tokens, dtype=torch.int64)
+        tokens = torch.full((len(sequences), max((part.tokens.size(1) for part in parts), default=0)), -1)
+        row_of = {id(sequence): b for b, sequence in enumerate(sequences)}
+        for part in parts:
+            rows = [row_of[id(sequence)] for sequence in part.sequences]
+            tokens[rows, : part.tokens.size(1)] = part.tokens
+            counts[rows] = part.num_tokens
+        scores = {row_of[id(part.sequences[b])]: kept for part in parts for b, kept in part.scores.items()}
+        return cls(tuple(sequences), tokens, counts, scores)
+
     def of(self, b: int) -> list[int]:
         """The drafted tokens of sequence ``b``."""
-        return self.tokens[b, : int(self.num_tokens[b])].tolist()
+        return self.tokens[b, : max(0, int(self.num_tokens[b]))].tolist()
 
     def scores_of(self, b: int, vocab_size: int) -> Tensor:
         """The scores that sequence ``b``'s drafts were drawn from; a draft of unknown origin was certain."""
@@ -63,7 +79,8 @@ class Verdict:
     """What the full model made of a draft.
 
     num_accepted int64 [B]: drafts that agree; next_tokens int64 [B]: the token after them; logits fp32
-    [sum(num_tokens + 1), V]: for each sequence, of the row before each draft and of the last draft.
+    [sum(num_tokens + 1), V]: for each sequence, of the row before each draft and of the last draft. A chunk of a
+    prompt keeps its negative count and gains nothing.
     """
 
     draft: Draft
@@ -73,12 +90,14 @@ class Verdict:
 
     def new_tokens(self, b: int) -> list[int]:
         """What sequence ``b`` gains: its accepted drafts and one token more."""
+        if self.num_accepted[b] < 0:
+            return []
         return [*self.draft.of(b)[: int(self.num_accepted[b])], int(self.next_tokens[b])]
 
     def new_logits(self, b: int) -> Tensor:
         """The logits [num_accepted + 1, V] that new_tokens were chosen by."""
-        first = int((self.draft.num_tokens[:b] + 1).sum())
-        return self.logits[first : first + int(self.num_accepted[b]) + 1]
+        first = int((self.draft.num_tokens[:b] + 1).clamp(min=0).sum())
+        return self.logits[first : first + max(0, int(self.num_accepted[b]) + 1)]
 
 
 Samplers = ListLike[Sampler | None]  # one for each sequence; None: its greatest logit
@@ -93,11 +112,8 @@ def prefill(
     """
     with _rollback_on_error(cache, sequences):
         while long := [s for s in sequences if len(s.tokens) - cache.length(s) > PREFILL_ROWS]:
-            _append(cache, long, [PREFILL_ROWS] * len(long))
-            rows = _pending_rows(cache, Draft.none(long))
-            model.ops.run_layers(model.weights, *cache.tensors, *rows, model.config.num_layers, *model.sizes)
-            _raise_all(cache, long, model.config.num_layers)
-            cache.pool.commit([s.id for s in long], cache.pool.lengths([s.id for s in long]).tolist())
+            left = [cache.length(s) + PREFILL_ROWS - len(s.tokens) for s in long]
+            cache.commit(verify_step(model, cache, Draft.joined(long, left, [])))
         return verify_step(model, cache, Draft.none(sequences), samplers)
 
 
@@ -147,8 +163,8 @@ def verify_step(model: Model, cache: PagedKVCache, draft: Draft, samplers: Sampl
     """Raise every pending row to the last layer in one batched pass, and judge the drafts. To be committed.
 
     Drafted rows go on from their kept hidden states; only the last draft of each sequence still passes the early
-    layers. With ``Draft.none`` this is plain decoding. ``samplers`` (None: greedy): how each sequence's tokens are
-    drawn, as in draft_step.
+    layers. With ``Draft.none`` this is plain decoding, and a chunk of a prompt shares the pass over the weights.
+    ``samplers`` (None: greedy): how each sequence's tokens are drawn, as in draft_step.
     """
     sequences = draft.sequences
     with _rollback_on_error(cache, sequences):
@@ -167,7 +183,8 @@ def verify_step(model: Model, cache: PagedKVCache, draft: Draft, samplers: Sampl
         )
         if samplers is not None:
             judge_drafts(model.ops, draft, logits, samplers, num_accepted, next_tokens)
-        _raise_all(cache, sequences, model.config.num_layers)
+        ids = [s.id for s in sequences]
+        cache.pool.raise_rows(ids, cache.pool.lengths(ids).tolist(), model.config.num_layers)
     return Verdict(draft, num_accepted, next_tokens, logits)
 
 
@@ -274,11 +291,6 @@ def _draft_counts(num_speculations: int | ListLike[int], num_sequences: int) -> 
 
 def _append(cache: PagedKVCache, sequences: ListLike[Sequence], counts: list[int]) -> None:
     cache.pool.append([s.id for s in sequences], counts)
-
-
-def _raise_all(cache: PagedKVCache, sequences: ListLike[Sequence], depth: int) -> None:
-    ids = [s.id for s in sequences]
-    cache.pool.raise_rows(ids, cache.pool.lengths(ids).tolist(), depth)
 
 
 def _pending_rows(cache: PagedKVCache, draft: Draft) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

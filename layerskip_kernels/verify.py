@@ -11,10 +11,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from layerskip_kernels.config import GenerationConfig
+from layerskip_kernels.engine import Engine
 from layerskip_kernels.generate import Generation, generate
+from layerskip_kernels.kv_cache import PagedKVCache
 from layerskip_kernels.model import Model
+from layerskip_kernels.request import encode
 
-__all__ = ["Comparison", "LayerReport", "compare", "same_bytes", "summary", "verify"]
+__all__ = ["Comparison", "LayerReport", "compare", "mixed_batch", "same_bytes", "summary", "verify"]
 
 
 @dataclass(frozen=True)
@@ -70,27 +73,65 @@ class LayerReport:
 
 
 def verify(
-    model: Model, prompts: ListLike[tuple[str, str]], config: GenerationConfig, exit_layers: ListLike[int]
+    model: Model,
+    prompts: ListLike[tuple[str, str]],
+    config: GenerationConfig,
+    exit_layers: ListLike[int],
+    batch: int | None = None,
 ) -> list[LayerReport]:
     """Compare both strategies on prompts (name, text) at each exit layer; progress goes to stderr.
 
-    Raises ValueError, before anything runs, for an exit layer that the model does not have.
+    Plain decoding takes one prompt at a time. With a ``batch``, so many prompts share an engine in the other runs,
+    and unlike ones: see mixed_batch. Raises ValueError, before anything runs, for an exit layer that the model does
+    not have.
     """
     config = replace(config, return_logits=True, return_kv=True)
     plain_config = replace(config, strategy="autoregressive")
     configs = [replace(config, strategy="self_speculative", exit_layer=exit_layer) for exit_layer in exit_layers]
     reports = [LayerReport(c.resolve_exit_layer(model.config.num_layers)) for c in configs]
     with tqdm(total=len(prompts) * (1 + len(configs)), desc="verify", unit="generation") as progress:
-        for name, text in prompts:
-            [plain] = generate(model, [text], plain_config)
-            progress.update()
-            for report, speculative_config in zip(reports, configs, strict=True):
-                [speculative] = generate(model, [text], speculative_config)
-                report.comparisons[name] = compare(plain, speculative)
-                report.drafted += speculative.drafted
-                report.accepted += speculative.accepted
+        for start in range(0, len(prompts), batch or 1):
+            names, texts = zip(*prompts[start : start + (batch or 1)], strict=True)
+            plain = []
+            for text in texts:
+                plain += generate(model, [text], plain_config)
                 progress.update()
+            for report, config_of_layer in zip(reports, configs, strict=True):
+                run = generate if batch is None else mixed_batch
+                others = run(model, texts, config_of_layer)
+                progress.update(len(texts))
+                for name, alone, other in zip(names, plain, others, strict=True):
+                    report.comparisons[name] = compare(alone, other)
+                    report.drafted += other.drafted
+                    report.accepted += other.accepted
     return reports
+
+
+MIXED_CHUNK = 48  # rows of prompts in a step: few, so that some requests decode while others are in their prompts
+
+
+def mixed_batch(model: Model, prompts: ListLike[str], config: GenerationConfig) -> list[Generation]:
+    """All prompts through one engine at once: in turn drafting as the config says, plainly, and twice as far.
+
+    Raises a request's error, if there is one.
+    """
+    configs = (
+        config,
+        replace(config, strategy="autoregressive"),
+        replace(config, num_speculations=2 * config.num_speculations),
+    )
+    lengths = [len(encode(model, prompt)) + config.max_new_tokens for prompt in prompts]
+    cache = PagedKVCache.with_room_for(model, lengths, prefix_sharing=True)
+    engine = Engine(model, cache, max_batch=len(prompts), chunk_size=MIXED_CHUNK, drafts="fixed")
+    ids = [engine.add_request(prompt, configs[i % len(configs)]) for i, prompt in enumerate(prompts)]
+    generations: dict[int, Generation] = {}
+    while engine.num_unfinished:
+        for output in engine.step():
+            if output.error is not None:
+                raise output.error
+            if output.generation is not None:
+                generations[output.request_id] = output.generation
+    return [generations[request_id] for request_id in ids]
 
 
 def summary(reports: ListLike[LayerReport]) -> dict[str, Any]:

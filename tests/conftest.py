@@ -84,9 +84,9 @@ def random_tokens(count: int, vocab_size: int = 101, seed: int = 0) -> list[int]
     return torch.randint(vocab_size, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
-def cache_for(model: Model, positions: int, page_size: int = 16) -> PagedKVCache:
+def cache_for(model: Model, positions: int, page_size: int = 16, prefix_sharing: bool = False) -> PagedKVCache:
     """A cache whose memory starts as NaN, so that reading what nobody wrote shows."""
-    cache = PagedKVCache.with_room_for(model, [positions], page_size)
+    cache = PagedKVCache.with_room_for(model, [positions], page_size, prefix_sharing)
     for tensor in cache.tensors:
         tensor.fill_(torch.nan)
     return cache

@@ -43,6 +43,17 @@ def test_ragged_batch_with_rows_before_the_drafts(op):
     assert following.tolist() == [case[3] for case in CASES.values()]
 
 
+@pytest.mark.parametrize("op", [cpu, reference], ids=["cpu", "reference"])
+def test_a_chunk_of_a_prompt_is_not_judged(op):
+    """A negative count between two that are judged: no targets, the count itself, no next token."""
+    accepted, following = op.accept_draft(
+        torch.tensor([9, 1, 7, 7, 7, 9, 5]), torch.tensor([1, 2, 6, 8]), torch.tensor([0, 2, 5, 7]).int(),
+        torch.tensor([1, -4, 1]),
+    )  # fmt: skip
+    assert accepted.tolist() == [1, -4, 0]
+    assert following.tolist() == [2, -1, 6]
+
+
 def test_counts_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match=r"num_drafts\[0\] is 2"):
         cpu.accept_draft(torch.tensor([1, 2]), torch.tensor([1, 2]), torch.tensor([0, 2]).int(), torch.tensor([2]))

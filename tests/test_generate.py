@@ -137,11 +137,12 @@ def test_bad_input_leaves_the_cache_empty():
     model = tiny_model()
     cache = cache_for(model, 64)
     with pytest.raises(ValueError, match="token 0 is 500"):
-        generate(model, [[1, 2], [500]], cache=cache)
+        generate(model, [[1, 2], [500]], GenerationConfig(max_new_tokens=9), cache=cache)
     with pytest.raises(CacheFull):
         generate(model, [random_tokens(100)], cache=cache)
     with pytest.raises(ValueError, match="tokenizer"):
         generate(model, ["text"], cache=cache)
+    assert cache.pool.num_sequences == 0
     with pytest.raises(ValueError, match="exit_layer"):
         generate(model, [[1]], GenerationConfig(exit_layer=3), cache=cache)
     assert cache.pool.num_free == cache.pool.num_pages

@@ -462,7 +462,7 @@ def test_stop_strings_need_a_tokenizer():
 def test_logits_that_leave_no_choice_leave_the_cache_empty(strategy):
     """Every token but one banned; and a head that gives NaN."""
     model = tiny_model(eos_token_ids=(50,))
-    cache = cache_for(model, 64)
+    cache = cache_for(model, 80)
     config = GenerationConfig(strategy, exit_layer=1, temperature=1.0, min_new_tokens=5, max_new_tokens=8,
                               stop_token_ids=tuple(range(101)))  # fmt: skip
     with pytest.raises(RuntimeError, match="no token can be chosen"):

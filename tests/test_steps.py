@@ -71,6 +71,33 @@ def test_how_a_prompt_is_cut_does_not_matter(dtype):
     assert caches_equal(whole, one_by_one, sequence)
 
 
+def test_a_chunk_of_a_prompt_beside_a_draft(dtype):
+    """One pass raises both; the chunk is not judged; either ends with the bits it has alone."""
+    results = []
+    for backend in ("cpu", "reference"):
+        model, prompt = tiny_model(dtype, backend), random_tokens(30, seed=1)
+        cache = cache_for(model, 150, page_size=7)
+        old, new = cache.add_sequence(random_tokens(20)), cache.add_sequence(prompt)
+        cache.commit(prefill(model, cache, [old]))
+        drafted = draft_step(model, cache, [old], exit_layer=2, num_speculations=3)
+        verdict = verify_step(model, cache, Draft.joined([new, old], [-13, 0], [drafted]))
+        cache.commit(verdict)
+        assert (cache.length(new), verdict.new_tokens(0), verdict.new_logits(0).numel()) == (17, [], 0)
+        cache.commit(verify_step(model, cache, Draft.joined([new], [-1], [])))
+        assert (cache.length(new), new.tokens) == (29, prompt)
+        cache.commit(verify_step(model, cache, Draft.none([new])))
+        results.append((old.tokens, new.tokens, verdict.logits, *cache.export(old), *cache.export(new)))
+        for sequence, first in ((old, random_tokens(20)), (new, prompt)):
+            alone, other = prefilled(model, first, page_size=7)
+            while len(other.tokens) < len(sequence.tokens):
+                alone.commit(verify_step(model, alone, Draft.none([other])))
+            assert other.tokens == sequence.tokens
+            assert all(torch.equal(x, y) for x, y in zip(alone.export(other), cache.export(sequence), strict=True))
+    cpu, reference = results
+    assert cpu[:2] == reference[:2]
+    assert all(torch.equal(a, b) for a, b in zip(cpu[2:], reference[2:], strict=True))
+
+
 def test_rows_may_climb_in_any_order(dtype):
     """Two rows at depth 2, one at 1, one at 0: verification ends where one straight pass ends."""
     model, prompt = tiny_model(dtype), random_tokens(4)

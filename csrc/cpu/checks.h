@@ -54,14 +54,17 @@ inline void CheckStarts(const at::Tensor& query_start_loc, int64_t rows) {
   TORCH_CHECK_VALUE(valid, "query_start_loc must rise from 0 to the number of rows, ", rows);
 }
 
-// Drafts are a sequence's last rows, after at least one row more.
+// Drafts are a sequence's last rows, after at least one row more; with a negative count no row is judged.
 inline void CheckDraftCounts(const int64_t* num_drafts, const int32_t* starts, int64_t num_sequences) {
   for (int64_t b = 0; b < num_sequences; ++b) {
     const int64_t rows = starts[b + 1] - starts[b];
-    TORCH_CHECK_VALUE(0 <= num_drafts[b] && num_drafts[b] < rows, "num_drafts[", b, "] is ", num_drafts[b],
-                      ", expected 0 or more and fewer than the sequence's ", rows, " rows");
+    TORCH_CHECK_VALUE(num_drafts[b] < 0 || num_drafts[b] < rows, "num_drafts[", b, "] is ", num_drafts[b],
+                      ", expected fewer than the sequence's ", rows, " rows, or a negative number to judge none");
   }
 }
+
+// The rows of a sequence that are judged: its drafts and the row before them.
+inline int64_t JudgedRows(int64_t num_drafts) { return std::max<int64_t>(num_drafts + 1, 0); }
 
 // The page of a position, guarded: a bad table entry is an error, never a stray write.
 inline int64_t CheckedPage(const at::Tensor& block_table, int64_t sequence, int64_t position, int64_t page_size,

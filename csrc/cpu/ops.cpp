@@ -5,7 +5,6 @@
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros.h>
 
-#include <numeric>
 
 #include "checks.h"
 #include "layers.h"
@@ -261,17 +260,18 @@ std::tuple<Tensor, Tensor> accept_draft(const Tensor& tokens, const Tensor& targ
   const int32_t* starts = query_start_loc.const_data_ptr<int32_t>();
   const int64_t* drafts = num_drafts.const_data_ptr<int64_t>();
   CheckDraftCounts(drafts, starts, sequences);
-  const int64_t judged = std::accumulate(drafts, drafts + sequences, sequences);
+  int64_t judged = 0;
+  for (int64_t b = 0; b < sequences; ++b) judged += JudgedRows(drafts[b]);
   CheckTensor("targets", targets, at::kLong, {judged});
   Tensor num_accepted = at::empty({sequences}, at::kLong), next_tokens = at::empty({sequences}, at::kLong);
   const int64_t* target = targets.const_data_ptr<int64_t>();
   for (int64_t b = 0; b < sequences; ++b) {
-    const int64_t* draft = tokens.const_data_ptr<int64_t>() + starts[b + 1] - drafts[b];
-    int64_t accepted = 0;
+    const int64_t* draft = tokens.const_data_ptr<int64_t>() + starts[b + 1] - std::max<int64_t>(drafts[b], 0);
+    int64_t accepted = std::min<int64_t>(drafts[b], 0);
     while (accepted < drafts[b] && draft[accepted] == target[accepted]) ++accepted;
     num_accepted.mutable_data_ptr<int64_t>()[b] = accepted;
-    next_tokens.mutable_data_ptr<int64_t>()[b] = target[accepted];
-    target += drafts[b] + 1;
+    next_tokens.mutable_data_ptr<int64_t>()[b] = accepted < 0 ? -1 : target[accepted];
+    target += JudgedRows(drafts[b]);
   }
   return {num_accepted, next_tokens};
 }

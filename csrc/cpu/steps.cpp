@@ -281,7 +281,8 @@ std::tuple<Tensor, Tensor, Tensor> verify_step(TensorList weights, Tensor k_cach
   std::vector<int64_t> place(tokens.numel()), judged;
   for (int64_t i = 0; i < tokens.numel(); ++i) place[move.rows().given[i]] = i;
   for (int64_t b = 0; b < sequences; ++b) {
-    for (int64_t r = given.starts[b + 1] - drafts[b] - 1; r < given.starts[b + 1]; ++r) judged.push_back(place[r]);
+    for (int64_t r = given.starts[b + 1] - JudgedRows(drafts[b]); r < given.starts[b + 1]; ++r)
+      judged.push_back(place[r]);
   }
   const auto count = static_cast<int64_t>(judged.size());
   const int64_t hidden_size = model.shape.hidden_size;
@@ -294,7 +295,7 @@ std::tuple<Tensor, Tensor, Tensor> verify_step(TensorList weights, Tensor k_cach
     team.ForEach(count, 1, [&](int64_t i, int64_t) {
       std::copy_n(move.hidden() + judged[i] * hidden_size, hidden_size, hidden + i * hidden_size);
     });
-    head.Run(team, *model.kernels, hidden);
+    if (count > 0) head.Run(team, *model.kernels, hidden);  // chunks of prompts alone need no token
   });
   CheckNoNan(head.has_nan);
   std::copy(head.tokens.begin(), head.tokens.end(), targets.mutable_data_ptr<int64_t>());
