@@ -150,7 +150,7 @@ def test_rejected_drafts_leave_no_trace(dtype):
 
 def test_threads_do_not_matter(dtype):
     outcomes = []
-    for count in (1, 2, 3):
+    for count in (1, 2, 3, 8):
         with threads(count):
             model = tiny_model(dtype)
             cache, sequence = prefilled(model, random_tokens(300))

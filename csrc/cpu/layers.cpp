@@ -12,10 +12,11 @@ constexpr int64_t kFewRows = 4;
 
 int64_t Groups(int64_t n) { return (n + kGroup - 1) / kGroup; }
 
-// Rows whose rms_norm every thread computes for itself, which takes less time than to wait for one another.
-int64_t NormCopies(int64_t rows) { return rows <= kFewRows ? NumThreads() : 1; }
+// Few rows are normed by every thread for itself, which takes less time than to wait for one another. How many rows of
+// room NormRows needs for `rows` of them or fewer.
+int64_t NormedRows(int64_t rows) { return std::max(rows, std::min(rows, kFewRows) * NumThreads()); }
 
-// rms_norm of all rows; `out` has room for NormCopies(rows) times as many. Returns what this thread is to read.
+// rms_norm of all rows into `out`, which has room for NormedRows(rows); returns what this thread is to read.
 const float* NormRows(Team& team, const Kernels& kernels, const void* weight, int64_t size, float eps, int64_t rows,
                       const float* x, float* out) {
   const auto norm = [&](int64_t begin, int64_t end) {
@@ -51,7 +52,7 @@ void MergeHead(const Kernels& kernels, const Shape& shape, int64_t position, int
 Workspace::Workspace(const Shape& shape, int64_t rows, int64_t last_position)
     : max_chunks(last_position / kChunk + 1),
       hidden(rows * shape.hidden_size),
-      normed(NormCopies(rows) * rows * shape.hidden_size),
+      normed(NormedRows(rows) * shape.hidden_size),
       q(rows * shape.q_size()),
       k(rows * shape.kv_size()),
       v(rows * shape.kv_size()),
@@ -184,7 +185,7 @@ Head::Head(const void* norm, WeightView weight, int64_t hidden_size, int64_t voc
       vocab_size_(vocab_size),
       eps_(eps),
       logits_(logits),
-      normed_(NormCopies(rows) * rows * hidden_size),
+      normed_(NormedRows(rows) * hidden_size),
       maxima_(rows * NumThreads(), Maximum{0.0f, -1, false}) {}
 
 void Head::Run(Team& team, const Kernels& kernels, const float* hidden) {
