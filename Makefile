@@ -3,17 +3,20 @@
 #
 #   PYTHON=python3.12    the interpreter .venv is made from
 #   MAX_JOBS=8           compilers at a time (all cores, unless told)
+#   FUZZ_STEPS=200000    how far `make fuzz` goes
 
 PYTHON ?= python3
 export MAX_JOBS ?= $(shell nproc)
+FUZZ_STEPS ?= 200000
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := $(shell find csrc -type f)
-CPP := $(filter %.h %.inl %.cpp %.cu %.cuh,$(SOURCES))
+CPP := $(filter %.h %.inl %.cpp %.cu %.cuh,$(SOURCES) $(wildcard tests/cpp/*))
 
 .PHONY: help demo test cuda-check gpu-check lint format docs wheel clean
 .PHONY: help demo test bench lint format docs wheel clean
+.PHONY: help demo test fuzz sanitize lint format docs wheel clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -39,6 +42,12 @@ bench: .venv/bench  ## measure ops, steps, peers and limits; docs/performance.md
 	@set -e; for name in $(BENCHMARKS); do \
 		echo "benchmarks/$$name.py" >&2; $(BIN)/python benchmarks/$$name.py --save >/dev/null; done
 	$(BIN)/python benchmarks/report.py
+fuzz: .venv/built  ## random walks of the page pool and the cache, ten times as long as in `make test`
+	LAYERSKIP_FUZZ_STEPS=$(FUZZ_STEPS) $(BIN)/python -m pytest -s tests/test_page_pool_machine.py tests/test_kv_cache_machine.py
+
+sanitize:  ## the page pool's C++ tests under the address, undefined-behaviour and thread sanitizers
+	$(MAKE) -s -C tests/cpp address
+	$(MAKE) -s -C tests/cpp thread
 
 lint: .venv/lint  ## ruff, mypy and clang-format, changing nothing
 	$(BIN)/ruff check .

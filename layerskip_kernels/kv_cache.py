@@ -77,6 +77,9 @@ class PagedKVCache:
     instead of computing them; the pages of freed sequences are kept for that, until they are needed. The bits are
     the same, the time a prompt takes is not: it tells whether someone else sent its beginning, unless their salts
     differ.
+
+    Threads: the pool's calls are atomic. Sequences of different threads may be moved at the same time; one sequence
+    belongs to one thread at a time.
     """
 
     def __init__(self, model: Model, num_pages: int, page_size: int = 16, prefix_sharing: bool = False) -> None:
@@ -221,8 +224,8 @@ class PagedKVCache:
         try:
             self.pool.append([sequence.id], [stop - start])
             page, offset = self._slots(sequence, start, stop)
-            self.k[:, page, :, :, offset] = swapped.k[:, start:].transpose(0, 1)
-            self.v[:, page, :, offset, :] = swapped.v[:, start:].transpose(0, 1)
+            self.k[:, page, :, :, offset] = swapped.k[:, start:].transpose(0, 1).to(self.k.device)
+            self.v[:, page, :, offset, :] = swapped.v[:, start:].transpose(0, 1).to(self.v.device)
             self.pool.raise_rows([sequence.id], [stop], self.pool.num_layers)
             self.pool.commit([sequence.id], [stop])
         except BaseException:

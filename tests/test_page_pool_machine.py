@@ -14,7 +14,6 @@ from hypothesis.stateful import (
     RuleBasedStateMachine,
     initialize,
     invariant,
-    precondition,
     rule,
     run_state_machine_as_test,
 )
@@ -24,8 +23,6 @@ from test_page_pool import assert_raises_unchanged
 STEPS = int(os.environ.get("LAYERSKIP_FUZZ_STEPS", "20000"))
 STEPS_PER_WALK = 80
 SALTS = [None, b"", b"tenant"]
-# What a move does follows from one number: that is quick, and walks still shrink to few moves.
-RANDOM = st.integers(0, 2**20).map(Random)
 taken = Counter()  # steps of all walks, by name
 
 
@@ -180,7 +177,10 @@ class PoolModel:
 
 class PagePoolMachine(RuleBasedStateMachine):
     """`storage` plays the K/V tensors: a row's mark by its slot, so that a page given to two writers, moved under a
-    row or not copied shows as a row that reads back another mark."""
+    row or not copied shows as a row that reads back another mark.
+
+    One number says which move is made, and how: a rule of Hypothesis for each would take most of the time.
+    """
 
     @initialize(num_pages=st.integers(1, 12), page_size=st.sampled_from([3, 2, 4, 1]), num_layers=st.integers(1, 3))
     def start(self, num_pages, page_size, num_layers):
@@ -194,6 +194,16 @@ class PagePoolMachine(RuleBasedStateMachine):
         size = self.pool.page_size
         for offset in range(size):
             self.storage[target * size + offset] = self.storage.get(source * size + offset)
+
+    @rule(number=st.integers(0, 2**20))
+    def step(self, number):
+        random = Random(number)
+        more = [self.add, self.add_with_a_known_beginning, self.fork] if len(self.texts) < 8 else []
+        fewer = [self.free] if len(self.texts) > 2 else []
+        out = [seq for seq, text in sorted(self.texts.items()) if text.swapped and not text.length]
+        moves = [self.append, self.raise_rows, self.commit, self.publish, self.decode, self.decode, self.truncate]
+        moves += [self.rollback, self.swap_out, *([self.swap_in] if out else [])]
+        random.choice(more + fewer + moves)(random)
 
     @property
     def texts(self):
@@ -235,19 +245,13 @@ class PagePoolMachine(RuleBasedStateMachine):
         taken["add_sequence"] += 1
         self.model.add(self.new(self.pool.add_sequence(tokens, salt)), tokens, salt)
 
-    @precondition(lambda self: len(self.texts) < 8)
-    @rule(random=RANDOM)
     def add(self, random):
         self.add_text(self.new_tokens(random, random.randint(0, 14)), random.choice(SALTS))
 
-    @precondition(lambda self: len(self.texts) < 8)
-    @rule(random=RANDOM)
     def add_with_a_known_beginning(self, random):
         text = random.choice([self.texts[seq] for seq in sorted(self.texts)])
         self.add_text(text.tokens + self.new_tokens(random, random.randint(0, 4)), text.salt)
 
-    @precondition(lambda self: len(self.texts) < 8)
-    @rule(random=RANDOM)
     def fork(self, random):
         taken["fork"] += 1
         partly = [seq for seq, text in sorted(self.texts.items()) if text.committed % self.pool.page_size]
@@ -264,8 +268,6 @@ class PagePoolMachine(RuleBasedStateMachine):
         self.pool.rollback(seq)
         self.model.cut(seq, self.texts[seq].committed)
 
-    @precondition(lambda self: len(self.texts) > 2)
-    @rule(random=RANDOM)
     def free(self, random):
         taken["free_sequence"] += 1
         seq = self.some(random)
@@ -273,7 +275,6 @@ class PagePoolMachine(RuleBasedStateMachine):
         self.model.cut(seq, 0)
         del self.texts[seq]
 
-    @rule(random=RANDOM)
     def append(self, random):
         self.append_to(random, self.batch(random))
 
@@ -299,7 +300,6 @@ class PagePoolMachine(RuleBasedStateMachine):
         marks = self.model.marks(seq)
         self.storage |= zip(self.slots(seq, start, len(marks)), marks[start:], strict=True)
 
-    @rule(random=RANDOM)
     def raise_rows(self, random):
         seqs = self.batch(random)
         texts = [self.texts[seq] for seq in seqs]
@@ -310,7 +310,6 @@ class PagePoolMachine(RuleBasedStateMachine):
         if self.call(None if good else ValueError, self.pool.raise_rows, seqs, stops, depth):
             self.model.raise_rows(seqs, stops, depth)
 
-    @rule(random=RANDOM)
     def commit(self, random):
         seqs = self.batch(random)
         texts = [self.texts[seq] for seq in seqs]
@@ -330,7 +329,6 @@ class PagePoolMachine(RuleBasedStateMachine):
         self.pool.raise_rows(seqs, lengths, self.pool.num_layers)
         self.model.raise_rows(seqs, lengths, self.pool.num_layers)
 
-    @rule(random=RANDOM)
     def publish(self, random):
         seq = self.some(random)
         text, size = self.texts[seq], self.pool.page_size
@@ -341,7 +339,6 @@ class PagePoolMachine(RuleBasedStateMachine):
         if self.call(None if good else ValueError, self.pool.publish, seq, tokens):
             self.model.publish(seq, count)
 
-    @rule(random=RANDOM)
     def decode(self, random):
         """As PagedKVCache does it: some rows through all layers, the accepted ones committed and published."""
         for seq in self.batch(random):
@@ -367,7 +364,6 @@ class PagePoolMachine(RuleBasedStateMachine):
         self.pool.publish(seq, text.tokens[text.published * size : text.committed // size * size])
         self.model.publish(seq, text.committed // size - text.published)
 
-    @rule(random=RANDOM)
     def truncate(self, random):
         seq = self.some(random)
         length = self.texts[seq].length
@@ -375,12 +371,10 @@ class PagePoolMachine(RuleBasedStateMachine):
         if self.call(None if 0 <= new_length <= length else ValueError, self.pool.truncate, seq, new_length):
             self.model.cut(seq, new_length)
 
-    @rule(random=RANDOM)
     def rollback(self, random):
         taken["rollback"] += 1
         self.drop_pending(self.some(random))
 
-    @rule(random=RANDOM)
     def swap_out(self, random):
         """As PagedKVCache does it: the rows are kept elsewhere, the sequence stays, without any."""
         taken["swap_out"] += 1
@@ -393,8 +387,6 @@ class PagePoolMachine(RuleBasedStateMachine):
         self.pool.truncate(seq, 0)
         self.model.cut(seq, 0)
 
-    @precondition(lambda self: any(text.swapped and not text.length for text in self.texts.values()))
-    @rule(random=RANDOM)
     def swap_in(self, random):
         out = [seq for seq, text in sorted(self.texts.items()) if text.swapped and not text.length]
         seq = random.choice(out)
