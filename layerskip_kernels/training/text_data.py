@@ -66,7 +66,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, path: Path) -> None:
 def packed_rows(
     texts: Iterable[str], tokenizer: tokenizers.Tokenizer, end_of_text: int, length: int
 ) -> Iterator[dict[str, list[int]]]:
-    """{"input_ids"} of exactly ``length`` tokens, texts in order, each before an end-of-text token; a rest is dropped."""
+    """{"input_ids"} of exactly ``length`` tokens: the texts in order, an end of text after each; a rest is dropped."""
     row: list[int] = [end_of_text]
     for text in texts:
         row += [*tokenizer.encode(text, add_special_tokens=False).ids, end_of_text]
