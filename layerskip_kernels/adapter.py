@@ -37,12 +37,12 @@ class Adapter:
         entries = read_header(directory / ADAPTER_WEIGHTS)
         pairs = {}
         for name in sorted({entry.rpartition(".lora_")[0] for entry in entries}):
-            both = [entries.pop(f"{name}.lora_{part}.weight", None) for part in "AB"]
-            if None in both or not name.startswith(PREFIX):
+            a, b = (entries.get(f"{name}.lora_{part}.weight") for part in "AB")
+            if a is None or b is None or not name.startswith(PREFIX):
                 raise ValueError(
                     f"{directory / ADAPTER_WEIGHTS} must hold {PREFIX}NAME.lora_A and lora_B, got {name!r}"
                 )
-            pairs[name.removeprefix(PREFIX) + ".weight"] = (both[0], both[1])
+            pairs[name.removeprefix(PREFIX) + ".weight"] = (a, b)
         rank, alpha = config["r"], config["lora_alpha"]
         scale = alpha / rank**0.5 if config.get("use_rslora") else alpha / rank
         return cls(config.get("base_model_name_or_path"), scale, pairs)

@@ -48,7 +48,7 @@ class LoraSettings:
     """Low-rank adapters on the linear layers ``targets``; everything else stays as it was."""
 
     rank: int = 16
-    alpha: float = 32.0
+    alpha: int = 32
     targets: list[str] = field(
         default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     )

@@ -4,6 +4,7 @@ LayerSkip (arXiv 2404.16710), section 4.1: x_{l+1,t} = x_{l,t} + M(p_{l,t}) f_l(
 probability p_{l,t} = S(t) D(l) p_max, per sample; nothing is rescaled. Layers and steps count from 0.
 """
 
+import hashlib
 import math
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -68,7 +69,12 @@ def dropped_samples(dropout: LayerDropout, probabilities: list[float], step: int
     resumed draws what it would have drawn. Micro-batches of one step share their draws.
     """
     group = dropout.group or rows
-    generator = torch.Generator().manual_seed((dropout.seed << 32) + step)
+    generator = torch.Generator().manual_seed(_seed(dropout.seed, step))
     draws = torch.rand(len(probabilities), group, generator=generator, dtype=torch.float64)
     dropped = draws < torch.tensor(probabilities, dtype=torch.float64).unsqueeze(1)
     return dropped.repeat(1, -(-rows // group))[:, :rows]
+
+
+def _seed(seed: int, step: int) -> int:
+    # Hashed, because PyTorch's CPU generator reads 32 bits of its seed: a shifted sum would lose one of the two.
+    return int.from_bytes(hashlib.blake2b(f"{seed} {step}".encode(), digest_size=4).digest(), "big")

@@ -46,8 +46,9 @@ def exit_losses(
         raise ValueError(f"coefficients must be one per exit, got {len(coefficients)} for {len(states)} exits")
     rows = labels.numel()
     divisor = rows if num_items is None else num_items
-    needs_grad = torch.is_grad_enabled() and (head.requires_grad or any(state.requires_grad for state in states))
-    settings = _Settings(coefficients, distillation, rows_per_chunk, needs_grad)
+    grad = torch.is_grad_enabled()
+    state_grad = grad and any(state.requires_grad for state in states)
+    settings = _Settings(coefficients, distillation, rows_per_chunk, state_grad, grad and head.requires_grad)
     total, sums, agreeing = _ExitLosses.apply(settings, head, labels, *states)
     return ExitLosses(total / divisor, sums / max(rows, 1), agreeing / max(rows, 1))
 
@@ -57,7 +58,12 @@ class _Settings:
     coefficients: list[float]
     distillation: float
     rows_per_chunk: int
-    needs_grad: bool
+    state_grad: bool
+    head_grad: bool  # not where the head is frozen, as with adapters
+
+    @property
+    def needs_grad(self) -> bool:
+        return self.state_grad or self.head_grad
 
 
 class _ExitLosses(torch.autograd.Function):
@@ -66,12 +72,10 @@ class _ExitLosses(torch.autograd.Function):
         dtype = _compute_dtype(head)
         weight = head.detach().to(dtype)
         inputs = [state.detach().to(dtype) for state in states]
-        ctx.head_grad = (
-            torch.zeros(head.shape, dtype=torch.float32, device=head.device) if settings.needs_grad else None
-        )
-        ctx.state_grads = [torch.empty_like(state) for state in states] if settings.needs_grad else []
-        sums = torch.zeros(len(states), dtype=torch.float32, device=head.device)
-        agreeing, total = torch.zeros_like(sums), torch.zeros((), dtype=torch.float32, device=head.device)
+        ctx.head_grad = weight.new_zeros(head.shape, dtype=_sum_dtype(dtype)) if settings.head_grad else None
+        ctx.state_grads = [torch.empty_like(state) if settings.state_grad else None for state in states]
+        sums = torch.zeros(len(states), dtype=_sum_dtype(dtype), device=head.device)
+        agreeing, total = torch.zeros_like(sums), sums.new_zeros(())
         for start in range(0, labels.numel(), settings.rows_per_chunk):
             chunk = slice(start, start + settings.rows_per_chunk)
             total += _chunk(ctx, settings, weight, labels[chunk], inputs, chunk, sums, agreeing)
@@ -82,14 +86,20 @@ class _ExitLosses(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Any) -> Any:
         head_dtype, state_dtypes = ctx.dtypes
-        head = (ctx.head_grad * grad).to(head_dtype)
-        states = [(g * grad).to(dtype) for g, dtype in zip(ctx.state_grads, state_dtypes, strict=True)]
+        head = None if ctx.head_grad is None else (ctx.head_grad * grad).to(head_dtype)
+        pairs = zip(ctx.state_grads, state_dtypes, strict=True)
+        states = [None if state is None else (state * grad).to(dtype) for state, dtype in pairs]
         return None, head, None, *states
 
 
 def _compute_dtype(head: Tensor) -> torch.dtype:
     device = head.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else head.dtype
+
+
+def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    """fp32, or fp64 for the gradient checks."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def _chunk(
@@ -108,7 +118,7 @@ def _chunk(
     teacher = best = None
     for exit_index in range(last, -1, -1):
         state, coefficient = inputs[exit_index][chunk], settings.coefficients[exit_index]
-        logits = (state @ weight.T).float()
+        logits = (state @ weight.T).to(_sum_dtype(weight.dtype))
         argmax = logits.argmax(-1)
         best = argmax if best is None else best
         agreeing[exit_index] += (argmax == best).sum()
@@ -137,5 +147,7 @@ def _logit_grad(probs: Tensor, index: Tensor, teacher: Tensor | None, share: flo
 
 def _accumulate(ctx: Any, exit_index: int, chunk: slice, state: Tensor, weight: Tensor, grad: Tensor) -> None:
     grad = grad.to(weight.dtype)
-    ctx.state_grads[exit_index][chunk] = grad @ weight
-    ctx.head_grad += grad.T @ state
+    if ctx.state_grads[exit_index] is not None:
+        ctx.state_grads[exit_index][chunk] = grad @ weight
+    if ctx.head_grad is not None:
+        ctx.head_grad += grad.T @ state

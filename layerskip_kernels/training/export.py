@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict
-from torch import nn
+from peft import get_peft_model_state_dict
 
 from layerskip_kernels.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from layerskip_kernels.config import ModelConfig
@@ -19,7 +18,7 @@ __all__ = ["export_adapter", "export_model"]
 DTYPE_CODES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 
 
-def export_model(model: nn.Module, tokenizer: Path, folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:
+def export_model(model: Any, tokenizer: Path, folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:
     """Write ``model``, a Transformers Llama, with its vocabulary to ``folder``, rounded to ``dtype``."""
     folder.mkdir(parents=True, exist_ok=True)
     fields = {**model.config.to_diff_dict(), "model_type": "llama", "architectures": ["LlamaForCausalLM"]}
@@ -35,8 +34,8 @@ def export_model(model: nn.Module, tokenizer: Path, folder: Path, dtype: torch.d
     shutil.copyfile(tokenizer, folder / "tokenizer.json")
 
 
-def export_adapter(model: PeftModel, base: str | None, folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:
-    """Write the adapters of ``model`` in PEFT's format, rounded to ``dtype``; ``base``: what they were trained on."""
+def export_adapter(model: Any, base: str | None, folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:
+    """Write the adapters of ``model``, a ``PeftModel``, in PEFT's format; ``base``: what they were trained on."""
     folder.mkdir(parents=True, exist_ok=True)
     state = {name: tensor.detach().cpu().to(dtype) for name, tensor in get_peft_model_state_dict(model).items()}
     codes = {name: (DTYPE_CODES[dtype], tuple(tensor.shape)) for name, tensor in state.items()}
@@ -56,14 +55,9 @@ def export_adapter(model: PeftModel, base: str | None, folder: Path, dtype: torc
 
 def _all_sizes(config: Any) -> dict[str, Any]:
     """The sizes, written out even where they are Transformers' defaults."""
-    names = (
-        "vocab_size",
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "head_dim",
-    )
-    names += ("max_position_embeddings", "rms_norm_eps", "tie_word_embeddings", "bos_token_id", "eos_token_id")
+    names = [
+        *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+        *("num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings"),
+        *("bos_token_id", "eos_token_id"),
+    ]
     return {name: getattr(config, name) for name in names}

@@ -15,7 +15,6 @@ import hashlib
 import json
 import random
 import re
-import sys
 import sysconfig
 import textwrap
 import warnings
@@ -202,4 +201,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,7 @@ ARGUMENTS: dict[str, Any] = {
     "report_to": "none",
     "remove_unused_columns": False,
     "dataloader_pin_memory": False,
-    "disable_tqdm": None,
+    "disable_tqdm": not sys.stderr.isatty(),
     "seed": 0,
 }
 
@@ -126,7 +127,10 @@ def _model(config: TrainingConfig, tokenizer: tokenizers.Tokenizer) -> LayerSkip
 
 def _end_of_text(model: LayerSkipLlama) -> int:
     end = model.config.eos_token_id
-    return end[0] if isinstance(end, list) else end
+    end = end[0] if isinstance(end, list) else end
+    if end is None:
+        raise ValueError("model.source must name an end of text (eos_token_id in its config.json): texts end with it")
+    return end
 
 
 def _with_adapters(model: LayerSkipLlama, lora: LoraSettings) -> nn.Module:

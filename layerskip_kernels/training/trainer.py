@@ -41,9 +41,14 @@ class LayerSkipTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.layer_dropout = layer_dropout
         self.early_exit = early_exit
-        self.num_layers: int = self.model.config.num_hidden_layers
+        self.num_layers = int(self._model.config.num_hidden_layers)
         self.eval_exits = tuple(sorted({*eval_exits, self.num_layers}))
         self._exit_sums: dict[int, list[float]] = {}
+
+    @property
+    def _model(self) -> Any:
+        assert self.model is not None  # Trainer's own attribute may be None before it is made
+        return self.model
 
     def plan(self, step: int, rows: int) -> ExitPlan:
         """What the forward pass of ``rows`` samples does at ``step``."""
@@ -91,7 +96,7 @@ class LayerSkipTrainer(Trainer):
         where the text so far is that of the data.
         """
         self._memory_tracker.start()
-        model = self._wrap_model(self.model, training=False)
+        model = self._wrap_model(self._model, training=False)
         model.eval()
         plan = ExitPlan({exit_layer - 1: 1.0 for exit_layer in self.eval_exits})
         sums = torch.zeros(2, len(self.eval_exits), dtype=torch.float64, device=self.args.device)
@@ -118,13 +123,18 @@ class MarkComplete(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.is_world_process_zero:
-            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / COMPLETE).touch()
+            (_output(args) / f"checkpoint-{state.global_step}" / COMPLETE).touch()
 
 
 def last_checkpoint(output_dir: Path) -> Path | None:
     """The newest checkpoint that is complete."""
     found = [path.parent for path in output_dir.glob(f"checkpoint-*/{COMPLETE}")]
     return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+def _output(args: TrainingArguments) -> Path:
+    assert args.output_dir is not None  # Transformers sets it when the caller does not
+    return Path(args.output_dir)
 
 
 class SaveOnSignal(TrainerCallback):
@@ -169,5 +179,5 @@ class MetricsFile(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         if state.is_world_process_zero and logs:
-            with (Path(args.output_dir) / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            with (_output(args) / "metrics.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
