@@ -61,7 +61,7 @@ $(BIN)/pip:
 	touch $@
 
 .venv/built: .venv/ready $(SOURCES)
-	$(call building,$(PIP) install -c constraints.txt --no-build-isolation -e ".[test]")
+	$(call building,$(PIP) install -c constraints.txt --no-build-isolation -e ".[test,train]")
 	touch $@
 
 .venv/lint: .venv/ready | .venv/built
