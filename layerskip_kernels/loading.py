@@ -122,7 +122,7 @@ def locate(source: str | os.PathLike[str] | None) -> tuple[Path, str]:
         return _download(source), source
     names = ", ".join([DEFAULT_MODEL, *shipped_checkpoints()])
     raise FileNotFoundError(
-        f"source {str(source)!r} is no directory, no .gguf file, no hub id (owner/name) and none of {names}"
+        f"source {str(source)!r} is no directory, no .gguf file and no hub id (owner/name), nor one of {names}"
     )
 
 
@@ -173,13 +173,19 @@ def _read_directory(directory: Path, name: str, dtype: torch.dtype | None) -> Ch
 def _read_adapted(directory: Path, name: str, dtype: torch.dtype | None) -> Checkpoint:
     """The checkpoint that the adapters were trained on, with them added, in ``dtype`` (None: the checkpoint's own)."""
     adapter = Adapter.read(directory)
-    own_dtype = read_checkpoint(adapter.base).dtype if dtype is None else dtype
-    base = read_checkpoint(adapter.base, torch.float32)  # added before they are rounded, once
-    tensors = {key: adapter.applied(key, tensor).to(own_dtype) for key, tensor in base.tensors.items()}
+    base_directory, _ = locate(adapter.base)
+    if (base_directory / ADAPTER_CONFIG).is_file():
+        raise ValueError(f"{directory} adapts {adapter.base}, which is adapters itself; merge one of them first")
+    if dtype is None:
+        dtype = _own_dtype(_read_json(base_directory / "config.json"), _read_entries(base_directory))
+    base = _read_directory(base_directory, name, torch.float32)  # added before they are rounded, once
+    if unknown := sorted(adapter.pairs.keys() - base.tensors.keys()):
+        raise ValueError(f"{directory} adapts {unknown[0]!r}, which its base model {adapter.base} does not have")
+    tensors = {key: adapter.applied(key, tensor).to(dtype) for key, tensor in base.tensors.items()}
     for key, tensor in tensors.items():
         check_finite(f"tensor {key!r} with the adapters of {directory}", tensor, tensor)
     tokenizer = Tokenizer.from_directory(directory) or base.tokenizer
-    return replace(base, tensors=tensors, tokenizer=tokenizer, name=name, dtype=own_dtype)
+    return replace(base, tensors=tensors, tokenizer=tokenizer, dtype=dtype)
 
 
 def _with_stop_tokens(config: ModelConfig, path: Path) -> ModelConfig:
