@@ -16,6 +16,7 @@ def add_commands(commands: Any) -> None:
     """Add the commands to the subparsers of `cli`."""
     train = _command(commands, "train", _train, "train a model for early exit, or go on with a training")
     train.add_argument("config", metavar="CONFIG.yaml", help="what to train on what (see docs/training.md)")
+    train.add_argument("--export", metavar="DIR", help="train nothing: write the newest checkpoint's model to DIR")
     train.add_argument("--threads", type=_positive, metavar="N", help="default: the physical cores usable here")
 
 
@@ -27,10 +28,15 @@ def _train(args: argparse.Namespace) -> int:
 
     from layerskip_kernels.machine import usable_cores
     from layerskip_kernels.training.config import read_config
-    from layerskip_kernels.training.run import train
+    from layerskip_kernels.training.run import export_checkpoint, train
 
     torch.set_num_threads(args.threads or usable_cores())
-    folder = train(read_config(Path(args.config)))
+    config = read_config(Path(args.config))
+    if args.export:
+        checkpoint = export_checkpoint(config, Path(args.export))
+        print(f"{checkpoint} written to {args.export}")
+        return 0
+    folder = train(config)
     if folder is None:
         print(f"saved; go on with: layerskip train {args.config}")
         return 143

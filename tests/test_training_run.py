@@ -225,6 +225,10 @@ def test_the_command_trains_and_says_what_is_wrong(
     path = write_config(tmp_path, training={"max_steps": 2})
     assert cli.main(["train", str(path)]) == 0
     assert f"layerskip generate --model {tmp_path / 'run/toy'}" in capsys.readouterr().out
+    assert cli.main(["train", str(path), "--export", str(tmp_path / "copy")]) == 0
+    assert "checkpoint-2 written to" in capsys.readouterr().out
+    copy, trained = (tmp_path / name / "model.safetensors" for name in ("copy", "run/toy"))
+    assert copy.read_bytes() == trained.read_bytes()
     for change, message in (
         ({"early_exit": {"rotations": 3}}, "early_exit has no field 'rotations'"),
         ({"layer_dropout": {"p_max": 1.5}}, "layer_dropout.p_max must be in"),

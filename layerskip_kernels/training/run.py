@@ -36,7 +36,7 @@ from layerskip_kernels.training.trainer import (
     last_checkpoint,
 )
 
-__all__ = ["build_trainer", "export", "train"]
+__all__ = ["build_trainer", "export", "export_checkpoint", "train"]
 
 TOKENIZER_TEXTS = 20_000  # a vocabulary is learnt from at most so many
 
@@ -68,6 +68,17 @@ def train(config: TrainingConfig) -> Path | None:
     if trainer.is_world_process_zero():
         export(trainer.accelerator.unwrap_model(trainer.model), config, folder)
     return folder
+
+
+def export_checkpoint(config: TrainingConfig, folder: Path) -> Path:
+    """Write the newest checkpoint's model to ``folder`` as ``load_model`` reads it; returns the checkpoint's folder."""
+    checkpoint = last_checkpoint(Path(config.output_dir))
+    if checkpoint is None:
+        raise FileNotFoundError(f"{config.output_dir} holds no complete checkpoint yet; save_steps says when it will")
+    trainer = build_trainer(config)
+    trainer._load_from_checkpoint(str(checkpoint))
+    export(trainer.accelerator.unwrap_model(trainer.model), config, folder)
+    return checkpoint
 
 
 def build_trainer(config: TrainingConfig) -> LayerSkipTrainer:
