@@ -17,6 +17,7 @@ from conftest import threads
 from safetensors.torch import load_file
 
 from layerskip_kernels import GenerationConfig, cli, generate, load_model
+from layerskip_kernels.training.card import acceptance, write_card
 from layerskip_kernels.training.config import read_config
 from layerskip_kernels.training.export import export_adapter
 from layerskip_kernels.training.run import build_trainer, train
@@ -65,7 +66,7 @@ def write_config(folder: Path, **changes: Any) -> Path:
     return path
 
 
-def acceptance(model: Any) -> float:
+def drafts_accepted(model: Any) -> float:
     rng = random.Random(1)
     prompts = [sentence(rng)[:20] for _ in range(4)]
     config = GenerationConfig(exit_layer=1, num_speculations=4, max_new_tokens=40, eos_token_ids=())
@@ -83,7 +84,7 @@ def test_the_recipe_makes_drafts_acceptable(tmp_path: Path) -> None:
         trainer = build_trainer(config)
         trainer.model.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
         losses[name] = trainer.evaluate()["eval_loss"]
-        rates[name] = acceptance(load_model(folder))
+        rates[name] = drafts_accepted(load_model(folder))
     assert rates["with"] > 0.9
     assert rates["without"] < rates["with"] - 0.3
     assert max(losses.values()) < 1.0  # of ln 26 = 3.26: both have learnt the language
@@ -147,7 +148,28 @@ def assert_equal(ours: Any, theirs: Any, where: str) -> None:
 
 def logged(output_dir: str) -> list[dict[str, float]]:
     lines = [json.loads(line) for line in (Path(output_dir) / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if "epoch" not in k} for line in lines if "loss" in line]
+    return [{k: v for k, v in line.items() if k not in ("epoch", "time")} for line in lines if "loss" in line]
+
+
+def test_a_grown_model_starts_as_the_one_it_grew_from(tmp_path: Path) -> None:
+    (tmp_path / "small").mkdir()
+    path = write_config(tmp_path / "small", training={"max_steps": 3})
+    small = train(read_config(path))
+    model = yaml.safe_load(path.read_text())["model"]
+    grown = {**model, "sizes": {**model["sizes"], "num_hidden_layers": 8}, "grown_from": str(small)}
+    trainer = build_trainer(read_config(write_config(tmp_path, model=grown, eval_exits=[6])))
+    metrics = trainer.evaluate()
+    assert metrics["eval_loss_exit_8"] == metrics["eval_loss_exit_6"]
+    assert metrics["eval_agreement_exit_6"] == 1.0
+    exported = load_file(small / "model.safetensors")
+    ours = trainer.model.state_dict()
+    assert all(torch.equal(ours[name].bfloat16(), tensor) for name, tensor in exported.items())
+    ours["model.layers.7.mlp.down_proj.weight"].fill_(0.1)
+    assert trainer.evaluate()["eval_loss_exit_8"] != metrics["eval_loss_exit_8"]
+
+    wider = {**grown, "sizes": {**grown["sizes"], "hidden_size": 48}}
+    with pytest.raises(ValueError, match=r"model.grown_from: model.embed_tokens.weight is \[\d+, 32\] there"):
+        build_trainer(read_config(write_config(tmp_path, model=wider)))
 
 
 def test_evaluation_drops_nothing(tmp_path: Path) -> None:
@@ -217,6 +239,26 @@ def next_logits(source: Path, tokens: list[int]) -> torch.Tensor:
     logits = generate(load_model(source, torch.float32), [tokens], config)[0].logits
     assert logits is not None
     return logits[0]
+
+
+def test_a_card_tells_what_was_measured(tmp_path: Path) -> None:
+    path = write_config(
+        tmp_path, training={"max_steps": 4, "logging_steps": 1, "eval_strategy": "steps", "eval_steps": 2}
+    )
+    folder = train(read_config(path))
+    assert folder is not None
+    sources = {"circles": {"version": "1.10", "licence": "MIT", "characters": 2_000_000}}
+    (tmp_path / "sources.json").write_text(json.dumps(sources))
+    text = write_card(folder, [path], tmp_path / "sources.json", ["a b c", "f g h"])
+    assert (folder / "README.md").read_text() == text
+    model = load_model(folder)
+    figures = acceptance(model, ["a b c", "f g h"], 1, 4)
+    assert f"| 1 of 6 | 4 | {figures['acceptance_rate']:.1%} | {figures['tokens_per_cycle']:.2f} |" in text
+    parameters = sum(tensor.numel() for tensor in load_file(folder / "model.safetensors").values())
+    assert f"A Llama of {parameters / 1e6:.1f} million parameters" in text
+    last = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[-2])
+    assert f"| 6 | {last['eval_loss_exit_6']:.3f} | 100.0% |" in text
+    assert "toy: 4 steps of 8 rows" in text and "- **MIT**: circles 1.10" in text
 
 
 def test_the_command_trains_and_says_what_is_wrong(

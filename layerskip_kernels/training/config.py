@@ -32,15 +32,20 @@ class DataConfig:
 @dataclass(frozen=True, slots=True)
 class ModelSource:
     """Either ``source``, what ``load_model`` takes (``default``: its default model), or ``sizes``, the fields of a
-    ``LlamaConfig`` for a model from scratch. ``vocab_size``: of the vocabulary that is learnt with it."""
+    ``LlamaConfig`` for a model from scratch. ``vocab_size``: of the vocabulary that is learnt with it. ``grown_from``:
+    the folder of a trained model of the same width and fewer layers, whose vocabulary and layers it starts with; the
+    layers on top add nothing at first, so the exit below them is the whole model."""
 
     source: str | None = None
     sizes: dict[str, Any] | None = None
     vocab_size: int = 4096
+    grown_from: str | None = None
 
     def __post_init__(self) -> None:
         if (self.source is None) == (self.sizes is None):
             raise ValueError("model must have either source (a model to train on) or sizes (one from scratch)")
+        if self.grown_from is not None and self.sizes is None:
+            raise ValueError("model.grown_from needs model.sizes: those of the larger model")
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,4 +125,6 @@ def _with_paths(config: TrainingConfig, folder: Path) -> TrainingConfig:
         train=[absolute(path) for path in config.data.train],
         validation=[absolute(path) for path in config.data.validation],
     )
-    return replace(config, data=data, output_dir=absolute(config.output_dir))
+    grown_from = config.model.grown_from and absolute(config.model.grown_from)
+    model = replace(config.model, grown_from=grown_from)
+    return replace(config, data=data, model=model, output_dir=absolute(config.output_dir))

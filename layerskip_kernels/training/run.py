@@ -15,7 +15,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import LlamaConfig, TrainingArguments, set_seed
 
-from layerskip_kernels.loading import locate
+from layerskip_kernels.loading import locate, read_checkpoint
 from layerskip_kernels.training.config import LoraSettings, TrainingConfig
 from layerskip_kernels.training.export import export_adapter, export_model
 from layerskip_kernels.training.model import LayerSkipLlama
@@ -117,8 +117,9 @@ def export(model: nn.Module, config: TrainingConfig, folder: Path) -> None:
 def _tokenizer(config: TrainingConfig, path: Path) -> tokenizers.Tokenizer:
     """The vocabulary in the output folder: the model's own, or one learnt from the texts."""
     if not path.is_file():
-        if config.model.source is not None:
-            shutil.copyfile(locate(config.model.source)[0] / "tokenizer.json", path)
+        trained = config.model.source or config.model.grown_from
+        if trained is not None:
+            shutil.copyfile(locate(trained)[0] / "tokenizer.json", path)
         else:
             texts = ("".join(record.values()) for record in read_texts(map(Path, config.data.train)))
             train_tokenizer(islice(texts, TOKENIZER_TEXTS), config.model.vocab_size, path)
@@ -130,10 +131,26 @@ def _model(config: TrainingConfig, tokenizer: tokenizers.Tokenizer) -> LayerSkip
         directory, _ = locate(config.model.source)
         return LayerSkipLlama.from_pretrained(directory, dtype=torch.float32, use_safetensors=True)
     end_of_text = tokenizer.token_to_id(END_OF_TEXT)
-    fields = {"tie_word_embeddings": True, "bos_token_id": end_of_text, "eos_token_id": end_of_text}
-    return LayerSkipLlama(
-        LlamaConfig(**{**fields, **(config.model.sizes or {}), "vocab_size": tokenizer.get_vocab_size()})
-    )
+    fields: dict[str, Any] = {"tie_word_embeddings": True, "bos_token_id": end_of_text, "eos_token_id": end_of_text}
+    fields |= {**(config.model.sizes or {}), "vocab_size": tokenizer.get_vocab_size()}
+    model = LayerSkipLlama(LlamaConfig(**fields))
+    if config.model.grown_from is not None:
+        _grow(model, Path(config.model.grown_from))
+    return model
+
+
+def _grow(model: LayerSkipLlama, folder: Path) -> None:
+    """Start with a shallower model's weights; the layers that it lacks add nothing to the residual until trained."""
+    weights = read_checkpoint(folder, torch.float32)
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    for name, tensor in weights.tensors.items():
+        if shapes.get(name) != tuple(tensor.shape):
+            raise ValueError(f"model.grown_from: {name} is {list(tensor.shape)} there, {shapes.get(name)} here")
+    model.load_state_dict(weights.tensors, strict=False)
+    with torch.no_grad():
+        for layer in model.model.layers[weights.config.num_layers :]:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
 
 
 def _end_of_text(model: LayerSkipLlama) -> int:
