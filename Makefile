@@ -87,7 +87,7 @@ $(BIN)/pip:
 	touch $@
 
 .venv/built: .venv/ready $(SOURCES)
-	$(call building,$(PIP) install -c constraints.txt --no-build-isolation -e ".[test]")
+	$(call building,$(PIP) install -c constraints.txt --no-build-isolation -e ".[test,train]")
 	touch $@
 
 .venv/bench: .venv/built

@@ -1,4 +1,4 @@
-"""The ``layerskip`` command: generate, verify, demo, bench, roofline, draft-vocab, doctor."""
+"""The ``layerskip`` command: generate, verify, demo, bench, roofline, draft-vocab, doctor; cli_training.py: train."""
 
 from __future__ import annotations
 
@@ -410,6 +410,10 @@ def _parser() -> argparse.ArgumentParser:
     for command in (generate, verify, demo):
         _add_generation_options(command)
 
+    from layerskip_kernels import cli_training
+
+    cli_training.add_commands(commands)
+
     doctor = _command(commands, "doctor", _doctor, "what a bug report needs: versions, machine, backends")
     doctor.add_argument("--json", action="store_true", help="print one JSON object instead")
     return parser
@@ -431,7 +435,7 @@ def _add_prompt_options(parser: argparse.ArgumentParser, default: str) -> None:
 
 def _add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--model", metavar="M", help="a directory, a .gguf file or a hub id (default: SmolLM2-135M-Instruct)"
+        "--model", metavar="M", help="a directory, a .gguf file, a name or a hub id (default: SmolLM2-135M-Instruct)"
     )
     parser.add_argument("--dtype", choices=[*DTYPES, *DTYPES.values()], help="default: the checkpoint's own")
     parser.add_argument("--backend", choices=BACKENDS, default="cpu", help="default: cpu")

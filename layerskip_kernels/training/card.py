@@ -1,0 +1,140 @@
+"""The card of a trained checkpoint: README.md beside its weights, every figure measured or read from the logs.
+
+    python -m layerskip_kernels.training.card MODEL CONFIG.yaml [CONFIG.yaml ...] [--sources corpus/sources.json]
+
+MODEL: the folder to describe. CONFIG: the trainings it went through, in order, the last its own.
+"""
+
+import argparse
+import json
+import statistics
+from collections import defaultdict
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from layerskip_kernels import GenerationConfig, Model, generate, load_model
+from layerskip_kernels.datasets import human_eval_prompts
+from layerskip_kernels.machine import usable_cores
+from layerskip_kernels.training.config import TrainingConfig, read_config
+
+__all__ = ["acceptance", "write_card"]
+
+NUM_PROMPTS, NEW_TOKENS, DRAFTS = 40, 64, (4, 6)
+PAUSE_SECONDS = 900  # a longer gap in the log is a training that was away
+
+
+def write_card(folder: Path, config_paths: list[Path], sources: Path | None, prompts: list[str]) -> str:
+    """Measure the model of ``folder`` on the prompts and write its README.md; returns the text."""
+    model = load_model(folder)
+    configs = [read_config(path) for path in config_paths]
+    parts = [
+        f"# {configs[-1].name}\n\n{_summary(model)}",
+        "## Drafts\n\n" + _drafts(model, configs[-1].eval_exits, prompts),
+        "## Training\n\n" + "\n\n".join(map(_training, configs, config_paths)),
+    ]
+    if sources is not None:
+        parts.append("## Data\n\n" + _data(json.loads(sources.read_text(encoding="utf-8"))))
+    text = "\n\n".join([*parts, "## Licence\n\nApache-2.0. The texts it learnt from keep their own licences."]) + "\n"
+    (folder / "README.md").write_text(text, encoding="utf-8")
+    return text
+
+
+def acceptance(model: Model, prompts: list[str], exit_layer: int, drafts: int) -> dict[str, float]:
+    """Over all prompts, greedy: accepted / drafted tokens, and tokens per verification."""
+    config = GenerationConfig(exit_layer=exit_layer, num_speculations=drafts, max_new_tokens=NEW_TOKENS)
+    found = [generate(model, [prompt], config)[0] for prompt in prompts]
+    cycles, tokens = sum(g.cycles for g in found), sum(len(g.token_ids) - 1 for g in found)
+    drafted = sum(g.drafted for g in found)
+    return {
+        "acceptance_rate": sum(g.accepted for g in found) / max(drafted, 1),
+        "tokens_per_cycle": tokens / max(cycles, 1),
+    }
+
+
+def _summary(model: Model) -> str:
+    c = model.config
+    parameters = c.vocab_size * c.hidden_size * (1 if c.tie_word_embeddings else 2)
+    per_layer = 2 * c.hidden_size * c.head_dim * (c.num_heads + c.num_kv_heads)
+    per_layer += 3 * c.hidden_size * c.intermediate_size + 2 * c.hidden_size
+    parameters += c.num_layers * per_layer + c.hidden_size
+    return (
+        f"A Llama of {parameters / 1e6:.1f} million parameters: {c.num_layers} layers, hidden size {c.hidden_size}, "
+        f"vocabulary {c.vocab_size}, stored in {str(model.dtype).removeprefix('torch.')}. It was trained for early "
+        "exit: its first layers draft what the whole model then verifies."
+    )
+
+
+def _drafts(model: Model, exits: list[int], prompts: list[str]) -> str:
+    rows = ["| exit layer | drafts | acceptance | tokens per verification |", "|---|---|---|---|"]
+    for exit_layer in tqdm(exits, desc="exits", disable=len(prompts) < 2):
+        for drafts in DRAFTS:
+            figures = acceptance(model, prompts, exit_layer, drafts)
+            rate, tokens = figures["acceptance_rate"], figures["tokens_per_cycle"]
+            rows.append(f"| {exit_layer} of {model.config.num_layers} | {drafts} | {rate:.1%} | {tokens:.2f} |")
+    plain = GenerationConfig("autoregressive", max_new_tokens=NEW_TOKENS)
+    distinct = [len(set(g.token_ids)) for g in generate(model, list(prompts), plain)]
+    lead = f"Greedy, {len(prompts)} HumanEval prompts, at most {NEW_TOKENS} tokens each, in this package.\n\n"
+    middle = statistics.median(distinct)
+    tail = f"\n\nDistinct tokens among those after a prompt, median: {middle:.0f} (repetition is easy to draft)."
+    return lead + "\n".join(rows) + tail
+
+
+def _training(config: TrainingConfig, path: Path) -> str:
+    entries = [json.loads(line) for line in (Path(config.output_dir) / "metrics.jsonl").read_text().splitlines()]
+    steps = max(entry["step"] for entry in entries)
+    rows = config.training.get("per_device_train_batch_size", 8) * config.training.get("gradient_accumulation_steps", 1)
+    lines = [f"{config.name}: {steps} steps of {rows} rows of at most {config.data.sequence_length} tokens"]
+    lines[0] += f", {_hours(entries):.1f} hours of wall time on {usable_cores()} cores that did other work as well."
+    evaluated = [entry for entry in entries if "eval_loss" in entry]
+    if evaluated:
+        lines.append(f"\nValidation text after step {evaluated[-1]['step']}:\n\n{_exits(evaluated[-1])}")
+    lines.append(f"\n```yaml\n{path.read_text(encoding='utf-8').strip()}\n```")
+    return "\n".join(lines)
+
+
+def _hours(entries: list[dict[str, Any]]) -> float:
+    times = [entry["time"] for entry in entries if "time" in entry]
+    gaps = [after - before for before, after in pairwise(times)]
+    return sum(gap for gap in gaps if gap < PAUSE_SECONDS) / 3600
+
+
+def _exits(entry: dict[str, float]) -> str:
+    rows = ["| exit layer | cross-entropy, nats per token | says what the whole model says |", "|---|---|---|"]
+    prefix = "eval_loss_exit_"
+    for exit_layer in sorted(int(key.removeprefix(prefix)) for key in entry if key.startswith(prefix)):
+        loss, agreement = entry[f"{prefix}{exit_layer}"], entry[f"eval_agreement_exit_{exit_layer}"]
+        rows.append(f"| {exit_layer} | {loss:.3f} | {agreement:.1%} |")
+    return "\n".join(rows)
+
+
+def _data(sources: dict[str, dict[str, Any]]) -> str:
+    """Distributions by licence, the largest first."""
+    by_licence: dict[str, list[str]] = defaultdict(list)
+    for name, fields in sorted(sources.items(), key=lambda item: -item[1]["characters"]):
+        by_licence[fields["licence"]].append(f"{name} {fields['version']}")
+    total = sum(fields["characters"] for fields in sources.values())
+    lead = (
+        f"{total / 1e6:.0f} million characters of Python from {len(sources)} distributions, as "
+        "`python -m layerskip_kernels.training.python_corpus` takes them: whole files and single functions with "
+        "docstrings, no text twice, none with a line of a HumanEval problem. By the licence in their metadata:\n\n"
+    )
+    return lead + "\n".join(f"- **{licence}**: {', '.join(names)}" for licence, names in by_licence.items())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Measure a trained checkpoint and write its card.")
+    parser.add_argument("model", type=Path)
+    parser.add_argument("configs", type=Path, nargs="+", metavar="CONFIG.yaml")
+    parser.add_argument("--sources", type=Path, help="the sources.json of its corpus")
+    args = parser.parse_args()
+    torch.set_num_threads(usable_cores())
+    prompts = [prompt for _, prompt in human_eval_prompts(NUM_PROMPTS)]
+    print(write_card(args.model, args.configs, args.sources, prompts))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,130 @@
+"""A training as a YAML file says it: checked once, here, with the name of the field in every complaint."""
+
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from layerskip_kernels.training.dropout import LayerDropout
+from layerskip_kernels.training.early_exit import EarlyExitLoss
+
+__all__ = ["DataConfig", "LoraSettings", "ModelSource", "TrainingConfig", "read_config"]
+
+
+@dataclass(frozen=True, slots=True)
+class DataConfig:
+    """``train``, ``validation``: files, as ``text_data`` reads them. ``sequence_length``: tokens a row, at most.
+    ``validation_rows``: how many rows an evaluation looks at (the first ones)."""
+
+    train: list[str]
+    validation: list[str] = field(default_factory=list)
+    sequence_length: int = 512
+    validation_rows: int = 256
+
+    def __post_init__(self) -> None:
+        if not self.train:
+            raise ValueError("data.train must name at least one file")
+        if self.sequence_length < 2:
+            raise ValueError(f"data.sequence_length must be at least 2, got {self.sequence_length}")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSource:
+    """Either ``source``, what ``load_model`` takes (``default``: its default model), or ``sizes``, the fields of a
+    ``LlamaConfig`` for a model from scratch. ``vocab_size``: of the vocabulary that is learnt with it. ``grown_from``:
+    the folder of a trained model of the same width and fewer layers, whose vocabulary and layers it starts with; the
+    layers on top add nothing at first, so the exit below them is the whole model."""
+
+    source: str | None = None
+    sizes: dict[str, Any] | None = None
+    vocab_size: int = 4096
+    grown_from: str | None = None
+
+    def __post_init__(self) -> None:
+        if (self.source is None) == (self.sizes is None):
+            raise ValueError("model must have either source (a model to train on) or sizes (one from scratch)")
+        if self.grown_from is not None and self.sizes is None:
+            raise ValueError("model.grown_from needs model.sizes: those of the larger model")
+
+
+@dataclass(frozen=True, slots=True)
+class LoraSettings:
+    """Low-rank adapters on the linear layers ``targets``; everything else stays as it was."""
+
+    rank: int = 16
+    alpha: int = 32
+    targets: list[str] = field(
+        default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingConfig:
+    """``training``: fields of Transformers' ``TrainingArguments``. ``eval_exits``: exit layers to evaluate. ``name``:
+    of the trained model. Paths in the file are relative to it."""
+
+    output_dir: str
+    model: ModelSource
+    data: DataConfig
+    name: str = "model"
+    layer_dropout: LayerDropout | None = None
+    early_exit: EarlyExitLoss | None = None
+    lora: LoraSettings | None = None
+    eval_exits: list[int] = field(default_factory=list)
+    training: dict[str, Any] = field(default_factory=dict)
+
+
+SECTIONS = {
+    "model": ModelSource,
+    "data": DataConfig,
+    "layer_dropout": LayerDropout,
+    "early_exit": EarlyExitLoss,
+    "lora": LoraSettings,
+}
+
+
+def read_config(path: Path) -> TrainingConfig:
+    """Read a YAML file. Raises ValueError naming the field for one that is unknown, missing or out of range."""
+    try:
+        contents = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no valid YAML: {error}") from error
+    given = dict(_checked(contents, TrainingConfig, str(path)))
+    for name, kind in SECTIONS.items():
+        if given.get(name) is not None:
+            given[name] = _built(kind, given[name], name)
+    config = _built(TrainingConfig, given, str(path))
+    return _with_paths(config, path.resolve().parent)
+
+
+def _checked(contents: Any, kind: type, where: str) -> dict[str, Any]:
+    known = [entry.name for entry in fields(kind)]
+    if not isinstance(contents, dict):
+        raise ValueError(f"{where} must be a mapping with some of {', '.join(known)}, got {contents!r}")
+    if unknown := contents.keys() - set(known):
+        raise ValueError(f"{where} has no field {sorted(map(str, unknown))[0]!r}; it has {', '.join(known)}")
+    return contents
+
+
+def _built(kind: type, contents: Any, where: str) -> Any:
+    try:
+        return kind(**_checked(contents, kind, where))
+    except TypeError as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+def _with_paths(config: TrainingConfig, folder: Path) -> TrainingConfig:
+    """The same with paths that are absolute."""
+
+    def absolute(path: str) -> str:
+        return str(folder / Path(path).expanduser())
+
+    data = replace(
+        config.data,
+        train=[absolute(path) for path in config.data.train],
+        validation=[absolute(path) for path in config.data.validation],
+    )
+    grown_from = config.model.grown_from and absolute(config.model.grown_from)
+    model = replace(config.model, grown_from=grown_from)
+    return replace(config, data=data, model=model, output_dir=absolute(config.output_dir))

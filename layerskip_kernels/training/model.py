@@ -1,0 +1,120 @@
+"""A Llama that can be trained for early exit: Transformers' own, with a training forward that drops and exits."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LlamaForCausalLM
+from transformers.masking_utils import create_causal_mask
+from transformers.utils import ModelOutput
+
+from layerskip_kernels.training.exit_loss import exit_losses
+
+__all__ = ["EarlyExitOutput", "ExitPlan", "LayerSkipLlama"]
+
+IGNORED = -100  # the label of a position that no loss counts
+
+
+@dataclass
+class ExitPlan:
+    """What one forward pass does.
+
+    ``weights``: layer -> e~(t, l), the last layer among them. ``dropped``: bool [L, B], the samples that skip each
+    layer (None: none). ``residual_scale``: what each layer's contribution is multiplied by (None: 1).
+    """
+
+    weights: dict[int, float]
+    distillation: float = 0.0
+    dropped: Tensor | None = None
+    residual_scale: list[float] | None = None
+    rows_per_chunk: int = 1024
+
+
+@dataclass
+class EarlyExitOutput(ModelOutput):
+    """``loss``: 0-d, what is trained. ``exit_cross_entropy``, ``exit_agreement``: fp32 [exits], in the order of the
+    plan's layers. ``num_rows``: 0-d, the positions they are means over."""
+
+    loss: Tensor | None = None
+    exit_cross_entropy: Tensor | None = None
+    exit_agreement: Tensor | None = None
+    num_rows: Tensor | None = None
+
+
+class LayerSkipLlama(LlamaForCausalLM):
+    """``LlamaForCausalLM``, except where ``forward`` is given an ``exit_plan`` beside ``labels``."""
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        exit_plan: ExitPlan | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Transformers' own output, or with ``exit_plan`` an ``EarlyExitOutput`` for tokens int64 [B, T].
+
+        ``labels``: int64 [B, T], a position's own token, -100 where it is not to be learnt. ``num_items_in_batch``:
+        how many labels the whole step has, over micro-batches and ranks (None: those of this call).
+        """
+        if exit_plan is None or labels is None or input_ids is None:
+            return super().forward(input_ids=input_ids, attention_mask=attention_mask, labels=labels, **kwargs)
+        layers = sorted(exit_plan.weights)
+        targets = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
+        learnt = targets != IGNORED
+        hidden = self._states(input_ids, attention_mask, exit_plan, learnt)
+        losses = exit_losses(
+            [self.model.norm(state) for state in hidden],
+            self.lm_head.weight,
+            targets[learnt],
+            [exit_plan.weights[layer] for layer in layers],
+            exit_plan.distillation,
+            num_items_in_batch,
+            exit_plan.rows_per_chunk,
+        )
+        return EarlyExitOutput(losses.total, losses.cross_entropy, losses.agreement, learnt.sum())
+
+    def _states(self, ids: Tensor, attention_mask: Tensor | None, plan: ExitPlan, learnt: Tensor) -> list[Tensor]:
+        """What the plan's layers put out at the positions that are learnt, [rows, D] each."""
+        x = self.model.embed_tokens(ids)
+        position_ids = torch.arange(ids.shape[1], device=ids.device).unsqueeze(0)
+        mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=x,
+            attention_mask=attention_mask,
+            past_key_values=None,
+            position_ids=position_ids,
+        )
+        rotary = self.model.rotary_emb(x, position_ids=position_ids)
+        states = []
+        for index in range(len(self.model.layers)):
+            x = self._run_layer(index, x, mask, rotary, plan)
+            if index in plan.weights:
+                states.append(x[learnt])
+        return states
+
+    def _run_layer(self, index: int, x: Tensor, mask: Any, rotary: Any, plan: ExitPlan) -> Tensor:
+        """One layer, on the samples that do not skip it."""
+        dropped = None if plan.dropped is None else plan.dropped[index]
+        if dropped is None or not dropped.any():
+            return self._contribute(index, x, mask, rotary, plan)
+        kept = (~dropped).nonzero().squeeze(1).to(x.device)
+        if not len(kept):
+            return x
+        subset = x.index_select(0, kept)
+        kept_mask, kept_rotary = _rows(mask, kept, len(x)), tuple(_rows(part, kept, len(x)) for part in rotary)
+        return x.index_copy(0, kept, self._contribute(index, subset, kept_mask, kept_rotary, plan))
+
+    def _contribute(self, index: int, x: Tensor, mask: Any, rotary: Any, plan: ExitPlan) -> Tensor:
+        out = self.model.layers[index](x, attention_mask=mask, position_embeddings=rotary, use_cache=False)
+        scale = 1.0 if plan.residual_scale is None else plan.residual_scale[index]
+        return out if scale == 1.0 else x + scale * (out - x)
+
+
+def _rows(tensor: Tensor | None, kept: Tensor, batch: int) -> Tensor | None:
+    """The kept samples of something that may have one row per sample."""
+    if tensor is None or tensor.shape[0] != batch or batch == 1:
+        return tensor
+    return tensor.index_select(0, kept)
