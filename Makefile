@@ -14,9 +14,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := $(shell find csrc -type f)
 CPP := $(filter %.h %.inl %.cpp %.cu %.cuh,$(SOURCES) $(wildcard tests/cpp/*))
 
-.PHONY: help demo test cuda-check gpu-check lint format docs wheel clean
-.PHONY: help demo test bench lint format docs wheel clean
-.PHONY: help demo test fuzz sanitize lint format docs wheel clean
+.PHONY: help demo test bench fuzz sanitize cuda-check lint format docs wheel clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -31,17 +29,17 @@ test: .venv/built  ## the whole test suite
 cuda-check: .venv/built .venv/nvcc  ## compile and link csrc/cuda with nvcc: no GPU, any torch, no warnings, no spills
 	$(call building,$(BIN)/python .ci/cuda_check.py)
 
-gpu-check: .venv/built  ## on a machine with a GPU: every bitwise test on it, then benchmarks; JSON in benchmarks/results/
-	$(BIN)/python benchmarks/gpu_check.py
 # Each writes benchmarks/results/<name>.json; the report puts them together.
 BENCHMARKS := peers bench_steps bench_cycle bench_generate bench_draft_vocab bench_perplexity bench_memory
 
-bench: .venv/bench  ## measure ops, steps, peers and limits; docs/performance.md is made of it (12 minutes on two cores)
+bench: .venv/bench build/free_order/built  ## measure ops, steps, peers and limits; docs/performance.md is made of it (12 minutes on two cores)
 	@rm -f benchmarks/results/*.json
 	$(BIN)/python -m pytest benchmarks --save
 	@set -e; for name in $(BENCHMARKS); do \
-		echo "benchmarks/$$name.py" >&2; $(BIN)/python benchmarks/$$name.py --save >/dev/null; done
+		echo "benchmarks/$$name.py" >&2; \
+		PYTHONPATH=$$(test $$name != bench_steps || echo build/free_order) $(BIN)/python benchmarks/$$name.py --save >/dev/null; done
 	$(BIN)/python benchmarks/report.py
+
 fuzz: .venv/built  ## random walks of the page pool and the cache, ten times as long as in `make test`
 	LAYERSKIP_FUZZ_STEPS=$(FUZZ_STEPS) $(BIN)/python -m pytest -s tests/test_page_pool_machine.py tests/test_kv_cache_machine.py
 
@@ -69,8 +67,7 @@ wheel: .venv/built  ## dist/*.whl, for this Python and this torch
 	$(call building,$(BIN)/python -m build --wheel --no-isolation)
 
 clean:  ## remove what was built (.venv stays, to be built into again)
-	rm -rf .venv/ready .venv/built .venv/lint .venv/nvcc build dist *.egg-info layerskip_kernels/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	rm -rf .venv/ready .venv/built .venv/bench .venv/lint build dist *.egg-info layerskip_kernels/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv/ready .venv/built .venv/bench .venv/lint .venv/nvcc build dist *.egg-info layerskip_kernels/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 # For one command: the interpreter's headers, found or fetched, and ninja on PATH (without it the compilers run
 # one at a time).
@@ -88,6 +85,11 @@ $(BIN)/pip:
 
 .venv/built: .venv/ready $(SOURCES)
 	$(call building,$(PIP) install -c constraints.txt --no-build-isolation -e ".[test,train]")
+	touch $@
+
+# The package with a second set of kernels beside its own, for what the contract's order of sums costs.
+build/free_order/built: .venv/built
+	export LAYERSKIP_FREE_ORDER=1; $(call building,$(BIN)/python setup.py -q build --build-lib build/free_order)
 	touch $@
 
 .venv/bench: .venv/built

@@ -113,6 +113,8 @@ from torch.utils.cpp_extension import BuildExtension, CppExtension, include_path
 
 # For benchmarks/bench_steps.py: a second set of kernels, which shows what the contract's order of sums costs.
 FREE_ORDER = os.environ.get("LAYERSKIP_FREE_ORDER") == "1"
+FREE_ORDER_SOURCES = sorted(glob("csrc/cpu/free_order/*.cpp")) if FREE_ORDER else []
+FREE_ORDER_FLAGS = ["-DLAYERSKIP_FREE_ORDER_BUILD"] if FREE_ORDER else []
 
 # -ffp-contract=off: the contract rounds every product and every sum, unless a line says fma.
 CXX_FLAGS = [
@@ -156,10 +158,14 @@ EXTENSIONS = [
     ),
     CppExtension(
         "layerskip_kernels._C",
-        ["csrc/bindings.cpp", *sorted(glob("csrc/cpu/*.cpp")), *(glob("csrc/cpu/free_order/*.cpp") if FREE_ORDER else [])],
+        [
+            "csrc/bindings.cpp",
+            *sorted(glob("csrc/cpu/*.cpp")),
+            *(glob("csrc/cpu/free_order/*.cpp") if FREE_ORDER else []),
+        ],
         include_dirs=[INCLUDE],
         depends=glob("csrc/**/*.[hi]*", recursive=True),
-        extra_compile_args=[*CXX_FLAGS, "-fopenmp", *(["-DLAYERSKIP_FREE_ORDER_BUILD"] if FREE_ORDER else [])],
+        extra_compile_args=[*CXX_FLAGS, "-fopenmp", *FREE_ORDER_FLAGS],
         extra_link_args=["-fopenmp"],
     ),
     *([cuda_extension(CUDA)] if CUDA else []),

@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 
-from layerskip_kernels.bench import head_bytes, layer_bytes
 from layerskip_kernels.config import ModelConfig
 from layerskip_kernels.datasheets import GPUS, SHAPES, Gpu
 from layerskip_kernels.llama_tensors import tensor_shapes
@@ -69,6 +68,18 @@ def layer_operations(config: ModelConfig, rows: int, positions: int, dtype: torc
     layer = [shape for name, shape in shapes.items() if name.startswith("model.layers.0.") and len(shape) == 2]
     attention = 2 * positions * config.num_heads * config.head_dim
     return _per_product(dtype) * rows * (sum(map(math.prod, layer)) + attention)
+
+
+def layer_bytes(config: ModelConfig, dtype: torch.dtype, positions: int = 0) -> int:
+    """What a pass through one layer reads: its weights, and K and V of ``positions`` positions, once for all rows."""
+    shapes = tensor_shapes(config)
+    weights = sum(math.prod(shape) for name, shape in shapes.items() if name.startswith("model.layers.0."))
+    return dtype.itemsize * (weights + 2 * positions * config.num_kv_heads * config.head_dim)
+
+
+def head_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
+    """What the final norm and the LM head read."""
+    return dtype.itemsize * (config.vocab_size + 1) * config.hidden_size
 
 
 def _per_product(dtype: torch.dtype) -> int:
