@@ -10,6 +10,7 @@ export MAX_JOBS ?= $(shell nproc)
 FUZZ_STEPS ?= 200000
 
 BIN := .venv/bin
+ITSELF := .[test,train]
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := $(shell find csrc -type f)
 CPP := $(filter %.h %.inl %.cpp %.cu %.cuh,$(SOURCES) $(wildcard tests/cpp/*))
@@ -84,7 +85,7 @@ $(BIN)/pip:
 	touch $@
 
 .venv/built: .venv/ready $(SOURCES)
-	$(call building,$(PIP) install -c constraints.txt --no-build-isolation -e ".[test,train]")
+	$(call building,$(PIP) install -c constraints.txt --no-build-isolation -e "$(ITSELF)")
 	touch $@
 
 # The package with a second set of kernels beside its own, for what the contract's order of sums costs.
