@@ -542,6 +542,22 @@ def test_the_first_page_of_a_name_keeps_it():
     assert (pool.num_free, pool.num_cached) == (7, 1)
 
 
+def test_forks_may_publish_the_same_pages():
+    pool = make_pool(identity=b"model", lengths=[9])
+    commit_rows(pool, 0, 9)
+    fork = pool.fork(0)
+    pool.publish(0, [*range(4)])
+    other = pool.fork(0)
+    assert [pool.num_published(seq) for seq in (0, fork, other)] == [1, 0, 1]
+    match = "tokens from 0 on are not those that page 0 was published with"
+    call = lambda: pool.publish(fork, [9, *range(1, 8)])  # noqa: E731
+    assert_raises_unchanged(ValueError, match, pool, [0, fork, other], call)
+    pool.publish(fork, [*range(8)])
+    pool.publish(0, [*range(4, 8)])
+    assert pool.committed(pool.add_sequence([*range(9)])) == 8
+    pool.check_integrity()
+
+
 def test_found_pages_are_shared_and_outlive_their_first_owner():
     pool = make_pool(identity=b"model", lengths=[0])
     fill(pool, 0, [*range(9)])

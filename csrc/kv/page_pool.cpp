@@ -208,14 +208,23 @@ void PagePool::Publish(SequenceId id, const std::vector<int32_t>& tokens) {
   Require(num_tokens % page_size_ == 0 && num_tokens <= seq.committed - first * page_size_,
           "tokens must be those of full committed pages from page ", first, " on: a multiple of ", page_size_,
           ", at most ", seq.committed - first * page_size_, ", got ", num_tokens);
-  ReserveMore(seq.names, num_tokens / page_size_);
+  std::vector<Digest> names;
+  names.reserve(num_tokens / page_size_);
+  for (int64_t i = 0; i < num_tokens / page_size_; ++i) {
+    const Digest& parent = i > 0 ? names.back() : first > 0 ? seq.names.back() : seq.root;
+    names.push_back(PageName(parent, tokens.data() + i * page_size_, page_size_));
+    // A fork may have published the page.
+    const PageId page = seq.pages[first + i];
+    Require(!pages_.IsNamed(page) || pages_.index().NameOf(page) == names.back(), "tokens from ", i * page_size_,
+            " on are not those that page ", page, " was published with");
+  }
+  ReserveMore(seq.names, names.size());
 
-  for (int64_t start = 0; start < num_tokens; start += page_size_) {
-    const PageId page = seq.pages[seq.names.size()];
+  for (size_t i = 0; i < names.size(); ++i) {
+    const PageId page = seq.pages[first + i];
     const Digest& parent = seq.names.empty() ? seq.root : seq.names.back();
-    const Digest name = PageName(parent, tokens.data() + start, page_size_);
-    pages_.index().Insert(page, name, parent, tokens.data() + start);
-    seq.names.push_back(name);
+    if (!pages_.IsNamed(page)) pages_.index().Insert(page, names[i], parent, tokens.data() + i * page_size_);
+    seq.names.push_back(names[i]);
   }
 }
 

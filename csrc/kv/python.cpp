@@ -119,7 +119,7 @@ Raises ValueError for an unknown id.)");
            R"(Names the next full committed pages of a sequence, from ``num_published`` on, by their tokens (int32).
 
 ``add_sequence`` finds them from now on. Raises ValueError for an unknown id, tokens that are no multiple of
-page_size or beyond the committed rows, and in a pool without an identity.)");
+page_size, beyond the committed rows or other ones than a fork published, and in a pool without an identity.)");
   pool.def("num_published", &PagePool::NumPublished, py::arg("seq"), Released(),
            "First pages of a sequence that were published or found. Raises ValueError for an unknown id.");
 }
