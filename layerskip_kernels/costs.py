@@ -98,7 +98,9 @@ class Costs:
             if self._seen[knot] >= self.KNOWN:
                 ratio = max(1 / self.LARGEST_SURPRISE, min(self.LARGEST_SURPRISE, ratio))
             self._seen[knot] += share
-            self._curve[knot] *= ratio ** min(1.0, share * max(self.SLOWEST_LEARNING, 1 / self._seen[knot]))
+            # 2 / (n + 1) forgets the first measurements, of pages never touched before, faster than their mean would.
+            step = max(self.SLOWEST_LEARNING, 2 / (self._seen[knot] + 1))
+            self._curve[knot] *= ratio ** min(1.0, share * step)
         for knot in parts:
             self._straighten(knot)
 
@@ -186,6 +188,7 @@ class DraftLengths:
     LAYER_WEIGHT = 4.0  # what other sequences of the same exit layer say about a new one, in drafts judged
     LEAST_PROBABILITY = 0.05  # of a draft to be accepted: below, it is not worth the thought
     MOST_TRIED = 10  # prefixes that are looked at
+    MARGIN = 0.03  # by which drafting has to look better: the best of several estimates is too good to be true
 
     def choose(self, wishes: ListLike[Wish], prompt: int = 0, judged: int = 0) -> list[int]:
         """The number of drafts of each sequence; ``prompt`` and ``judged`` as in Rows."""
@@ -193,7 +196,7 @@ class DraftLengths:
             return [0] * len(wishes)
         counts, best = [0] * len(wishes), [0] * len(wishes)
         alone, plain = self._plain_seconds(len(wishes)), self._seconds(wishes, counts, prompt, judged)
-        best_score, tokens = alone / len(wishes), float(len(wishes))
+        best_score, tokens = (1 - self.MARGIN) * alone / len(wishes), float(len(wishes))
         order = self._by_probability(wishes)
         stride = -(-len(order) // self.MOST_TRIED)
         for n, (probability, b) in enumerate(order, 1):
@@ -227,9 +230,16 @@ class DraftLengths:
             self.costs.observe(rows.draft_passes(self.model), draft_seconds)
         self.costs.observe(rows.verify_passes(self.model), verify_seconds)
         if wishes:
-            self._settle(wishes, counts, accepted)
+            self._settle(wishes, counts, accepted, prompt, draft_seconds + verify_seconds)
 
-    def _settle(self, wishes: ListLike[Wish], counts: ListLike[int], accepted: ListLike[int]) -> None:
+    def _settle(
+        self,
+        wishes: ListLike[Wish],
+        counts: ListLike[int],
+        accepted: ListLike[int],
+        prompt: tuple[int, int],
+        seconds: float,
+    ) -> None:
         """What the drafts of a step cost beyond plain decoding, and what they saved."""
         for wish, count, right in zip(wishes, counts, accepted, strict=True):
             if count:
@@ -237,10 +247,13 @@ class DraftLengths:
                 self.by_layer.setdefault(wish.exit_layer, Evidence()).add(count, right)
         alone = self._plain_seconds(len(wishes))
         credit = self.FIRST_CREDIT * alone if self.credit is None else self.credit
-        extra = self._seconds(wishes, counts) - alone
-        saved = sum(accepted) * alone / len(wishes)
+        if any(counts):
+            expected = self._seconds(wishes, counts, *prompt)
+            seconds = min(seconds, self.costs.LARGEST_SURPRISE * expected)  # not what other processes took
+            extra = seconds - self._seconds(wishes, [0] * len(wishes), *prompt)
+            credit += sum(accepted) * alone / len(wishes) - extra
         largest = self.LARGEST_CREDIT * alone
-        self.credit = max(-largest, min(credit + self.EARNING * alone + saved - extra, largest))
+        self.credit = max(-largest, min(credit + self.EARNING * alone, largest))
 
     def _by_probability(self, wishes: ListLike[Wish]) -> list[tuple[float, int]]:
         """Every draft that may be worth it, as (probability to be accepted, sequence), likeliest first."""
