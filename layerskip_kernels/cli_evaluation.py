@@ -146,14 +146,18 @@ def _add_quality(commands: Any) -> None:
         "--max-new-tokens", type=positive, default=384, metavar="N", help="of a solution (default: 384)"
     )
     quality.add_argument("--json", metavar="PATH", help="write the figures there")
+    quality.add_argument("--plot", metavar="FILE", help="draw perplexity and agreement by exit: .png, .svg or .pdf")
     add_model_options(quality)
     add_threads_option(quality)
 
 
 def _quality(args: argparse.Namespace) -> int:
+    from layerskip_kernels.plots import require_matplotlib
     from layerskip_kernels.quality import as_text, pass_at_1, perplexities, texts_of
+    from layerskip_kernels.quality_plot import draw_perplexities
     from layerskip_kernels.sandbox import require_sandbox
 
+    require_matplotlib(args.plot)
     if args.pass_at_1:
         require_sandbox()
     model = load(args)
@@ -164,6 +168,8 @@ def _quality(args: argparse.Namespace) -> int:
     print(as_text(report))
     if args.json:
         _write_json(report, args.json)
+    if args.plot:
+        draw_perplexities(report, Path(args.plot))
     return 0
 
 

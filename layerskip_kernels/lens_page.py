@@ -23,7 +23,7 @@ pre { background: #f6f7f9; padding: .8rem 1rem; overflow-x: auto; white-space: p
 .table { overflow: auto; max-height: 85vh; border: 1px solid #ddd; margin-top: .8rem; }
 table { border-collapse: separate; border-spacing: 1px; font-size: 12px; background: #fff; }
 td { min-width: 2.6em; max-width: 5.2em; padding: 1px 3px; }
-td { overflow: hidden; text-overflow: ellipsis; white-space: pre; }
+td { text-align: center; overflow: hidden; text-overflow: ellipsis; white-space: pre; }
 td.settled { outline: 2px solid #111; outline-offset: -1px; }
 th { background: #fff; font-weight: 600; padding: 2px 6px; position: sticky; }
 thead th { top: 0; z-index: 2; } tbody th { left: 0; z-index: 1; text-align: left; white-space: pre; }

@@ -11,7 +11,7 @@ from layerskip_kernels.sweep import best
 
 __all__ = ["draw_sweep"]
 
-TICKS = (0.1, 0.2, 1 / 3, 0.5, 0.75, 1, 1.33, 2, 3, 5, 10)
+TICKS = (0.1, 0.2, 0.33, 0.5, 0.7, 0.85, 1, 1.2, 1.4, 2, 3, 5, 10)
 
 
 def draw_sweep(report: dict[str, Any], path: Path) -> None:

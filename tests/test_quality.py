@@ -109,6 +109,14 @@ def test_the_command(tiny, capsys, tmp_path):  # noqa: F811
     assert "pass_at_1" not in report and "6 tokens judged" in capsys.readouterr().out
 
 
+def test_the_command_draws(tiny, tmp_path):  # noqa: F811
+    pytest.importorskip("matplotlib")
+    text, picture = tmp_path / "t.txt", tmp_path / "q.svg"
+    text.write_text("a b c d e f g", encoding="utf-8")
+    assert main(["quality", "--text", str(text), "--plot", str(picture)]) == 0
+    assert "perplexity of every exit" in picture.read_text()
+
+
 def test_the_command_with_the_problems_tests(tiny, capsys, monkeypatch):  # noqa: F811
     monkeypatch.setattr(quality, "completion", lambda *_: "    return None\n")
     assert main(["quality", "--num-prompts", "2", "--pass-at-1"]) == 0
