@@ -9,7 +9,7 @@ for a right one: it runs in one interpreter with its tests. Models that write fo
 
 from __future__ import annotations
 
-import ctypes.util
+import ctypes
 import json
 import os
 import secrets
@@ -22,6 +22,7 @@ from pathlib import Path
 
 __all__ = ["Outcome", "require_sandbox", "run_tests"]
 
+LIBRARY = "libseccomp.so.2"
 CHILD = Path(__file__).with_name("sandbox_child.py")
 PASSED = "passed"
 OUTPUT_BYTES = 1 << 16
@@ -39,8 +40,10 @@ def require_sandbox() -> None:
     """Raise ValueError, saying what to do, where this system has no sandbox: nothing is run without it."""
     if not sys.platform.startswith("linux"):
         raise ValueError("running a model's programs needs Linux, whose kernel confines them; use a container there")
-    if ctypes.util.find_library("seccomp") is None:
-        raise ValueError("running a model's programs needs libseccomp; run: apt-get install libseccomp2")
+    try:
+        ctypes.CDLL(LIBRARY)
+    except OSError as error:
+        raise ValueError("running a model's programs needs libseccomp; run: apt-get install libseccomp2") from error
 
 
 def run_tests(program: str, tests: str, entry_point: str, seconds: float = 10.0, memory: int = 512 << 20) -> Outcome:

@@ -4,7 +4,6 @@ Not imported, and importing nothing of the package: sandbox.py starts it with an
 """
 
 import ctypes
-import ctypes.util
 import errno
 import json
 import os
@@ -66,7 +65,7 @@ def allow(library: Any, rules: int, name: str, comparisons: list[tuple[int, ...]
 
 def confine() -> None:
     """From here on, only what is allowed above. Raises OSError where that can't be had."""
-    library = ctypes.CDLL(ctypes.util.find_library("seccomp") or "libseccomp.so.2")
+    library = ctypes.CDLL("libseccomp.so.2")
     library.seccomp_init.restype = ctypes.c_void_p
     library.seccomp_init.argtypes = [ctypes.c_uint32]
     library.seccomp_rule_add_array.argtypes = [
