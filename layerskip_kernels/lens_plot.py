@@ -106,15 +106,10 @@ def draw_layers_needed(summary: dict[str, Any], path: Path) -> None:
     above.bar(layers, [100 * count / tokens for count in summary["histogram"]], color="#17549c", width=0.85)
     mean = summary["mean_layer"]
     above.axvline(mean, color="#c46210", linestyle="--")
-    side = "right" if mean > num_layers / 2 else "left"
-    above.annotate(
-        f"mean {mean:.2f} of {num_layers}", (mean, 0.95), xycoords=("data", "axes fraction"), color="#c46210",
-        xytext=(-6 if side == "right" else 6, 0), textcoords="offset points", ha=side, va="top",
-    )  # fmt: skip
     above.set(ylabel="tokens, %")
     above.set_title(
         f"{summary['model']}: the layer from which the answer no longer changes\n"
-        f"{tokens} generated tokens, prompts: {summary['prompts']}",
+        f"{tokens} generated tokens, prompts: {summary['prompts']}; mean {mean:.2f} of {num_layers} (dashed)",
         loc="left", fontsize=11, parse_math=False,
     )  # fmt: skip
     below.plot(layers, [100 * part for part in summary["agreement"]], "o-", color="#17549c", markersize=3.5)

@@ -120,7 +120,8 @@ def as_text(report: dict[str, Any]) -> str:
     found = report["perplexity"]
     lines = [f"{report['model']}, {found['tokens']} tokens judged", f"{'exit':>6}{'perplexity':>14}{'agreement':>12}"]
     for row in found["exits"]:
-        lines.append(f"{row['exit_layer']:>6}{row['perplexity']:>14.2f}{row['agreement']:>12.1%}")
+        shown = f"{row['perplexity']:.2f}" if row["perplexity"] < 1e6 else f"{row['perplexity']:.2g}"
+        lines.append(f"{row['exit_layer']:>6}{shown:>14}{row['agreement']:>12.1%}")
     lines.append("agreement: the part of the tokens for which an exit says what the last layer says")
     if solved := report.get("pass_at_1"):
         outcomes = ", ".join(f"{reason} {count}" for reason, count in solved["outcomes"].items())

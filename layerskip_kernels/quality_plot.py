@@ -19,17 +19,14 @@ def draw_perplexities(report: dict[str, Any], path: Path) -> None:
     values = [row["perplexity"] for row in found["exits"]]
     above.plot(layers, values, "o-", color="#17549c", markersize=3.5)
     above.set_yscale("log")
-    above.annotate(
-        f"last layer {values[-1]:.2f}", (layers[-1], values[-1]), xytext=(-6, 12), textcoords="offset points",
-        ha="right", color="#c46210",
-    )  # fmt: skip
     above.set(ylabel="perplexity")
     above.set_title(
-        f"{report['model']}: perplexity of every exit\n{found['tokens']} tokens", loc="left", fontsize=11,
-        parse_math=False,
+        f"{report['model']}: perplexity of every exit\n{found['tokens']} tokens; last layer {values[-1]:.2f}",
+        loc="left", fontsize=11, parse_math=False,
     )  # fmt: skip
     below.plot(layers, [100 * row["agreement"] for row in found["exits"]], "o-", color="#17549c", markersize=3.5)
     below.set(xlabel="exit layer", ylabel="says what the\nlast layer says, %", ylim=(0, 105))
+    below.set_xlim(layers[0] - 0.6, layers[-1] + 0.6)
     for axis in (above, below):
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)

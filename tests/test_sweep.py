@@ -88,6 +88,17 @@ def test_other_tokens_stop_it(monkeypatch, call):
         measure(tiny_model(), [[1, 2, 3]], settings_of(PLAIN_CONFIG, [1], [2]), rounds=1)
 
 
+def test_a_setting_that_always_gives_other_tokens_stops_it(monkeypatch):
+    def wrong(model: Model, prompts: list, config: GenerationConfig) -> list[Generation]:
+        [generation] = generate(model, prompts, config)
+        generation.token_ids[-1] ^= config.strategy == "self_speculative"
+        return [generation]
+
+    monkeypatch.setattr(sweep, "generate", wrong)
+    with pytest.raises(BitsDiffer, match="exit 1, 2 drafts gave other tokens"):
+        measure(tiny_model(), [[1, 2, 3]], settings_of(PLAIN_CONFIG, [1], [2]), rounds=1)
+
+
 def test_prompts_that_are_over_at_once_are_left_out():
     model = tiny_model()
     first = {prompt: generate(model, [list(prompt)], PLAIN_CONFIG)[0].token_ids[0] for prompt in ((1, 2, 3), (4, 5))}
