@@ -182,7 +182,7 @@ def test_the_best_setting_is_what_the_model_then_runs_with(capsys, tmp_path, one
 
 def test_nothing_is_kept_where_that_was_asked(tiny, tmp_path, config_directory):  # noqa: F811
     assert main([*SHORT, "--prompt", "a b c", "--model", str(tmp_path), "--no-save"]) == 0
-    assert not list(tmp_path.iterdir()) and not (config_directory / "defaults").exists()
+    assert not list(tmp_path.iterdir()) and not list(config_directory.glob("defaults/*"))
 
 
 def test_differing_tokens_are_status_1_and_keep_nothing(tiny, monkeypatch, capsys, tmp_path):  # noqa: F811
