@@ -10,7 +10,7 @@ export MAX_JOBS ?= $(shell nproc)
 FUZZ_STEPS ?= 200000
 
 BIN := .venv/bin
-ITSELF := .[test,train]
+ITSELF := .[test,train,plots]
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := $(shell find csrc -type f)
 CPP := $(filter %.h %.inl %.cpp %.cu %.cuh,$(SOURCES) $(wildcard tests/cpp/*))
@@ -94,7 +94,7 @@ build/free_order/built: .venv/built
 	touch $@
 
 .venv/bench: .venv/built
-	$(PIP) install -c constraints.txt matplotlib xllamacpp
+	$(PIP) install -c constraints.txt xllamacpp
 	touch $@
 
 .venv/lint: .venv/ready | .venv/built

@@ -1,4 +1,7 @@
-"""The ``layerskip`` command: generate, verify, demo, bench, roofline, draft-vocab, doctor; cli_training.py: train."""
+"""The ``layerskip`` command: generate, verify, demo, bench, roofline, draft-vocab, doctor.
+
+The others are in cli_evaluation.py (sweep, lens, quality) and cli_training.py (train).
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,29 @@ import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
+from layerskip_kernels.cli_options import (
+    DTYPES,
+    Parser,
+    add_command,
+    add_exit_option,
+    add_generation_options,
+    add_model_options,
+    add_prompt_options,
+    add_sampling_options,
+    add_step_options,
+    fractions,
+    generation_config,
+    human_eval,
+    load,
+    positive,
+    positives,
+    prompts_of,
+    read_text,
+)
 from layerskip_kernels.config import Acceptance, GenerationConfig, Strategy
 
 if TYPE_CHECKING:
@@ -21,8 +43,6 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
-DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
-BACKENDS = ("cpu", "reference")
 INTERRUPTED = 130  # what a shell reports of a program that Ctrl-C ended
 
 
@@ -48,11 +68,11 @@ def main(argv: list[str] | None = None) -> int:
 
 def _generate(args: argparse.Namespace) -> int:
     """Each prompt in turn; ends with what there is when interrupted."""
-    config = _generation_config(args)
+    config = generation_config(args)
     if args.show_drafts and (args.output or config.num_samples > 1):
         raise ValueError("--show-drafts colours one text as it streams: leave out --output and --num-samples")
-    prompts = _prompts(args, default_count=1)
-    model = _load(args)
+    prompts = prompts_of(args, default_count=1)
+    model = load(args)
     outputs: list[dict[str, Any]] = []
     with _results(args.output) as write_result, _Interrupt() as interrupt:
         for name, prompt in _shown_progress(prompts, bool(args.output)):
@@ -182,22 +202,20 @@ def _identity(model: Model) -> dict[str, str]:
 def _verify(args: argparse.Namespace) -> int:
     from layerskip_kernels.verify import summary, verify
 
-    config = _generation_config(args, exit_layer=None)
+    config = generation_config(args, exit_layer=None)
     if config.seed is None:
         config = replace(config, seed=0)  # both ways of decoding need the same
-    prompts = _prompts(args, default_count=args.num_prompts)
-    model = _load(args)
-    exit_layers = args.exit_layer or [config.resolve_exit_layer(model.config.num_layers)]
+    prompts = prompts_of(args, default_count=args.num_prompts)
+    model = load(args)
+    exit_layer, num_drafts = model.draft_settings(config)
+    exit_layers = args.exit_layer or [exit_layer]
     reports = verify(model, prompts, config, exit_layers, args.batch)
     sampled = f", temperature {config.temperature:g} with seed {config.seed}" if config.temperature else ""
     company = f" in mixed batches of {args.batch}" if args.batch else ""
-    print(
-        f"{model.name}: plain against self-speculative decoding{company}, {config.num_speculations} drafts at a "
-        f"time{sampled}"
-    )
+    print(f"{model.name}: plain against self-speculative decoding{company}, {num_drafts} drafts at a time{sampled}")
     for report in reports:
         print(report)
-    settings = {name: getattr(config, name) for name in ("num_speculations", "temperature", "seed")}
+    settings = {"num_speculations": num_drafts, "temperature": config.temperature, "seed": config.seed}
     print(json.dumps({**summary(reports), **settings, "batch": args.batch, **_identity(model)}))
     return 0 if all(report.all_equal for report in reports) else 1
 
@@ -205,19 +223,18 @@ def _verify(args: argparse.Namespace) -> int:
 def _demo(args: argparse.Namespace) -> int:
     from layerskip_kernels.demo import demo
 
-    config = _generation_config(args)
-    prompts = _human_eval(args.num_prompts)
-    return 0 if demo(_load(args), prompts, config) else 1
+    config = generation_config(args)
+    prompts = human_eval(args.num_prompts)
+    return 0 if demo(load(args), prompts, config) else 1
 
 
 def _bench(args: argparse.Namespace) -> int:
     from layerskip_kernels.bench import BitsDiffer, as_text, bench
 
     config = GenerationConfig(exit_layer=args.exit_layer, num_speculations=args.num_speculations)
-    model = _load(args)
-    exit_layer = config.resolve_exit_layer(model.config.num_layers)
+    model = load(args)
     try:
-        report = bench(model, exit_layer, config.num_speculations)
+        report = bench(model, *model.draft_settings(config))
     except BitsDiffer as error:
         print(f"layerskip: {error}", file=sys.stderr)
         return 1
@@ -252,7 +269,7 @@ def _draft_vocab(args: argparse.Namespace) -> int:
     tokenizer = read_checkpoint(args.model).tokenizer
     if tokenizer is None:
         raise ValueError("this model came without a tokenizer, so there is nothing to count tokens with")
-    texts = [_read_prompt(path) for path in args.corpus] or [text for _, text in human_eval_prompts()]
+    texts = [read_text(path) for path in args.corpus] or [text for _, text in human_eval_prompts()]
     write_draft_vocab(Path(args.output), most_frequent_tokens(tokenizer, texts, args.size))
     print(f"{args.size} token ids written to {args.output}; use them with --draft-vocab {args.output}")
     return 0
@@ -266,85 +283,22 @@ def _doctor(args: argparse.Namespace) -> int:
     return 0
 
 
-# ---- what the commands share ----
-
-
-def _generation_config(args: argparse.Namespace, **others: Any) -> GenerationConfig:
-    """What the options of the same names say, but for ``others``."""
-    given = {field.name: getattr(args, field.name) for field in fields(GenerationConfig) if hasattr(args, field.name)}
-    for name in ("stop", "stop_token_ids"):
-        if name in given:
-            given[name] = tuple(given[name])
-    return GenerationConfig(**{**given, **others})
-
-
-def _load(args: argparse.Namespace) -> Model:
-    """The model that the options ask for, and the threads it runs on."""
-    import torch
-
-    from layerskip_kernels import load_model
-    from layerskip_kernels.draft_vocab import read_draft_vocab
-    from layerskip_kernels.machine import usable_cores
-
-    torch.set_num_threads(args.threads or usable_cores())
-    if not hasattr(args, "model"):
-        return load_model()
-    dtype = getattr(torch, DTYPES.get(args.dtype, args.dtype)) if args.dtype else None
-    model = load_model(args.model, dtype, args.backend, args.weights)
-    return model.with_draft_vocab(read_draft_vocab(Path(args.draft_vocab))) if args.draft_vocab else model
-
-
-def _prompts(args: argparse.Namespace, default_count: int) -> list[tuple[str, str]]:
-    """The prompt or prompts given, or the first HumanEval problems, as (name, text)."""
-    from layerskip_kernels.datasets import read_jsonl_prompts
-
-    if args.prompt is not None:
-        return [("the given prompt", args.prompt)]
-    if args.prompt_file is not None:
-        text = _read_prompt(args.prompt_file)
-        return read_jsonl_prompts(text) if args.prompt_file.endswith(".jsonl") else [(args.prompt_file, text)]
-    return _human_eval(default_count)
-
-
-def _read_prompt(path: str) -> str:
-    try:
-        return sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"the prompt file {path} is not UTF-8 text: {error}") from error
-
-
-def _human_eval(count: int) -> list[tuple[str, str]]:
-    from layerskip_kernels.datasets import human_eval_prompts
-
-    problems = human_eval_prompts()
-    if count > len(problems):
-        raise ValueError(f"--num-prompts must be in 1..{len(problems)}, got {count}")
-    return problems[:count]
-
-
-# ---- the options ----
-
-
-class _Parser(argparse.ArgumentParser):
-    """Reports bad options as every other mistake is reported: in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message} (see {self.prog} --help)")
+# ---- the parser ----
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="layerskip", description="Early-exit self-speculative decoding, the same bits as plain.")
+    parser = Parser(prog="layerskip", description="Early-exit self-speculative decoding, the same bits as plain.")
     commands = parser.add_subparsers(metavar="command", required=True)
 
-    generate = _command(commands, "generate", _generate, "continue a prompt; the text streams to stdout")
+    generate = add_command(commands, "generate", _generate, "continue a prompt; the text streams to stdout")
     generate.add_argument("--strategy", choices=get_args(Strategy), default=GenerationConfig().strategy)
-    generate.add_argument("--exit-layer", type=int, metavar="E", help="layers that draft (default: a third)")
+    add_exit_option(generate)
     generate.add_argument("--json", action="store_true", help="add one JSON object as the last line of stdout")
     generate.add_argument("--output", metavar="FILE", help="write a line of JSON for each text there, not to stdout")
     generate.add_argument("--show-drafts", action="store_true", help="accepted tokens green, corrected ones red")
-    _add_prompt_options(generate, "the first HumanEval problem")
-    _add_model_options(generate)
-    _add_sampling_options(generate)
+    add_prompt_options(generate, "the first HumanEval problem")
+    add_model_options(generate)
+    add_sampling_options(generate)
     generate.add_argument(
         "--acceptance",
         choices=get_args(Acceptance),
@@ -359,41 +313,41 @@ def _parser() -> argparse.ArgumentParser:
         help="with --json or --output: log-probabilities, also of the N likeliest tokens",
     )
 
-    verify = _command(commands, "verify", _verify, "compare tokens, logits and KV bytes with plain decoding")
-    verify.add_argument("--num-prompts", type=_positive, default=20, metavar="N", help="of HumanEval (default: 20)")
+    verify = add_command(commands, "verify", _verify, "compare tokens, logits and KV bytes with plain decoding")
+    verify.add_argument("--num-prompts", type=positive, default=20, metavar="N", help="of HumanEval (default: 20)")
     verify.add_argument(
-        "--exit-layer", type=_positives, metavar="E[,E...]", help="one or several (default: a third of the layers)"
+        "--exit-layer", type=positives, metavar="E[,E...]", help="one or several (default: the model's)"
     )
     verify.add_argument(
-        "--batch", type=_positive, metavar="N", help="compare mixed batches of N prompts with each of them alone"
+        "--batch", type=positive, metavar="N", help="compare mixed batches of N prompts with each of them alone"
     )
-    _add_prompt_options(verify, "HumanEval problems")
-    _add_model_options(verify)
-    _add_sampling_options(verify)
+    add_prompt_options(verify, "HumanEval problems")
+    add_model_options(verify)
+    add_sampling_options(verify)
 
-    demo = _command(commands, "demo", _demo, "both ways of decoding side by side, on HumanEval prompts")
-    demo.add_argument("--num-prompts", type=_positive, default=5, metavar="N", help="of HumanEval (default: 5)")
-    demo.add_argument("--exit-layer", type=int, metavar="E", help="layers that draft (default: a third)")
+    demo = add_command(commands, "demo", _demo, "both ways of decoding side by side, on HumanEval prompts")
+    demo.add_argument("--num-prompts", type=positive, default=5, metavar="N", help="of HumanEval (default: 5)")
+    add_exit_option(demo)
 
-    bench = _command(commands, "bench", _bench, "time drafting and verification against plain decoding")
-    bench.add_argument("--exit-layer", type=int, metavar="E", help="layers that draft (default: a third)")
+    bench = add_command(commands, "bench", _bench, "time drafting and verification against plain decoding")
+    add_exit_option(bench)
     bench.add_argument("--json", metavar="PATH", help="where the JSON goes (default: the last line of stdout)")
-    _add_model_options(bench)
-    _add_step_options(bench)
+    add_model_options(bench)
+    add_step_options(bench)
 
-    roofline = _command(commands, "roofline", _roofline, "what a GPU's data sheet allows: floors, not measurements")
+    roofline = add_command(commands, "roofline", _roofline, "what a GPU's data sheet allows: floors, not measurements")
     roofline.add_argument(
         "--shape", required=True, metavar="S", help="a model's: llama3.2-1b, llama2-7b, llama3-8b, ..."
     )
     roofline.add_argument("--gpu", required=True, metavar="G", help="a100, h100, h200, b200, ...")
     roofline.add_argument(
-        "--exit-layer", type=_positives, metavar="E[,E...]", help="default: 1/8, 1/4, 1/3 and 1/2 of the layers"
+        "--exit-layer", type=positives, metavar="E[,E...]", help="default: 1/8, 1/4, 1/3 and 1/2 of the layers"
     )
     roofline.add_argument(
-        "--num-speculations", type=_positives, default=[2, 4, 6, 8, 12], metavar="K[,K...]", help="default: 2,4,6,8,12"
+        "--num-speculations", type=positives, default=[2, 4, 6, 8, 12], metavar="K[,K...]", help="default: 2,4,6,8,12"
     )
     roofline.add_argument(
-        "--acceptance", type=_fractions, default=[0.4, 0.6, 0.8], metavar="A[,A...]",
+        "--acceptance", type=fractions, default=[0.4, 0.6, 0.8], metavar="A[,A...]",
         help="accepted over drafted tokens (default: 0.4,0.6,0.8)",
     )  # fmt: skip
     roofline.add_argument("--context", type=int, default=512, metavar="N", help="tokens before (default: 512)")
@@ -401,118 +355,23 @@ def _parser() -> argparse.ArgumentParser:
     roofline.add_argument("--json", action="store_true", help="print one JSON object instead")
     roofline.add_argument("--plot", metavar="FILE", help="draw it as well, to a .png, .svg or .pdf (needs matplotlib)")
 
-    vocab = _command(commands, "draft-vocab", _draft_vocab, "count the most frequent tokens of some texts")
+    vocab = add_command(commands, "draft-vocab", _draft_vocab, "count the most frequent tokens of some texts")
     vocab.add_argument("corpus", nargs="*", metavar="FILE", help="text files (default: the HumanEval problems)")
-    vocab.add_argument("--size", type=_positive, default=8192, metavar="N", help="how many tokens (default: 8192)")
+    vocab.add_argument("--size", type=positive, default=8192, metavar="N", help="how many tokens (default: 8192)")
     vocab.add_argument("--output", required=True, metavar="FILE", help="where the list goes, as JSON")
     vocab.add_argument("--model", metavar="M", help="whose tokenizer counts (default: SmolLM2-135M-Instruct)")
 
     for command in (generate, verify, demo):
-        _add_generation_options(command)
+        add_generation_options(command)
 
-    from layerskip_kernels import cli_training
+    from layerskip_kernels import cli_evaluation, cli_training
 
+    cli_evaluation.add_commands(commands)
     cli_training.add_commands(commands)
 
-    doctor = _command(commands, "doctor", _doctor, "what a bug report needs: versions, machine, backends")
+    doctor = add_command(commands, "doctor", _doctor, "what a bug report needs: versions, machine, backends")
     doctor.add_argument("--json", action="store_true", help="print one JSON object instead")
     return parser
-
-
-def _command(commands: Any, name: str, run: Any, text: str) -> argparse.ArgumentParser:
-    parser = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
-    parser.set_defaults(run=run)
-    return parser
-
-
-def _add_prompt_options(parser: argparse.ArgumentParser, default: str) -> None:
-    prompt = parser.add_mutually_exclusive_group()
-    prompt.add_argument("--prompt", metavar="TEXT", help=f"default: {default}")
-    prompt.add_argument(
-        "--prompt-file", metavar="FILE", help="a text that is one prompt, or .jsonl with many; -: stdin"
-    )
-
-
-def _add_model_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--model", metavar="M", help="a directory, a .gguf file, a name or a hub id (default: SmolLM2-135M-Instruct)"
-    )
-    parser.add_argument("--dtype", choices=[*DTYPES, *DTYPES.values()], help="default: the checkpoint's own")
-    parser.add_argument("--backend", choices=BACKENDS, default="cpu", help="default: cpu")
-    parser.add_argument(
-        "--weights", choices=["int8"], help="quantise the linear layers (default: as in the checkpoint)"
-    )
-    parser.add_argument("--draft-vocab", metavar="FILE", help="token ids that drafts may be (see draft-vocab)")
-
-
-def _add_generation_options(parser: argparse.ArgumentParser) -> None:
-    _add_step_options(parser)
-    default = GenerationConfig().max_new_tokens
-    parser.add_argument("--max-new-tokens", type=int, default=default, metavar="N", help=f"default: {default}")
-
-
-def _add_step_options(parser: argparse.ArgumentParser) -> None:
-    default = GenerationConfig().num_speculations
-    parser.add_argument(
-        "--num-speculations", type=int, default=default, metavar="K",
-        help=f"tokens drafted before each verification (default: {default})",
-    )  # fmt: skip
-    parser.add_argument("--threads", type=_positive, metavar="N", help="default: the physical cores usable here")
-
-
-def _add_sampling_options(parser: argparse.ArgumentParser) -> None:
-    """What GenerationConfig says of the same names."""
-    default = GenerationConfig()
-    for name, kind, text in (
-        ("temperature", float, "0: greedy"),
-        ("top_k", int, "keep so many tokens; 0: all"),
-        ("top_p", float, "keep the fewest that hold this much probability"),
-        ("min_p", float, "keep those with this part of the likeliest's probability"),
-        ("repetition_penalty", float, "divides logits of tokens seen; 1: none"),
-        ("presence_penalty", float, "taken from logits of tokens generated"),
-        ("frequency_penalty", float, "the same, for each time"),
-        ("min_new_tokens", int, "no end of text before"),
-    ):
-        value = getattr(default, name)
-        option = f"--{name.replace('_', '-')}"
-        parser.add_argument(option, type=kind, default=value, metavar="X", help=f"{text} (default: {value:g})")
-    parser.add_argument("--seed", type=int, metavar="N", help="of the noise (default: 0 for verify, else a new one)")
-    parser.add_argument("--logit-bias", type=_bias, action=_Bias, default={}, metavar="ID=X", help="may be repeated")
-    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="ends the text; may be repeated")
-    parser.add_argument(
-        "--stop-token-id", dest="stop_token_ids", type=int, action="append", default=[], metavar="ID",
-        help="ends the text and belongs to it; may be repeated",
-    )  # fmt: skip
-
-
-class _Bias(argparse.Action):
-    def __call__(self, parser: Any, namespace: argparse.Namespace, value: Any, option: str | None = None) -> None:
-        setattr(namespace, self.dest, {**getattr(namespace, self.dest), **value})
-
-
-def _bias(text: str) -> dict[int, float]:
-    token_id, _, number = text.partition("=")
-    try:
-        return {int(token_id): float(number)}
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"must be a token id and a number, such as 17=-2.5, got {text!r}") from None
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
-    return int(text)
-
-
-def _positives(text: str) -> list[int]:
-    return [_positive(part.strip()) for part in text.split(",")]
-
-
-def _fractions(text: str) -> list[float]:
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"must be numbers in 0..1, with commas between, got {text!r}") from None
 
 
 if __name__ == "__main__":

@@ -7,17 +7,17 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
-from layerskip_kernels.cli import _command, _positive
+from layerskip_kernels.cli_options import add_command, add_threads_option
 
 __all__ = ["add_commands"]
 
 
 def add_commands(commands: Any) -> None:
     """Add the commands to the subparsers of `cli`."""
-    train = _command(commands, "train", _train, "train a model for early exit, or go on with a training")
+    train = add_command(commands, "train", _train, "train a model for early exit, or go on with a training")
     train.add_argument("config", metavar="CONFIG.yaml", help="what to train on what (see docs/training.md)")
     train.add_argument("--export", metavar="DIR", help="train nothing: write the newest checkpoint's model to DIR")
-    train.add_argument("--threads", type=_positive, metavar="N", help="default: the physical cores usable here")
+    add_threads_option(train)
 
 
 def _train(args: argparse.Namespace) -> int:

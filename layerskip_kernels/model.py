@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 from layerskip_kernels import ops, reference
-from layerskip_kernels.config import ModelConfig
+from layerskip_kernels.config import NUM_SPECULATIONS, GenerationConfig, ModelConfig
 from layerskip_kernels.memory import Arena, empty
 
 if TYPE_CHECKING:
+    from layerskip_kernels.defaults import DraftDefaults
     from layerskip_kernels.loading import Checkpoint
     from layerskip_kernels.tokenizer import Tokenizer
 
@@ -44,6 +45,7 @@ class Model:
     name: str = "model"
     draft_head: Tensor | None = None  # rows of the LM head for draft_ids, in the backend's layout
     draft_ids: Tensor | None = None  # int64 [N], ascending; None: drafts may be any token
+    defaults: DraftDefaults | None = None  # how it is best run, where that was measured
 
     @property
     def ops(self) -> Any:
@@ -66,12 +68,26 @@ class Model:
         settings = repr((self.config, self.dtype, self.backend)).encode()
         return hashlib.sha256(hashlib.sha256(settings).digest() + b"".join(digests)).digest()
 
-    def with_draft_vocab(self, token_ids: Iterable[int]) -> Model:
-        """The same model, drafting only tokens of a list; verification still chooses among all of them.
+    def draft_settings(self, config: GenerationConfig) -> tuple[int, int]:
+        """The exit layer and the number of drafts that ``config`` means for this model; (0, 0) in plain decoding.
+
+        What it leaves open is that of ``defaults``; without it, a third of the layers and 4 drafts. Raises ValueError
+        for an exit layer that this model does not have.
+        """
+        if config.strategy == "autoregressive":
+            return 0, 0
+        chosen = self.defaults
+        exit_layer, num_drafts = (chosen.exit_layer, chosen.num_speculations) if chosen else (None, NUM_SPECULATIONS)
+        return config.resolve_exit_layer(self.config.num_layers, exit_layer), config.num_speculations or num_drafts
+
+    def with_draft_vocab(self, token_ids: Iterable[int] | None) -> Model:
+        """The same model, drafting only tokens of a list (None: any); verification still chooses among all of them.
 
         The LM head recurs with every draft, so a short list of frequent tokens makes drafts cheaper. Raises
         ValueError for an empty list and for an id outside the vocabulary.
         """
+        if token_ids is None:
+            return replace(self, draft_head=None, draft_ids=None)
         ids = sorted(set(token_ids))
         if not ids or ids[0] < 0 or ids[-1] >= self.config.vocab_size:
             shown = f"{len(ids)} ids" + (f" from {ids[0]} to {ids[-1]}" if ids else "")
@@ -108,7 +124,9 @@ class Model:
         flat = [embedding, tensors.pop("model.norm.weight"), lm_head, cos, sin]
         for layer in range(config.num_layers):
             flat += _layer_weights(tensors, f"model.layers.{layer}.", pack_linear, config.attention_bias)
-        return cls(config, checkpoint.dtype, flat, backend, checkpoint.tokenizer, checkpoint.name)
+        defaults = checkpoint.defaults
+        model = cls(config, checkpoint.dtype, flat, backend, checkpoint.tokenizer, checkpoint.name, defaults=defaults)
+        return model.with_draft_vocab(defaults.draft_vocab) if defaults and defaults.draft_vocab else model
 
 
 def _tensor_digest(tensor: Tensor) -> bytes:

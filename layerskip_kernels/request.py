@@ -106,6 +106,7 @@ class Request:
     known: list[int]  # while it waits: its prompt, and after a preemption what was generated as well
     limit: int
     exit_layer: int  # 0: plain decoding
+    num_drafts: int  # at most, before each verification
     salt: bytes | None
     sampler: Sampler | None
     generation: Generation
@@ -136,15 +137,16 @@ class Request:
             config = resolve_seed(config)
         tokens = encode(model, prompt)
         limit = min(len(tokens) + config.max_new_tokens, model.config.max_positions + 1)
-        speculative = config.strategy == "self_speculative"
-        exit_layer = config.resolve_exit_layer(model.config.num_layers) if speculative else 0
+        exit_layer, num_drafts = model.draft_settings(config)
         requests: list[Request] = []
         for sample in range(config.num_samples):
             sampler = make_sampler(model, config, len(tokens), sample)
             generation = Generation(len(tokens), sample=sample, seed=config.seed)
             leader = requests[0] if requests else None
             id_ = first_id + sample
-            requests.append(cls(id_, model, config, tokens, limit, exit_layer, salt, sampler, generation, leader))
+            requests.append(
+                cls(id_, model, config, tokens, limit, exit_layer, num_drafts, salt, sampler, generation, leader)
+            )
         return requests
 
     @property
@@ -159,7 +161,7 @@ class Request:
     @property
     def max_drafts(self) -> int:
         """How many tokens it may draft: none that could not become one of its own."""
-        return min(self.config.num_speculations, self.limit - len(self.tokens) - 1) if self.exit_layer else 0
+        return max(0, min(self.num_drafts, self.limit - len(self.tokens) - 1))
 
     def take(self, verdict: Verdict, b: int) -> str | None:
         """Take what sequence ``b`` of a verdict gained, up to the text's end. Returns why it ended, or None."""

@@ -20,6 +20,7 @@ import torch
 from layerskip_kernels.config import ModelConfig
 from layerskip_kernels.datasheets import GPUS, SHAPES, Gpu
 from layerskip_kernels.llama_tensors import tensor_shapes
+from layerskip_kernels.plots import new_figure, require_matplotlib, save_figure
 
 __all__ = [
     "Floor",
@@ -258,13 +259,10 @@ def plot(report: dict[str, Any], path: Path) -> None:
 
     The name's ending says the format (.png, .svg, .pdf). Raises ValueError without matplotlib, or for another ending.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ValueError("--plot needs matplotlib; run: pip install matplotlib") from error
     model, speedups = report["model"], report["speedups"]
     acceptances = list(dict.fromkeys(entry["acceptance"] for entry in speedups))
-    figure = Figure(figsize=(4 + 4 * len(acceptances), 4.5), layout="constrained")
+    require_matplotlib(path)
+    figure = new_figure(4 + 4 * len(acceptances), 4.5)
     axes = figure.subplots(1, 1 + len(acceptances))
     _draw_steps(axes[0], report["steps"])
     for axis, acceptance in zip(axes[1:], acceptances, strict=True):
@@ -274,7 +272,7 @@ def plot(report: dict[str, Any], path: Path) -> None:
         axis.set_ylim(0, 1.05 * max(1.0, top))
     figure.suptitle(f"{model['shape']}, {model['dtype']}, {report['gpu']['name']}, {model['context']} tokens of "
                     f"context: {report['note']}", fontsize=9)  # fmt: skip
-    figure.savefig(path, dpi=150)
+    save_figure(figure, path)
 
 
 def _draw_steps(axis: Any, steps: list[dict[str, Any]]) -> None:

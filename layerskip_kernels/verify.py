@@ -88,7 +88,7 @@ def verify(
     config = replace(config, return_logits=True, return_kv=True)
     plain_config = replace(config, strategy="autoregressive")
     configs = [replace(config, strategy="self_speculative", exit_layer=exit_layer) for exit_layer in exit_layers]
-    reports = [LayerReport(c.resolve_exit_layer(model.config.num_layers)) for c in configs]
+    reports = [LayerReport(model.draft_settings(c)[0]) for c in configs]
     with tqdm(total=len(prompts) * (1 + len(configs)), desc="verify", unit="generation") as progress:
         for start in range(0, len(prompts), batch or 1):
             names, texts = zip(*prompts[start : start + (batch or 1)], strict=True)
@@ -115,10 +115,11 @@ def mixed_batch(model: Model, prompts: ListLike[str], config: GenerationConfig) 
 
     Raises a request's error, if there is one.
     """
+    _, num_drafts = model.draft_settings(config)
     configs = (
         config,
         replace(config, strategy="autoregressive"),
-        replace(config, num_speculations=2 * config.num_speculations),
+        replace(config, num_speculations=2 * num_drafts),
     )
     lengths = [len(encode(model, prompt)) + config.max_new_tokens for prompt in prompts]
     cache = PagedKVCache.with_room_for(model, lengths, prefix_sharing=True)

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -110,6 +111,15 @@ def instruction_set(name: str) -> Iterator[None]:
         yield
     finally:
         torch.ops.layerskip.set_instruction_set(before)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def config_directory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """What a developer's own sweeps found shall not change what the tests see, nor the other way round."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("config")
+        patch.setenv("XDG_CONFIG_HOME", str(folder))
+        yield folder / "layerskip_kernels"
 
 
 @pytest.fixture(params=DTYPES, ids=["bf16", "fp16", "fp32"])

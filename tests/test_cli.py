@@ -14,7 +14,17 @@ import torch
 from conftest import threads, tiny_model
 
 import layerskip_kernels
-from layerskip_kernels import Generation, GenerationConfig, Model, cli, doctor, generate, load_model, machine, ops
+from layerskip_kernels import (
+    Generation,
+    GenerationConfig,
+    Model,
+    cli_options,
+    doctor,
+    generate,
+    load_model,
+    machine,
+    ops,
+)
 from layerskip_kernels.cli import main
 from layerskip_kernels.datasets import human_eval_prompts
 from layerskip_kernels.doctor import diagnose
@@ -142,8 +152,8 @@ def test_generate_passes_its_options_on(monkeypatch, capsys):
 
 
 def test_the_options_offer_what_there_is():
-    assert set(cli.BACKENDS) == set(ops.BACKENDS)
-    assert set(cli.DTYPES.values()) == set(DTYPES)
+    assert set(cli_options.BACKENDS) == set(ops.BACKENDS)
+    assert set(cli_options.DTYPES.values()) == set(DTYPES)
 
 
 # ---- verify ----
