@@ -18,6 +18,19 @@ def add_commands(commands: Any) -> None:
     train.add_argument("config", metavar="CONFIG.yaml", help="what to train on what (see docs/training.md)")
     train.add_argument("--export", metavar="DIR", help="train nothing: write the newest checkpoint's model to DIR")
     train.add_argument("--threads", type=_positive, metavar="N", help="default: the physical cores usable here")
+    parse = _command(commands, "parse-data", _parse_data, "write the data of the semantic-parsing task")
+    parse.add_argument("folder", metavar="FOLDER", help="where train.jsonl, validation.jsonl and test.jsonl go")
+    for split, size in (("train", 40_000), ("validation", 1_000), ("test", 2_000)):
+        parse.add_argument(f"--{split}", type=_positive, default=size, metavar="N", help=f"utterances ({size})")
+    parse.add_argument("--seed", type=int, default=0, metavar="S", help="of the drawings (0)")
+
+
+def _parse_data(args: argparse.Namespace) -> int:
+    from layerskip_kernels.training.parse_task import SPLITS, write_parse_data
+
+    write_parse_data(Path(args.folder), {split: getattr(args, split) for split in SPLITS}, args.seed)
+    print(f"written to {args.folder}")
+    return 0
 
 
 def _train(args: argparse.Namespace) -> int:

@@ -3,8 +3,8 @@
 import json
 import os
 import random
-import signal
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
