@@ -260,9 +260,9 @@ RULES: dict[str, list[str]] = {
         (drizzle|sleet|thunder|pour|freeze), get (colder|warmer|dark early|above <NUMBER> degrees|below <NUMBER>)"""
     ),
     "CLOTHES": _words(
-        """an umbrella, a (rain|winter|heavy|light|warm) (coat|jacket), (snow|rain|hiking) boots, a
-        (hat|scarf|sweater), sun (screen|glasses), gloves, (shorts|sandals|layers), a (hoodie|fleece|poncho), long
-        (sleeves|pants|johns)"""
+        """(an|my|the big|a small) umbrella, (a|my) (rain|winter|heavy|light|warm|wool|leather) (coat|jacket|sweater),
+        (snow|rain|hiking|rubber) boots, (a|my) (hat|scarf|cap|vest), sun (screen|glasses), (warm|thick|thin) gloves,
+        (shorts|sandals|layers), (a|my) (hoodie|fleece|poncho|raincoat), long (sleeves|pants|johns)"""
     ),
     "TITLE": [
         "<ADJECTIVE> <NOUN>",
