@@ -5,9 +5,17 @@ from __future__ import annotations
 import argparse
 import importlib.util
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from layerskip_kernels.cli import _command, _positive
+from layerskip_kernels.cli import (
+    _add_generation_options,
+    _add_model_options,
+    _command,
+    _generation_config,
+    _load,
+    _positive,
+)
+from layerskip_kernels.config import GenerationConfig, Strategy
 
 __all__ = ["add_commands"]
 
@@ -20,9 +28,17 @@ def add_commands(commands: Any) -> None:
     train.add_argument("--threads", type=_positive, metavar="N", help="default: the physical cores usable here")
     parse = _command(commands, "parse-data", _parse_data, "write the data of the semantic-parsing task")
     parse.add_argument("folder", metavar="FOLDER", help="where train.jsonl, validation.jsonl and test.jsonl go")
-    for split, size in (("train", 40_000), ("validation", 1_000), ("test", 2_000)):
+    for split, size in (("train", 64_000), ("validation", 1_000), ("test", 2_000)):
         parse.add_argument(f"--{split}", type=_positive, default=size, metavar="N", help=f"utterances ({size})")
     parse.add_argument("--seed", type=int, default=0, metavar="S", help="of the drawings (0)")
+
+    score = _command(commands, "parse-eval", _parse_eval, "count a model's exact parses, and its accepted drafts")
+    score.add_argument("data", metavar="TEST.jsonl", help="what parse-data wrote")
+    score.add_argument("--limit", type=_positive, metavar="N", help="only the first N utterances")
+    score.add_argument("--strategy", choices=get_args(Strategy), default=GenerationConfig().strategy)
+    score.add_argument("--exit-layer", type=int, metavar="E", help="layers that draft (default: a third)")
+    _add_model_options(score)
+    _add_generation_options(score)
 
 
 def _parse_data(args: argparse.Namespace) -> int:
@@ -30,6 +46,14 @@ def _parse_data(args: argparse.Namespace) -> int:
 
     write_parse_data(Path(args.folder), {split: getattr(args, split) for split in SPLITS}, args.seed)
     print(f"written to {args.folder}")
+    return 0
+
+
+def _parse_eval(args: argparse.Namespace) -> int:
+    from layerskip_kernels.training.parse_eval import evaluate_parses, read_examples
+
+    examples = read_examples(Path(args.data), args.limit)
+    print(evaluate_parses(_load(args), examples, _generation_config(args)))
     return 0
 
 

@@ -153,9 +153,9 @@ def _slot(name: str, draws: random.Random, split: str) -> Node:
         node = Node(f"SL:{name}", _expand(draws.choice(SLOTS[name]), draws, split))
         if any(isinstance(part, Node) for part in node.parts):
             return node
-        node.parts = [node.words()]
-        if split_of(node.parts[0]) == split:
-            return node
+        value = node.words()
+        if split_of(value) == split:
+            return Node(node.label, [value])
     raise _NoValueError(name)
 
 
