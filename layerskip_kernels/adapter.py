@@ -1,6 +1,7 @@
 """LoRA adapters in PEFT's format, added to the weights they were trained on: W + (alpha / r) B A."""
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,15 +16,16 @@ __all__ = ["ADAPTER_CONFIG", "ADAPTER_WEIGHTS", "Adapter"]
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 # What changes the formula, and the value with which it is the one above.
-PLAIN = {"use_dora": False, "bias": "none", "modules_to_save": None, "rank_pattern": {}, "alpha_pattern": {}}
+PLAIN = {"use_dora": False, "bias": "none", "modules_to_save": None}
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """``base``: what ``load_model`` takes. ``pairs``: a weight's name -> its A [r, in] and B [out, r]."""
+    """``base``: what ``load_model`` takes. ``pairs``: a weight's name -> its A [r, in] and B [out, r]. ``scales``: a
+    weight's name -> alpha / r."""
 
     base: str | None
-    scale: float
+    scales: dict[str, float]
     pairs: dict[str, tuple[TensorEntry, TensorEntry]]
 
     @classmethod
@@ -35,17 +37,16 @@ class Adapter:
         """
         config = _read_config(directory / ADAPTER_CONFIG)
         entries = read_header(directory / ADAPTER_WEIGHTS)
-        pairs = {}
+        pairs, scales = {}, {}
         for name in sorted({entry.rpartition(".lora_")[0] for entry in entries}):
             a, b = (entries.get(f"{name}.lora_{part}.weight") for part in "AB")
             if a is None or b is None or not name.startswith(PREFIX):
                 raise ValueError(
                     f"{directory / ADAPTER_WEIGHTS} must hold {PREFIX}NAME.lora_A and lora_B, got {name!r}"
                 )
-            pairs[name.removeprefix(PREFIX) + ".weight"] = (a, b)
-        rank, alpha = config["r"], config["lora_alpha"]
-        scale = alpha / rank**0.5 if config.get("use_rslora") else alpha / rank
-        return cls(config.get("base_model_name_or_path"), scale, pairs)
+            weight = name.removeprefix(PREFIX) + ".weight"
+            pairs[weight], scales[weight] = (a, b), _scale(config, name.removeprefix(PREFIX))
+        return cls(config.get("base_model_name_or_path"), scales, pairs)
 
     def applied(self, name: str, weight: Tensor) -> Tensor:
         """``weight``, fp32 [out, in], with the adapter of that name added, if there is one."""
@@ -56,7 +57,22 @@ class Adapter:
             raise ValueError(
                 f"the adapter of {name} has A {list(a.shape)} and B {list(b.shape)}, not for {list(weight.shape)}"
             )
-        return weight + self.scale * (b @ a)
+        return weight + self.scales[name] * (b @ a)
+
+
+def _scale(config: dict[str, Any], module: str) -> float:
+    """alpha / r, or alpha / sqrt(r), of one module."""
+    rank = _of_pattern(config, "rank_pattern", module, config["r"])
+    alpha = _of_pattern(config, "alpha_pattern", module, config["lora_alpha"])
+    return alpha / rank**0.5 if config.get("use_rslora") else alpha / rank
+
+
+def _of_pattern(config: dict[str, Any], field: str, module: str, default: float) -> float:
+    """What a pattern gives a module, as PEFT reads it: the first regular expression that is the name or its end."""
+    for pattern, value in (config.get(field) or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return value
+    return default
 
 
 def _read_config(path: Path) -> dict[str, Any]:

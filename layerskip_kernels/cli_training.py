@@ -5,9 +5,19 @@ from __future__ import annotations
 import argparse
 import importlib.util
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from layerskip_kernels.cli_options import add_command, add_threads_option
+from layerskip_kernels.cli_options import (
+    add_command,
+    add_exit_option,
+    add_generation_options,
+    add_model_options,
+    add_threads_option,
+    generation_config,
+    load,
+    positive,
+)
+from layerskip_kernels.config import GenerationConfig, Strategy
 
 __all__ = ["add_commands"]
 
@@ -18,6 +28,35 @@ def add_commands(commands: Any) -> None:
     train.add_argument("config", metavar="CONFIG.yaml", help="what to train on what (see docs/training.md)")
     train.add_argument("--export", metavar="DIR", help="train nothing: write the newest checkpoint's model to DIR")
     add_threads_option(train)
+    parse = add_command(commands, "parse-data", _parse_data, "write the data of the semantic-parsing task")
+    parse.add_argument("folder", metavar="FOLDER", help="where train.jsonl, validation.jsonl and test.jsonl go")
+    for split, size in (("train", 64_000), ("validation", 1_000), ("test", 2_000)):
+        parse.add_argument(f"--{split}", type=positive, default=size, metavar="N", help=f"utterances ({size})")
+    parse.add_argument("--seed", type=int, default=0, metavar="S", help="of the drawings (0)")
+
+    score = add_command(commands, "parse-eval", _parse_eval, "count a model's exact parses, and its accepted drafts")
+    score.add_argument("data", metavar="TEST.jsonl", help="what parse-data wrote")
+    score.add_argument("--limit", type=positive, metavar="N", help="only the first N utterances")
+    score.add_argument("--strategy", choices=get_args(Strategy), default=GenerationConfig().strategy)
+    add_exit_option(score)
+    add_model_options(score)
+    add_generation_options(score)
+
+
+def _parse_data(args: argparse.Namespace) -> int:
+    from layerskip_kernels.training.parse_task import SPLITS, write_parse_data
+
+    write_parse_data(Path(args.folder), {split: getattr(args, split) for split in SPLITS}, args.seed)
+    print(f"written to {args.folder}")
+    return 0
+
+
+def _parse_eval(args: argparse.Namespace) -> int:
+    from layerskip_kernels.training.parse_eval import evaluate_parses, read_examples
+
+    examples = read_examples(Path(args.data), args.limit)
+    print(evaluate_parses(load(args), examples, generation_config(args)))
+    return 0
 
 
 def _train(args: argparse.Namespace) -> int:

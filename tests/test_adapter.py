@@ -48,9 +48,20 @@ def pair(a: tuple[int, int] = (2, 64), b: tuple[int, int] = (32, 2)) -> dict[str
     }
 
 
-@pytest.mark.parametrize(("settings", "scale"), [({}, 3.0), ({"use_rslora": True}, 6 / 2**0.5)])
+FIRST, LAST = r"layers\.(0)\.\w+\.\w+", r"layers\.(1)\.\w+\.\w+"
+
+
+@pytest.mark.parametrize(
+    ("settings", "scale"),
+    [
+        ({}, 3.0),
+        ({"use_rslora": True}, 6 / 2**0.5),
+        ({"r": 8, "rank_pattern": {FIRST: 4, LAST: 2}, "alpha_pattern": {LAST: 5}}, 2.5),
+        ({"rank_pattern": {FIRST: 4}, "alpha_pattern": {"v_proj": 5}}, 3.0),
+    ],
+)
 def test_adapters_are_added_before_the_one_rounding(
-    tmp_path: Path, base: Path, settings: dict[str, bool], scale: float
+    tmp_path: Path, base: Path, settings: dict[str, Any], scale: float
 ) -> None:
     adapted = read_checkpoint(write_adapter(tmp_path / "adapted", base, **settings))
     plain = read_checkpoint(base)

@@ -18,6 +18,7 @@ from conftest import threads
 from safetensors.torch import load_file
 
 from layerskip_kernels import GenerationConfig, cli, generate, load_model
+from layerskip_kernels.machine import usable_cores
 from layerskip_kernels.training.card import acceptance, write_card
 from layerskip_kernels.training.config import read_config
 from layerskip_kernels.training.export import export_adapter
@@ -219,7 +220,7 @@ def test_adapters_load_as_they_were_trained(tmp_path: Path) -> None:
     changes = {
         "model": {"source": str(base)},
         "data": {"train": ["pairs.jsonl"], "validation": ["pairs.jsonl"], "sequence_length": 16},
-        "lora": {"rank": 4, "alpha": 8},
+        "lora": {"rank": 4, "alpha": 8, "early_layers": 2, "early_rank": 6, "early_alpha": 3},
         "training": {"max_steps": 20, "save_steps": 20, "learning_rate": 3e-2},
     }
     config = read_config(write_config(tmp_path, **RECIPE, **changes))
@@ -285,3 +286,9 @@ def test_the_command_trains_and_says_what_is_wrong(
     ):
         assert cli.main(["train", str(write_config(tmp_path, **change))]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_the_log_begins_with_where_it_ran(tmp_path: Path) -> None:
+    train(read_config(write_config(tmp_path, training={"max_steps": 1})))
+    first = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[0])
+    assert (first["step"], first["device"], first["processes"]) == (0, f"{usable_cores()} CPU cores", 1)

