@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .errors import NAN_LOGITS, new_error
 from .launch import OPTIONS
-from .norm_head_argmax import TILE, best_token
+from .norm_head_argmax import TILE, Candidates, best_token
 
 __all__ = ["accept_candidates", "accept_draft"]
 
@@ -47,13 +47,14 @@ def _accept_draft_kernel(
 
 
 def _launch(
-    tokens: Tensor, ends: Tensor, first_judged: Tensor, num_drafts: Tensor, best: Tensor | None,
-    candidates: Tensor | None, targets: Tensor, error: Tensor, most_drafts: int, num_blocks: int,
+    tokens: Tensor, ends: Tensor, first_judged: Tensor, num_drafts: Tensor, candidates: Candidates | None,
+    targets: Tensor, error: Tensor, most_drafts: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     num_accepted, next_tokens = torch.empty_like(num_drafts), torch.empty_like(num_drafts)
     _accept_draft_kernel[(len(num_drafts),)](
-        tokens, ends, first_judged, num_drafts, targets if best is None else best,
-        targets if candidates is None else candidates, targets, num_accepted, next_tokens, error, num_blocks,
+        tokens, ends, first_judged, num_drafts, targets if candidates is None else candidates.best,
+        targets if candidates is None else candidates.tokens, targets, num_accepted, next_tokens, error,
+        0 if candidates is None else candidates.num_blocks,
         CANDIDATES=candidates is not None, ROWS=triton.next_power_of_2(most_drafts + 1), TILE=TILE,
         NAN_LOGITS=NAN_LOGITS, num_warps=4, **OPTIONS,
     )  # fmt: skip
@@ -61,16 +62,14 @@ def _launch(
 
 
 def accept_candidates(
-    tokens: Tensor, ends: Tensor, first_judged: Tensor, num_drafts: Tensor, best: Tensor, candidates: Tensor,
-    targets: Tensor, error: Tensor, most_drafts: int,
+    tokens: Tensor, ends: Tensor, first_judged: Tensor, num_drafts: Tensor, candidates: Candidates, targets: Tensor,
+    error: Tensor, most_drafts: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """accept_draft, the targets int64 being written here, out of best and candidates [sum(num_drafts + 1), blocks].
+    """accept_draft, the targets int64 being written here, out of the candidates of sum(num_drafts + 1) rows.
 
     ends int32 [B]: where each sequence's rows end among tokens; first_judged int32 [B]: its first judged row.
     """
-    return _launch(
-        tokens, ends, first_judged, num_drafts, best, candidates, targets, error, most_drafts, best.size(1)
-    )  # fmt: skip
+    return _launch(tokens, ends, first_judged, num_drafts, candidates, targets, error, most_drafts)
 
 
 def accept_draft(tokens: Tensor, targets: Tensor, query_start_loc: Tensor, num_drafts: Tensor) -> tuple[Tensor, Tensor]:
@@ -78,4 +77,4 @@ def accept_draft(tokens: Tensor, targets: Tensor, query_start_loc: Tensor, num_d
     judged = (num_drafts + 1).clamp(min=0)
     first_judged = (judged.cumsum(0) - judged).int()
     error, most = new_error(tokens.device), max(0, int(num_drafts.max()))
-    return _launch(tokens, query_start_loc[1:].int(), first_judged, num_drafts, None, None, targets, error, most, 0)
+    return _launch(tokens, query_start_loc[1:].int(), first_judged, num_drafts, None, targets, error, most)

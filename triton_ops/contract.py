@@ -4,6 +4,9 @@ Compile with ``enable_fp_fusion=False``: multiply and add are two roundings unle
 are exact in fp32, so for bf16 and fp16 ``fma`` gives the contract's bits (FMA=True); fp32 needs the two steps.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import triton
 import triton.language as tl
 
@@ -20,6 +23,13 @@ ROUND_MAGIC = tl.constexpr(float.fromhex("0x1.8p+23"))
 # The interpreter cuts fp32 off to bf16 where every GPU rounds; to_dtype rounds by hand there.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
+
+def device_function(function: Callable[..., Any]) -> Any:
+    """triton.jit, for what kernels call. The interpreter, which sets itself up anew for every call of a jitted
+    function, takes it as it is."""
+    return function if INTERPRETED.value else triton.jit(function)
+
+
 EXP_0 = tl.constexpr(float.fromhex("0x1.6db47ep-10"))
 EXP_1 = tl.constexpr(float.fromhex("0x1.123b92p-7"))
 EXP_2 = tl.constexpr(float.fromhex("0x1.55545ep-5"))
@@ -27,7 +37,7 @@ EXP_3 = tl.constexpr(float.fromhex("0x1.55548ep-3"))
 EXP_4 = tl.constexpr(float.fromhex("0x1p-1"))
 
 
-@triton.jit
+@device_function
 def to_dtype(x, dtype: tl.constexpr):
     """fp32 to the model's dtype, to nearest even."""
     if INTERPRETED and dtype == tl.bfloat16:
@@ -37,7 +47,7 @@ def to_dtype(x, dtype: tl.constexpr):
     return x.to(dtype)
 
 
-@triton.jit
+@device_function
 def rounded(x, dtype: tl.constexpr):
     """The fp32 value that to_dtype makes of an fp32 value."""
     return to_dtype(x, dtype).to(tl.float32)
@@ -46,14 +56,14 @@ def rounded(x, dtype: tl.constexpr):
 # ---- rule 5: exp and silu ----
 
 
-@triton.jit
+@device_function
 def _clamp(x, low, high):
     """NaN stays NaN."""
     x = tl.where(x < low, low, x)
     return tl.where(x > high, high, x)
 
 
-@triton.jit
+@device_function
 def _exp_parts(x):
     """exp(x) = (mantissa + error) * 2**exponent."""
     shifted = x * LOG2_E + ROUND_MAGIC
@@ -73,24 +83,24 @@ def _exp_parts(x):
     return mantissa, (sum_ - mantissa) + rest, shifted.to(tl.int32, bitcast=True) - 0x4B400000
 
 
-@triton.jit
+@device_function
 def _power_of_two(n):
     return ((n + 127) << 23).to(tl.float32, bitcast=True)
 
 
-@triton.jit
+@device_function
 def _scale_by_power_of_two(mantissa, n):
     half = n >> 1
     return mantissa * _power_of_two(half) * _power_of_two(n - half)
 
 
-@triton.jit
+@device_function
 def exp(x):
     mantissa, _, exponent = _exp_parts(_clamp(x, -105.0, 89.0))
     return _scale_by_power_of_two(mantissa, exponent)
 
 
-@triton.jit
+@device_function
 def silu(x):
     mantissa, error, exponent = _exp_parts(_clamp(-x, -105.0, 128.0))
     shift = tl.where(exponent > 64, 64, 0)
@@ -110,7 +120,7 @@ def silu(x):
 # ---- rules 1 and 2: sums in a written order ----
 
 
-@triton.jit
+@device_function
 def multiply_add(a, b, c, FMA: tl.constexpr):
     """a * b + c: one rounding where the product is exact (16-bit operands), else two."""
     if FMA:
@@ -119,7 +129,7 @@ def multiply_add(a, b, c, FMA: tl.constexpr):
         return a * b + c
 
 
-@triton.jit
+@device_function
 def _split8(x):
     """[A, B, 8] -> eight tensors [A, B], of k = 0 .. 7. Values that one thread loaded stay in it."""
     A: tl.constexpr = x.shape[0]
@@ -134,7 +144,7 @@ def _split8(x):
     return k0, k1, k2, k3, k4, k5, k6, k7
 
 
-@triton.jit
+@device_function
 def _add_pairs(partials):
     """[2 * A, B] -> [A, B]: adjacent pairs."""
     A: tl.constexpr = partials.shape[0] // 2
@@ -143,14 +153,14 @@ def _add_pairs(partials):
     return left + right
 
 
-@triton.jit
+@device_function
 def _tree8(partials):
     """[8, C] -> [C]: ((p0 + p1) + (p2 + p3)) + ((p4 + p5) + (p6 + p7))."""
     C: tl.constexpr = partials.shape[1]
     return tl.reshape(_add_pairs(_add_pairs(_add_pairs(partials))), [C])
 
 
-@triton.jit
+@device_function
 def packed_offsets(n, steps):
     """Where column n of a packed weight begins (triton_ops/packing.py), plus its segments and its first eight k.
 
@@ -162,7 +172,7 @@ def packed_offsets(n, steps):
     return column[None, :, None] + segment * 128 + k
 
 
-@triton.jit
+@device_function
 def dot(x_ptrs, w_ptrs, steps, ROWS: tl.constexpr, C: tl.constexpr, STAGES: tl.constexpr, FMA: tl.constexpr):
     """Rule 1 for ROWS rows and C columns: a tuple of ROWS tensors fp32 [C].
 
@@ -188,7 +198,7 @@ def dot(x_ptrs, w_ptrs, steps, ROWS: tl.constexpr, C: tl.constexpr, STAGES: tl.c
     return y
 
 
-@triton.jit
+@device_function
 def row_pointers(x_ptr, stride_x, row0, num_rows, ROWS: tl.constexpr):
     """Pointers to rows row0 .. row0 + ROWS - 1 of x, as dot takes them; beyond the last row, to the last."""
     pointers = ()
@@ -197,19 +207,19 @@ def row_pointers(x_ptr, stride_x, row0, num_rows, ROWS: tl.constexpr):
     return pointers
 
 
-@triton.jit
+@device_function
 def halves(y, C: tl.constexpr):
     """[C] -> its first and its second half, [C / 2] each."""
     return tl.split(tl.permute(tl.reshape(y, [2, C // 2]), [1, 0]))
 
 
-@triton.jit
+@device_function
 def segment_offset(i, length):
     """Where element i of a row lies among its segments, filled up to a multiple of eight: a dot's x."""
     return i // length * ((length + 7) // 8 * 8) + i % length
 
 
-@triton.jit
+@device_function
 def norm_rows(hidden_ptr, rows, mask_rows, D, weight_ptr, eps, x_ptr, stride_x, ROWS: tl.constexpr):
     """Rule 2 for rows int64 [ROWS] of hidden [T, D] -> x fp32, as a dot reads it. Reads past the first-level cache."""
     lanes = tl.arange(0, 256)
@@ -231,7 +241,7 @@ def norm_rows(hidden_ptr, rows, mask_rows, D, weight_ptr, eps, x_ptr, stride_x, 
         tl.store(x_ptr + rows[:, None] * stride_x + segment_offset(offs, length)[None, :], y, mask=mask)
 
 
-@triton.jit
+@device_function
 def _inverse_norm(lanes, D, eps, ROWS: tl.constexpr):
     """256 lanes of squares, fp32 [ROWS, 256] -> 1 / sqrt(mean + eps) [ROWS]."""
     sums = lanes

@@ -12,12 +12,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .contract import dot, packed_offsets
+from .contract import device_function, dot, packed_offsets
 from .errors import NAN_LOGITS, check_error, new_error
 from .launch import OPTIONS, blocks, streaming
 from .rms_norm import normalised
 
-__all__ = ["COLUMNS", "best_token", "head_candidates", "norm_head_argmax", "take_draft"]
+__all__ = ["Candidates", "best_token", "head_candidates", "norm_head_argmax", "take_draft"]
 
 COLUMNS = 32
 TILE = 512  # candidates that are compared at once
@@ -50,7 +50,7 @@ def _head_kernel(
             tl.store(token_ptr + candidate, tl.where(no_number > 0, -1, token))
 
 
-@triton.jit
+@device_function
 def best_token(best_ptr, token_ptr, rows, mask_rows, num_blocks, ROWS: tl.constexpr, TILE: tl.constexpr):
     """Rule 6 over the candidates of rows int64 [ROWS]: tokens int32 [ROWS], -1 where a logit is NaN."""
     best = tl.full([ROWS], -float("inf"), tl.float32)
@@ -88,29 +88,38 @@ def _take_draft_kernel(
     tl.store(next_ptr + sequence, token)
 
 
+class Candidates:
+    """What an LM head of ``size`` columns leaves of each row: best fp32 and token int32 of every program's columns."""
+
+    def __init__(self, num_rows: int, size: int, device: torch.device) -> None:
+        self.num_blocks = blocks(size, COLUMNS)
+        self.best = torch.empty(num_rows, self.num_blocks, device=device)
+        self.tokens = torch.empty(num_rows, self.num_blocks, dtype=torch.int32, device=device)
+
+
 def head_candidates(
-    x: Tensor, rows: Tensor, lm_head: Tensor, vocab_size: int, best: Tensor, tokens: Tensor, logits: Tensor | None
+    x: Tensor, rows: Tensor, lm_head: Tensor, vocab_size: int, candidates: Candidates, logits: Tensor | None
 ) -> None:
-    """For rows int32 [T] of x: best fp32 and tokens int32 [T, ceil(V / COLUMNS)], and logits fp32 [T, V] if wanted."""
+    """The candidates of rows int32 [T] of x, and logits fp32 [T, V] if wanted."""
     num_rows = len(rows)
     options = streaming(num_rows, COLUMNS, lm_head)
     _head_kernel[(blocks(vocab_size, COLUMNS), blocks(num_rows, options["ROWS"]))](
-        x, rows, lm_head, best if logits is None else logits, best, tokens, x.stride(0), num_rows, vocab_size,
-        lm_head.size(1), LOGITS=logits is not None, **options,
+        x, rows, lm_head, x if logits is None else logits, candidates.best, candidates.tokens, x.stride(0), num_rows,
+        vocab_size, lm_head.size(1), LOGITS=logits is not None, **options,
     )  # fmt: skip
 
 
 def take_draft(
-    best: Tensor, tokens: Tensor, draft_ids: Tensor | None, sequences: Tensor, drafts: Tensor, column: int,
-    next_tokens: Tensor, error: Tensor, num_blocks: int,
+    candidates: Candidates, draft_ids: Tensor | None, sequences: Tensor, drafts: Tensor, column: int,
+    next_tokens: Tensor, error: Tensor,
 ) -> None:  # fmt: skip
     """The token of each row of candidates -> drafts int64 [B, max_drafts] and next_tokens int64 [B] of its sequence.
 
     sequences int32 [T]; draft_ids int64: the token ids that the head's columns stand for (None: themselves).
     """
     _take_draft_kernel[(len(sequences),)](
-        best, tokens, drafts if draft_ids is None else draft_ids, sequences, drafts, next_tokens, error, num_blocks,
-        drafts.size(1), column, HAS_IDS=draft_ids is not None, TILE=TILE, NAN_LOGITS=NAN_LOGITS, num_warps=4, **OPTIONS,
+        candidates.best, candidates.tokens, drafts if draft_ids is None else draft_ids, sequences, drafts, next_tokens,
+        error, candidates.num_blocks, drafts.size(1), column, HAS_IDS=draft_ids is not None, TILE=TILE, NAN_LOGITS=NAN_LOGITS, num_warps=4, **OPTIONS,
     )  # fmt: skip
 
 
@@ -119,15 +128,13 @@ def norm_head_argmax(
 ) -> tuple[Tensor, Tensor]:
     """reference.norm_head_argmax: [T, D] -> tokens int64 [T], logits fp32 [T, V]. Waits for the device, to raise."""
     num_rows, device = len(hidden), hidden.device
-    num_blocks = blocks(vocab_size, COLUMNS)
-    best = torch.empty(num_rows, num_blocks, device=device)
-    candidates = torch.empty(num_rows, num_blocks, dtype=torch.int32, device=device)
+    candidates = Candidates(num_rows, vocab_size, device)
     logits = torch.empty(num_rows, vocab_size, device=device)
     rows = torch.arange(num_rows, dtype=torch.int32, device=device)
     tokens, next_tokens = (torch.empty(num_rows, n, dtype=torch.int64, device=device) for n in (1, 1))
     error = new_error(device)
     x = normalised(hidden, norm_weight, eps)
-    head_candidates(x, rows, lm_head, vocab_size, best, candidates, logits)
-    take_draft(best, candidates, None, rows, tokens, 0, next_tokens, error, num_blocks)
+    head_candidates(x, rows, lm_head, vocab_size, candidates, logits)
+    take_draft(candidates, None, rows, tokens, 0, next_tokens, error)
     check_error(error)
     return tokens[:, 0], logits

@@ -12,16 +12,15 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from . import norm_head_argmax as head_op
 from .accept_draft import accept_candidates
 from .errors import new_error
 from .join_rows import join_rows
 from .norm_gate_up_silu import gate_up_silu
-from .norm_head_argmax import head_candidates, take_draft
+from .norm_head_argmax import Candidates, head_candidates, take_draft
 from .norm_qkv_rope_append import qkv_rope_append
 from .out_residual import linear_residual
 from .paged_attention import attend
-from .workspace import Candidates, Move, Shape
+from .workspace import Move, Shape
 
 __all__ = ["draft_step", "error_of", "run_layers", "verify_step"]
 
@@ -141,7 +140,7 @@ class DraftPlan:
             move.order.copy_(move.sequence_of_row)
             self.moves.append(move)
         self.rows = torch.arange(len(num_drafts), dtype=torch.int32, device=shape.device)
-        self.candidates = Candidates(len(num_drafts), head_size, head_op.COLUMNS, shape.device)
+        self.candidates = Candidates(len(num_drafts), head_size, shape.device)
         self.tokens = torch.zeros(len(num_drafts), dtype=torch.int64, device=shape.device)
         self.drafts = torch.full((len(num_drafts), max(num_drafts)), -1, dtype=torch.int64, device=shape.device)
 
@@ -153,11 +152,8 @@ class DraftPlan:
         self.tokens.copy_(tokens)
         for i, move in enumerate(self.moves):
             raise_rows(llama, cache, move, self.tokens, positions, exit_layer, position_step=i)
-            rows, c = self.rows[: move.num_rows], self.candidates
-            head_candidates(move.x, rows, head, head_size, c.best, c.tokens, None)
-            take_draft(
-                c.best, c.tokens, draft_ids, move.sequence_of_row, self.drafts, i, self.tokens, error, c.num_blocks
-            )  # fmt: skip
+            head_candidates(move.x, self.rows[: move.num_rows], head, head_size, self.candidates, None)
+            take_draft(self.candidates, draft_ids, move.sequence_of_row, self.drafts, i, self.tokens, error)
         return self.drafts
 
 
@@ -179,7 +175,7 @@ class VerifyPlan:
         self.ends = torch.tensor(starts[1:], dtype=torch.int32, device=device)
         self.num_drafts = torch.tensor(num_drafts, device=device)
         self.most_drafts = max(0, *num_drafts) if num_drafts else 0
-        self.candidates = Candidates(len(judged), llama.vocab_size, head_op.COLUMNS, device)
+        self.candidates = Candidates(len(judged), llama.vocab_size, device)
         self.targets = torch.empty(len(judged), dtype=torch.int64, device=device)
         self.logits = torch.empty(len(judged), llama.vocab_size, device=device)
 
@@ -187,13 +183,12 @@ class VerifyPlan:
         self, llama: Llama, cache: Cache, tokens: Tensor, positions: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         raise_rows(llama, cache, self.move, tokens, positions, llama.num_layers)
-        c = self.candidates
         if len(self.judged):  # chunks of prompts alone need no token
             head_candidates(
-                self.move.x, self.judged, llama.weights[2], llama.vocab_size, c.best, c.tokens, self.logits
+                self.move.x, self.judged, llama.weights[2], llama.vocab_size, self.candidates, self.logits
             )
         num_accepted, next_tokens = accept_candidates(
-            tokens, self.ends, self.first_judged, self.num_drafts, c.best, c.tokens, self.targets,
+            tokens, self.ends, self.first_judged, self.num_drafts, self.candidates, self.targets,
             error_of(cache.k.device), self.most_drafts,
         )  # fmt: skip
         return num_accepted, next_tokens, self.logits

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .launch import blocks
 from .packing import row_stride
 from .paged_attention import AttentionScratch
 
@@ -78,15 +77,6 @@ class Move:
             rows += [self.place[given] for given in range(start, stop) if depths[given] <= depth]
             level_starts.append(len(rows))
         return Level(depth, len(rows), _int32(rows, device), _int32(level_starts, device))
-
-
-class Candidates:
-    """What an LM head of ``size`` columns leaves of ``num_rows`` rows."""
-
-    def __init__(self, num_rows: int, size: int, columns: int, device: torch.device) -> None:
-        self.num_blocks = blocks(size, columns)
-        self.best = torch.empty(num_rows, self.num_blocks, device=device)
-        self.tokens = torch.empty(num_rows, self.num_blocks, dtype=torch.int32, device=device)
 
 
 def _int32(values: list[int], device: torch.device) -> Tensor:
