@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from layerskip_kernels._kv import PagePool
-from layerskip_kernels.memory import empty
 from layerskip_kernels.model import Model
 from layerskip_kernels.swap import SwappedKV, read_swapped, write_swapped
 
@@ -85,6 +84,7 @@ class PagedKVCache:
     def __init__(self, model: Model, num_pages: int, page_size: int = 16, prefix_sharing: bool = False) -> None:
         c = model.config
         self.model = model
+        empty = model.ops.empty
         self.k = empty(c.num_layers, num_pages, c.num_kv_heads, c.head_dim, page_size, dtype=model.dtype)
         self.v = empty(c.num_layers, num_pages, c.num_kv_heads, page_size, c.head_dim, dtype=model.dtype)
         self.hidden = empty(num_pages, page_size, c.hidden_size, dtype=model.dtype)

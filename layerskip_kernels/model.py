@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -19,7 +19,6 @@ from torch import Tensor
 
 from layerskip_kernels import ops, reference
 from layerskip_kernels.config import NUM_SPECULATIONS, GenerationConfig, ModelConfig
-from layerskip_kernels.memory import Arena, empty
 
 if TYPE_CHECKING:
     from layerskip_kernels.defaults import DraftDefaults
@@ -27,6 +26,8 @@ if TYPE_CHECKING:
     from layerskip_kernels.tokenizer import Tokenizer
 
 __all__ = ["Model", "inverse_frequencies"]
+
+Placer = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,8 @@ class Model:
             raise ValueError(f"draft_vocab must be token ids in 0..{self.config.vocab_size - 1}, got {shown}")
         draft_ids = torch.tensor(ids)
         head = self.ops.select_rows(self.weights[2], draft_ids)
-        return replace(self, draft_head=empty(*head.shape, dtype=head.dtype).copy_(head), draft_ids=draft_ids)
+        held = self.ops.empty(*head.shape, dtype=head.dtype).copy_(head)
+        return replace(self, draft_head=held, draft_ids=draft_ids)
 
     @classmethod
     def from_checkpoint(cls, checkpoint: Checkpoint, backend: str = "cpu", weights: str | None = None) -> Model:
@@ -106,11 +108,10 @@ class Model:
         if weights not in (None, "int8"):
             raise ValueError(f"weights must be None or 'int8', got {weights!r}")
         tensors, config = checkpoint.tensors, checkpoint.config
-        pack_weight = ops.backend(backend).pack_weight
-        arena = Arena()
+        pack_weight, place = ops.backend(backend).pack_weight, ops.backend(backend).placer()
 
         def pack(weight: Tensor) -> Tensor:
-            return arena.place(pack_weight(weight))
+            return place(pack_weight(weight))
 
         def pack_linear(weight: Tensor) -> Tensor:
             return pack(reference.quantize_int8(weight) if weights == "int8" else weight)
@@ -121,9 +122,9 @@ class Model:
         shared = config.tie_word_embeddings and weights is None
         lm_head = embedding if shared else pack_linear(head_rows)
         cos, sin = reference.rope_tables(inverse_frequencies(config), config.max_positions)
-        flat = [embedding, tensors.pop("model.norm.weight"), lm_head, cos, sin]
+        flat = [embedding, place(tensors.pop("model.norm.weight")), lm_head, place(cos), place(sin)]
         for layer in range(config.num_layers):
-            flat += _layer_weights(tensors, f"model.layers.{layer}.", pack_linear, config.attention_bias)
+            flat += _layer_weights(tensors, f"model.layers.{layer}.", pack_linear, place, config.attention_bias)
         defaults = checkpoint.defaults
         model = cls(config, checkpoint.dtype, flat, backend, checkpoint.tokenizer, checkpoint.name, defaults=defaults)
         return model.with_draft_vocab(defaults.draft_vocab) if defaults and defaults.draft_vocab else model
@@ -136,7 +137,9 @@ def _tensor_digest(tensor: Tensor) -> bytes:
     return digest.digest()
 
 
-def _layer_weights(tensors: dict[str, Tensor], prefix: str, pack: Any, attention_bias: bool) -> list[Tensor]:
+def _layer_weights(
+    tensors: dict[str, Tensor], prefix: str, pack: Placer, place: Placer, attention_bias: bool
+) -> list[Tensor]:
     """One layer, in the order of reference.LAYER_WEIGHTS."""
 
     def take(name: str) -> Tensor:
@@ -150,6 +153,7 @@ def _layer_weights(tensors: dict[str, Tensor], prefix: str, pack: Any, attention
     wq, wk, wv, wo = (pack(take(f"self_attn.{p}_proj.weight")) for p in "qkvo")
     mlp_norm = take("post_attention_layernorm.weight")
     w_gate, w_up, w_down = (pack(take(f"mlp.{p}_proj.weight")) for p in ("gate", "up", "down"))
+    attn_norm, qkv_bias, out_bias, mlp_norm = map(place, (attn_norm, qkv_bias, out_bias, mlp_norm))
     return [attn_norm, wq, wk, wv, qkv_bias, wo, out_bias, mlp_norm, w_gate, w_up, w_down]
 
 

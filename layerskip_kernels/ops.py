@@ -29,8 +29,14 @@ fakes below. A backend is anything with these names and signatures:
 
 - ``reference``: plain PyTorch, row-major weights.
 - ``cpu``: C++ (``torch.ops.layerskip``), weights packed by ``pack_weight``. Checks its arguments.
+- ``triton``: kernels for GPUs (``triton_ops/``); its steps leave their results on the device.
+
+and besides, because memory differs: ``empty`` (a tensor where the backend keeps them), ``placer`` (a function that puts
+weights there) and ``to_host``.
 """
 
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -38,20 +44,46 @@ from torch import Tensor
 from torch.library import register_fake
 
 import layerskip_kernels._C  # noqa: F401 - registers the ops
-from layerskip_kernels import cache_ops, reference
+from layerskip_kernels import cache_ops, memory, reference
 
 __all__ = ["BACKENDS", "backend", "cache_ops"]
 
-BACKENDS: dict[str, Any] = {"cpu": torch.ops.layerskip, "reference": reference}
+BACKENDS = ("cpu", "reference", "triton")
 
 GROUP = 16  # output columns in a packed weight group of the cpu backend
 
 
+class HostOps:
+    """A backend whose tensors are in host memory."""
+
+    def __init__(self, ops: Any) -> None:
+        self._ops = ops
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._ops, name)
+
+    empty = staticmethod(memory.empty)
+
+    def placer(self) -> Callable[[Tensor], Tensor]:
+        return memory.Arena().place
+
+    def to_host(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tensors
+
+
+@cache
 def backend(name: str) -> Any:
-    """The ops of a backend, by name; raises ValueError for one that does not exist."""
+    """The ops of a backend, by name.
+
+    Raises ValueError for one that does not exist, RuntimeError for one that can't run here.
+    """
+    if name == "triton":
+        from layerskip_kernels.triton_backend import TritonOps
+
+        return TritonOps()
     if name not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {name!r}")
-    return BACKENDS[name]
+    return HostOps(torch.ops.layerskip if name == "cpu" else reference)
 
 
 # ---- fakes: shapes and dtypes without data, for torch.compile and export ----

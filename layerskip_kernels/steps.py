@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as ListLike
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -181,7 +181,10 @@ def verify_step(model: Model, cache: PagedKVCache, draft: Draft, samplers: Sampl
         num_accepted, next_tokens, logits = model.ops.verify_step(
             model.weights, *cache.tensors, *positions, draft.num_tokens, block_table, *model.sizes
         )
+        num_accepted, next_tokens, drafted = model.ops.to_host(num_accepted, next_tokens, draft.tokens)
+        draft = replace(draft, tokens=drafted)
         if samplers is not None:
+            (logits,) = model.ops.to_host(logits)
             judge_drafts(model.ops, draft, logits, samplers, num_accepted, next_tokens)
         ids = [s.id for s in sequences]
         cache.pool.raise_rows(ids, cache.pool.lengths(ids).tolist(), model.config.num_layers)
@@ -265,10 +268,13 @@ def _exit_logits(
         exit_layer,
         *model.sizes,
     )
-    hidden = cache.hidden[table[torch.arange(count), positions // page_size].long(), positions % page_size]
+    page = table[torch.arange(count), positions // page_size].long()
+    hidden = cache.hidden[page.to(cache.hidden.device), (positions % page_size).to(cache.hidden.device)]
     head = model.weights[2] if model.draft_head is None else model.draft_head
     size = model.config.vocab_size if model.draft_ids is None else len(model.draft_ids)
-    tokens, logits = model.ops.norm_head_argmax(hidden, model.weights[1], head, size, model.config.rms_norm_eps)
+    tokens, logits = model.ops.to_host(
+        *model.ops.norm_head_argmax(hidden, model.weights[1], head, size, model.config.rms_norm_eps)
+    )
     if model.draft_ids is None:
         return tokens, logits
     everywhere = torch.full((count, model.config.vocab_size), -torch.inf)
@@ -297,14 +303,21 @@ def _pending_rows(cache: PagedKVCache, draft: Draft) -> tuple[Tensor, Tensor, Te
     """All pending rows: tokens [T], positions [T], depths [T], query_start_loc [B+1], block_table."""
     tokens: list[int] = []
     positions: list[int] = []
+    drafted: list[tuple[int, int, int]] = []  # row, sequence, draft: on the device, perhaps, so not read here
     for b, sequence in enumerate(draft.sequences):
         start, stop = cache.length(sequence), cache.pool.length(sequence.id)
-        tokens += [*sequence.tokens[start:], *draft.of(b)][: stop - start]
+        known = sequence.tokens[start:stop]
+        drafted += [(len(tokens) + len(known) + i, b, i) for i in range(stop - start - len(known))]
+        tokens += known + [0] * (stop - start - len(known))
         positions += range(start, stop)
     ids = [s.id for s in draft.sequences]
     depths, query_start_loc = cache.pool.pending_depths(ids)
+    row_tokens = torch.tensor(tokens)
+    if drafted:
+        rows, of, nth = torch.tensor(drafted).T.to(draft.tokens.device)
+        row_tokens = row_tokens.to(draft.tokens.device).index_put_((rows,), draft.tokens[of, nth])
     return (
-        torch.tensor(tokens),
+        row_tokens,
         torch.tensor(positions),
         torch.from_numpy(depths),
         torch.from_numpy(query_start_loc),

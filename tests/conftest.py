@@ -10,6 +10,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import pytest
 import torch
 
+# Kernels run on a GPU where there is one; elsewhere Triton's interpreter runs them, which must be said before it loads.
+GPU = torch.cuda.is_available()
+os.environ["TRITON_INTERPRET"] = "0" if GPU else "1"
+
 from layerskip_kernels import Model, ModelConfig, PagedKVCache
 from layerskip_kernels.loading import Checkpoint
 

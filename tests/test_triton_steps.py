@@ -1,0 +1,122 @@
+"""Both steps and generation on the Triton backend: the CPU backend's tokens, logits and bytes of the cache.
+
+On a GPU the second step of a kind is captured in a CUDA graph and later ones replay it, so several cycles go through all
+three ways; interpreted on the CPU, a smaller model has fewer.
+"""
+
+import pytest
+import torch
+from conftest import GPU, cache_for, random_tokens, tiny_model
+
+from layerskip_kernels import Draft, GenerationConfig, draft_step, generate, prefill, triton_ops, verify_step
+
+SMALL = {} if GPU else dict(hidden_size=20, intermediate_size=21, num_heads=2, num_kv_heads=1, head_dim=6, num_layers=2)
+CYCLES = 5 if GPU else 2
+PROMPT = 20 if GPU else 5
+
+
+def model(dtype, backend, **changes):
+    return tiny_model(dtype, backend, **{**SMALL, **changes})
+
+
+def same(results):
+    first, second = results
+    assert len(first) == len(second)
+    return all(torch.equal(a.cpu(), b.cpu()) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("page_size", "changes"),
+    [(1, {}), (16, {"attention_bias": True}), (64, {"tie_word_embeddings": True})],
+    ids=["pages of 1", "pages of 16, bias", "pages of 64, tied"],
+)
+def test_cycles_equal_the_cpu_backend(dtype, page_size, changes):
+    results = []
+    for backend in ("triton", "cpu"):
+        llama = model(dtype, backend, **changes)
+        cache = cache_for(llama, PROMPT + 8 * CYCLES, page_size)
+        sequence = cache.add_sequence(random_tokens(PROMPT))
+        cache.commit(prefill(llama, cache, [sequence]))
+        found = []
+        for _ in range(CYCLES):
+            verdict = verify_step(llama, cache, draft_step(llama, cache, [sequence], 1, 3))
+            cache.commit(verdict)
+            found += [verdict.draft.tokens, verdict.num_accepted, verdict.next_tokens, verdict.logits]
+        results.append([*found, *cache.export(sequence)])
+    assert same(results)
+    assert all(tensor.isfinite().all() for tensor in results[0])
+
+
+def test_a_ragged_batch_with_a_draft_vocabulary(dtype):
+    """Unlike lengths and drafts, one sequence without any, another a chunk of its prompt."""
+    results = []
+    for backend in ("triton", "cpu"):
+        llama = model(dtype, backend).with_draft_vocab(range(5, 60))
+        cache = cache_for(llama, 700, page_size=7)
+        lengths = (3, 12, 270) if GPU else (3, 5, 7)
+        old = [cache.add_sequence(random_tokens(n, seed=n)) for n in lengths]
+        cache.commit(prefill(llama, cache, old))
+        new = cache.add_sequence(random_tokens(6, seed=1))
+        found = []
+        for _ in range(CYCLES):
+            draft = draft_step(llama, cache, old, 1, [2, 0, 1])
+            waiting = max(0, len(new.tokens) - cache.length(new) - 2)
+            joined = Draft.joined([*old, new], [0, 0, 0, -waiting], [draft])
+            verdict = verify_step(llama, cache, joined)
+            cache.commit(verdict)
+            found += [verdict.draft.tokens, verdict.num_accepted, verdict.next_tokens, verdict.logits]
+        results.append(found)
+    assert same(results)
+
+
+def test_greedy_generation_equals_the_cpu_backend():
+    config = GenerationConfig(exit_layer=1, num_speculations=3, max_new_tokens=60 if GPU else 8)
+    prompts = [random_tokens(PROMPT), random_tokens(3, seed=1)]
+    texts = [
+        [g.token_ids for g in generate(model(torch.bfloat16, backend), prompts, config)]
+        for backend in ("triton", "cpu")
+    ]
+    assert texts[0] == texts[1]
+
+
+def test_sampled_generation_equals_the_cpu_backend():
+    config = GenerationConfig(exit_layer=1, num_speculations=2, max_new_tokens=4, temperature=0.9, top_p=0.9, seed=3)
+    texts = [
+        generate(model(torch.bfloat16, backend), [random_tokens(4)], config)[0].token_ids
+        for backend in ("triton", "cpu")
+    ]
+    assert texts[0] == texts[1]
+
+
+def test_a_page_outside_the_cache_raises_and_writes_nothing():
+    llama = model(torch.bfloat16, "triton")
+    cache = cache_for(llama, 32)
+    before = [tensor.clone() for tensor in cache.tensors]
+    args = (
+        torch.tensor([1]),
+        torch.tensor([0]),
+        torch.tensor([0]).int(),
+        torch.tensor([0, 1]).int(),
+        torch.tensor([0]),
+    )
+    llama.ops.verify_step(llama.weights, *cache.tensors, *args, torch.tensor([[99]]).int(), *llama.sizes)
+    with pytest.raises(ValueError, match="block_table names a page outside the cache"):
+        llama.ops.to_host()
+    llama.ops.to_host()  # said once
+    assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(before, cache.tensors, strict=True))
+
+
+def test_damaged_weights_raise():
+    llama = model(torch.bfloat16, "triton")
+    llama.weights[1].fill_(torch.nan)  # the final norm
+    cache = cache_for(llama, 16)
+    sequence = cache.add_sequence([1, 2])
+    with pytest.raises(RuntimeError, match="a logit is NaN"):
+        prefill(llama, cache, [sequence])
+    assert cache.pool.length(sequence.id) == 0
+
+
+def test_every_name_of_the_reference_is_there():
+    ops = model(torch.bfloat16, "triton").ops
+    for name in ("philox", "gumbel", "filter_logits", "gumbel_argmax", "rejection_sample", *triton_ops.__all__):
+        assert callable(getattr(ops, name))

@@ -1,0 +1,252 @@
+"""The arithmetic contract (docs/arithmetic.md) as Triton device functions: every kernel's sums and roundings are here.
+
+Compile with ``enable_fp_fusion=False``: multiply and add are two roundings unless a line says ``fma``. 16-bit products
+are exact in fp32, so for bf16 and fp16 ``fma`` gives the contract's bits (FMA=True); fp32 needs the two steps.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import triton
+import triton.language as tl
+
+SEGMENTS = 8  # rule 1
+NORM_LANES = 256  # rule 2
+CHUNK = 256  # rule 4
+GROUP = 16  # output columns that lie together in a packed weight
+VECTOR = 8  # consecutive k of one column that a thread loads at once: 16 bytes of a 16-bit weight
+
+LOG2_E = tl.constexpr(float.fromhex("0x1.715476p+0"))
+LN2_HI = tl.constexpr(float.fromhex("0x1.63p-1"))
+LN2_LO = tl.constexpr(float.fromhex("-0x1.bd0106p-13"))
+ROUND_MAGIC = tl.constexpr(float.fromhex("0x1.8p+23"))
+# The interpreter cuts fp32 off to bf16 where every GPU rounds; to_dtype rounds by hand there.
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+def device_function(function: Callable[..., Any]) -> Any:
+    """triton.jit, for what kernels call. The interpreter, which sets itself up anew for every call of a jitted
+    function, takes it as it is."""
+    return function if INTERPRETED.value else triton.jit(function)
+
+
+EXP_0 = tl.constexpr(float.fromhex("0x1.6db47ep-10"))
+EXP_1 = tl.constexpr(float.fromhex("0x1.123b92p-7"))
+EXP_2 = tl.constexpr(float.fromhex("0x1.55545ep-5"))
+EXP_3 = tl.constexpr(float.fromhex("0x1.55548ep-3"))
+EXP_4 = tl.constexpr(float.fromhex("0x1p-1"))
+
+
+@device_function
+def to_dtype(x, dtype: tl.constexpr):
+    """fp32 to the model's dtype, to nearest even."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        bits = x.to(tl.int32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
+        x = tl.where(x == x, rounded, 0x7FC00000).to(tl.float32, bitcast=True)
+    return x.to(dtype)
+
+
+@device_function
+def rounded(x, dtype: tl.constexpr):
+    """The fp32 value that to_dtype makes of an fp32 value."""
+    return to_dtype(x, dtype).to(tl.float32)
+
+
+# ---- rule 5: exp and silu ----
+
+
+@device_function
+def _clamp(x, low, high):
+    """NaN stays NaN."""
+    x = tl.where(x < low, low, x)
+    return tl.where(x > high, high, x)
+
+
+@device_function
+def _exp_parts(x):
+    """exp(x) = (mantissa + error) * 2**exponent."""
+    shifted = x * LOG2_E + ROUND_MAGIC
+    n = shifted - ROUND_MAGIC
+    a = x - n * LN2_HI
+    b = n * LN2_LO
+    r = a - b
+    r_error = (a - r) - b
+    q = EXP_0 * r + EXP_1
+    q = q * r + EXP_2
+    q = q * r + EXP_3
+    q = q * r + EXP_4
+    sum_ = 1.0 + r
+    sum_error = (1.0 - sum_) + r
+    rest = sum_error + (q * (r * r) + r_error)
+    mantissa = sum_ + rest
+    return mantissa, (sum_ - mantissa) + rest, shifted.to(tl.int32, bitcast=True) - 0x4B400000
+
+
+@device_function
+def _power_of_two(n):
+    return ((n + 127) << 23).to(tl.float32, bitcast=True)
+
+
+@device_function
+def _scale_by_power_of_two(mantissa, n):
+    half = n >> 1
+    return mantissa * _power_of_two(half) * _power_of_two(n - half)
+
+
+@device_function
+def exp(x):
+    mantissa, _, exponent = _exp_parts(_clamp(x, -105.0, 89.0))
+    return _scale_by_power_of_two(mantissa, exponent)
+
+
+@device_function
+def silu(x):
+    mantissa, error, exponent = _exp_parts(_clamp(-x, -105.0, 128.0))
+    shift = tl.where(exponent > 64, 64, 0)
+    one = tl.where(exponent > 64, 0.0, 1.0)
+    power = _scale_by_power_of_two(mantissa, exponent - shift)
+    power_error = _scale_by_power_of_two(error, exponent - shift)
+    denominator = one + power
+    power_part = denominator - one
+    sum_error = (one - (denominator - power_part)) + (power - power_part)
+    quotient = tl.div_rn(x, denominator)
+    y = quotient - tl.div_rn(quotient * (sum_error + power_error), denominator)
+    y = y * _power_of_two(-shift)
+    y = tl.where(x > 128.0, x, y)
+    return tl.where(x < -128.0, -0.0, y)
+
+
+# ---- rules 1 and 2: sums in a written order ----
+
+
+@device_function
+def multiply_add(a, b, c, FMA: tl.constexpr):
+    """a * b + c: one rounding where the product is exact (16-bit operands), else two."""
+    if FMA:
+        return tl.fma(a, b, c)
+    else:
+        return a * b + c
+
+
+@device_function
+def _split8(x):
+    """[A, B, 8] -> eight tensors [A, B], of k = 0 .. 7. Values that one thread loaded stay in it."""
+    A: tl.constexpr = x.shape[0]
+    B: tl.constexpr = x.shape[1]
+    even, odd = tl.split(tl.reshape(x, [A, B, 2, 2, 2]))
+    k04, k26 = tl.split(even)
+    k15, k37 = tl.split(odd)
+    k0, k4 = tl.split(k04)
+    k2, k6 = tl.split(k26)
+    k1, k5 = tl.split(k15)
+    k3, k7 = tl.split(k37)
+    return k0, k1, k2, k3, k4, k5, k6, k7
+
+
+@device_function
+def _add_pairs(partials):
+    """[2 * A, B] -> [A, B]: adjacent pairs."""
+    A: tl.constexpr = partials.shape[0] // 2
+    B: tl.constexpr = partials.shape[1]
+    left, right = tl.split(tl.permute(tl.reshape(partials, [A, 2, B]), [0, 2, 1]))
+    return left + right
+
+
+@device_function
+def _tree8(partials):
+    """[8, C] -> [C]: ((p0 + p1) + (p2 + p3)) + ((p4 + p5) + (p6 + p7))."""
+    C: tl.constexpr = partials.shape[1]
+    return tl.reshape(_add_pairs(_add_pairs(_add_pairs(partials))), [C])
+
+
+@device_function
+def packed_offsets(n, steps):
+    """Where column n of a packed weight begins (triton_ops/packing.py), plus its segments and its first eight k.
+
+    n int64 [C], inside the padded columns -> [8, C, 8].
+    """
+    segment = tl.arange(0, 8)[:, None, None]
+    k = tl.arange(0, 8)[None, None, :]
+    column = (n // 16) * (steps * 1024) + (n % 16) * 8
+    return column[None, :, None] + segment * 128 + k
+
+
+@device_function
+def dot(x_ptrs, w_ptrs, steps, ROWS: tl.constexpr, C: tl.constexpr, STAGES: tl.constexpr, FMA: tl.constexpr):
+    """Rule 1 for ROWS rows and C columns: a tuple of ROWS tensors fp32 [C].
+
+    x_ptrs: a tuple of ROWS pointers, each to a row of fp32 [8, steps * 8] (the segments, filled up with zeros);
+    w_ptrs [8, C, 8]: packed_offsets of the columns. A thread holds one segment of one column; each step reads eight
+    k of it, 16 bytes of a 16-bit weight, STAGES steps ahead.
+    """
+    x_offs = tl.arange(0, 8)[:, None, None] * (steps * 8) + tl.arange(0, 8)[None, None, :]
+    sums = (tl.zeros([8, C], tl.float32),) * ROWS
+    for step in tl.range(0, steps, num_stages=STAGES):
+        w = _split8(tl.load(w_ptrs + step * 1024).to(tl.float32))
+        new_sums = ()
+        for r in tl.static_range(ROWS):
+            x = _split8(tl.load(x_ptrs[r] + x_offs + step * 8))
+            sum_ = sums[r]
+            for k in tl.static_range(8):
+                sum_ = multiply_add(tl.broadcast_to(x[k], [8, C]), w[k], sum_, FMA)
+            new_sums = new_sums + (sum_,)
+        sums = new_sums
+    y = ()
+    for r in tl.static_range(ROWS):
+        y = y + (_tree8(sums[r]),)
+    return y
+
+
+@device_function
+def row_pointers(x_ptr, stride_x, row0, num_rows, ROWS: tl.constexpr):
+    """Pointers to rows row0 .. row0 + ROWS - 1 of x, as dot takes them; beyond the last row, to the last."""
+    pointers = ()
+    for r in tl.static_range(ROWS):
+        pointers = pointers + (x_ptr + tl.minimum(row0 + r, num_rows - 1) * stride_x,)
+    return pointers
+
+
+@device_function
+def halves(y, C: tl.constexpr):
+    """[C] -> its first and its second half, [C / 2] each."""
+    return tl.split(tl.permute(tl.reshape(y, [2, C // 2]), [1, 0]))
+
+
+@device_function
+def segment_offset(i, length):
+    """Where element i of a row lies among its segments, filled up to a multiple of eight: a dot's x."""
+    return i // length * ((length + 7) // 8 * 8) + i % length
+
+
+@device_function
+def norm_rows(hidden_ptr, rows, mask_rows, D, weight_ptr, eps, x_ptr, stride_x, ROWS: tl.constexpr):
+    """Rule 2 for rows int64 [ROWS] of hidden [T, D] -> x fp32, as a dot reads it. Reads past the first-level cache."""
+    lanes = tl.arange(0, 256)
+    offs_row = rows[:, None] * D
+    sums = tl.zeros([ROWS, 256], tl.float32)
+    for start in range(0, D, 256):
+        mask = mask_rows[:, None] & (start + lanes < D)[None, :]
+        x = tl.load(hidden_ptr + offs_row + (start + lanes)[None, :], mask=mask, other=0.0, cache_modifier=".cg")
+        x = x.to(tl.float32)
+        sums = sums + x * x
+    inv = _inverse_norm(sums, D, eps, ROWS)
+    length = (D + 7) // 8
+    for start in range(0, D, 256):
+        offs = start + lanes
+        mask = mask_rows[:, None] & (offs < D)[None, :]
+        x = tl.load(hidden_ptr + offs_row + offs[None, :], mask=mask, other=0.0, cache_modifier=".cg")
+        weight = tl.load(weight_ptr + offs, mask=offs < D, other=0.0).to(tl.float32)
+        y = rounded(rounded(x.to(tl.float32) * inv[:, None], x.dtype) * weight[None, :], x.dtype)
+        tl.store(x_ptr + rows[:, None] * stride_x + segment_offset(offs, length)[None, :], y, mask=mask)
+
+
+@device_function
+def _inverse_norm(lanes, D, eps, ROWS: tl.constexpr):
+    """256 lanes of squares, fp32 [ROWS, 256] -> 1 / sqrt(mean + eps) [ROWS]."""
+    sums = lanes
+    for level in tl.static_range(8):
+        left, right = tl.split(tl.reshape(sums, [ROWS, 128 >> level, 2]))
+        sums = left + right
+    mean = tl.div_rn(tl.reshape(sums, [ROWS]), D.to(tl.float32))
+    return tl.div_rn(1.0, tl.sqrt_rn(mean + eps))

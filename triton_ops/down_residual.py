@@ -1,0 +1,17 @@
+"""Down projection, the residual sum, and the next layer's norm: out_residual's kernel, with other sizes.
+
+    hidden = to_dtype(hidden + to_dtype(dot(activation, w_down)));  x = rms_norm(hidden)
+
+Moves D F weights once for every 16 rows, T F numbers for each program, 2 T D of hidden.
+"""
+
+from torch import Tensor
+
+from .out_residual import out_residual
+
+__all__ = ["down_residual"]
+
+
+def down_residual(activation: Tensor, w_down: Tensor, residual: Tensor) -> Tensor:
+    """reference.down_residual: [T, F], packed [D, F], [T, D] -> [T, D]."""
+    return out_residual(activation, w_down, None, residual)

@@ -1,0 +1,37 @@
+"""How the kernels that stream weights are launched: rows and columns a program, warps, stages.
+
+Grids follow from the sizes and the number of rows alone, so that a step can be captured in a CUDA graph.
+"""
+
+import torch
+from torch import Tensor
+
+__all__ = ["OPTIONS", "STAGES", "blocks", "exact_products", "rows_per_program", "streaming"]
+
+# Never contract a multiply and an add: the contract says where fma may stand.
+OPTIONS = {"enable_fp_fusion": False}
+
+MAX_ROWS = 16  # rows that share a program's weights; more make more programs, which read them again
+STAGES = 4  # steps of weights on their way while one is used
+
+
+def rows_per_program(num_rows: int) -> int:
+    """The power of two that holds ``num_rows``, at most MAX_ROWS."""
+    return min(MAX_ROWS, 1 << max(0, num_rows - 1).bit_length())
+
+
+def blocks(n: int, size: int) -> int:
+    return -(-n // size)
+
+
+def exact_products(dtype: torch.dtype) -> bool:
+    """Whether products are exact in fp32, so that fma rounds as multiply and add do."""
+    return dtype != torch.float32
+
+
+def streaming(num_rows: int, columns: int, weight: Tensor) -> dict[str, object]:
+    """The compile-time arguments and options of a kernel built on ``contract.dot``: a thread per segment and column."""
+    return dict(
+        ROWS=rows_per_program(num_rows), C=columns, STAGES=STAGES, FMA=exact_products(weight.dtype),
+        num_warps=columns // 4, **OPTIONS,
+    )  # fmt: skip

@@ -1,0 +1,140 @@
+"""Final RMSNorm, LM head, argmax: rules 1, 2 and 6.
+
+    logits = dot(x, lm_head);  token = the lowest of the largest
+
+A program computes C logits of up to 16 rows and their largest; what follows (a draft's next token, accept_draft) takes
+the largest of those. Moves V D weights once for every 16 rows, T D numbers for each program, 2 T V / C candidates and,
+where they are wanted, T V logits.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .contract import device_function, dot, packed_offsets
+from .errors import NAN_LOGITS, check_error, new_error
+from .launch import OPTIONS, blocks, streaming
+from .rms_norm import normalised
+
+__all__ = ["Candidates", "best_token", "head_candidates", "norm_head_argmax", "take_draft"]
+
+COLUMNS = 32
+TILE = 512  # candidates that are compared at once
+
+
+@triton.jit
+def _head_kernel(
+    x_ptr, rows_ptr, w_ptr, logits_ptr, best_ptr, token_ptr, stride_x, T, N, steps,
+    LOGITS: tl.constexpr, ROWS: tl.constexpr, C: tl.constexpr, STAGES: tl.constexpr, FMA: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0).to(tl.int64)
+    row0 = tl.program_id(1).to(tl.int64) * ROWS
+    n = pid * C + tl.arange(0, C)
+    x_ptrs = ()
+    for r in tl.static_range(ROWS):
+        row = tl.load(rows_ptr + tl.minimum(row0 + r, T - 1)).to(tl.int64)
+        x_ptrs = x_ptrs + (x_ptr + row * stride_x,)
+    packed = tl.minimum(n, (N + 15) // 16 * 16 - 1)
+    y = dot(x_ptrs, w_ptr + packed_offsets(packed, steps), steps, ROWS, C, STAGES, FMA)
+    for r in tl.static_range(ROWS):
+        if row0 + r < T:
+            if LOGITS:
+                tl.store(logits_ptr + (row0 + r) * N + n, y[r], mask=n < N)
+            z = tl.where(n < N, y[r], -float("inf"))
+            best = tl.max(z)
+            token = tl.min(tl.where((z == best) & (n < N), n, N)).to(tl.int32)
+            no_number = tl.max((z != z).to(tl.int32))
+            candidate = (row0 + r) * tl.num_programs(0) + pid
+            tl.store(best_ptr + candidate, best)
+            tl.store(token_ptr + candidate, tl.where(no_number > 0, -1, token))
+
+
+@device_function
+def best_token(best_ptr, token_ptr, rows, mask_rows, num_blocks, ROWS: tl.constexpr, TILE: tl.constexpr):
+    """Rule 6 over the candidates of rows int64 [ROWS]: tokens int32 [ROWS], -1 where a logit is NaN."""
+    best = tl.full([ROWS], -float("inf"), tl.float32)
+    token = tl.full([ROWS], 2147483647, tl.int32)
+    lowest = tl.zeros([ROWS], tl.int32)
+    for start in range(0, num_blocks, TILE):
+        block = start + tl.arange(0, TILE)
+        mask = mask_rows[:, None] & (block < num_blocks)[None, :]
+        offs = rows[:, None] * num_blocks + block[None, :]
+        values = tl.load(best_ptr + offs, mask=mask, other=-float("inf"))
+        tokens = tl.load(token_ptr + offs, mask=mask, other=2147483647)
+        tile_best = tl.max(values, axis=1)
+        tile_token = tl.min(tl.where(values == tile_best[:, None], tokens, 2147483647), axis=1)
+        lowest = tl.minimum(lowest, tl.min(tokens, axis=1))
+        better = (tile_best > best) | ((tile_best == best) & (tile_token < token))
+        token = tl.where(better, tile_token, token)
+        best = tl.maximum(best, tile_best)
+    return tl.where(lowest < 0, -1, token)
+
+
+@triton.jit
+def _take_draft_kernel(
+    best_ptr, token_ptr, ids_ptr, sequence_ptr, drafts_ptr, next_ptr, error_ptr, num_blocks, max_drafts, column,
+    HAS_IDS: tl.constexpr, TILE: tl.constexpr, NAN_LOGITS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    rows = row + tl.arange(0, 1)
+    token = tl.max(best_token(best_ptr, token_ptr, rows, rows >= 0, num_blocks, 1, TILE)).to(tl.int64)
+    if token < 0:
+        tl.atomic_max(error_ptr, NAN_LOGITS)
+    elif HAS_IDS:
+        token = tl.load(ids_ptr + token)
+    sequence = tl.load(sequence_ptr + row).to(tl.int64)
+    tl.store(drafts_ptr + sequence * max_drafts + column, token)
+    tl.store(next_ptr + sequence, token)
+
+
+class Candidates:
+    """What an LM head of ``size`` columns leaves of each row: best fp32 and token int32 of every program's columns."""
+
+    def __init__(self, num_rows: int, size: int, device: torch.device) -> None:
+        self.num_blocks = blocks(size, COLUMNS)
+        self.best = torch.empty(num_rows, self.num_blocks, device=device)
+        self.tokens = torch.empty(num_rows, self.num_blocks, dtype=torch.int32, device=device)
+
+
+def head_candidates(
+    x: Tensor, rows: Tensor, lm_head: Tensor, vocab_size: int, candidates: Candidates, logits: Tensor | None
+) -> None:
+    """The candidates of rows int32 [T] of x, and logits fp32 [T, V] if wanted."""
+    num_rows = len(rows)
+    options = streaming(num_rows, COLUMNS, lm_head)
+    _head_kernel[(blocks(vocab_size, COLUMNS), blocks(num_rows, options["ROWS"]))](
+        x, rows, lm_head, x if logits is None else logits, candidates.best, candidates.tokens, x.stride(0), num_rows,
+        vocab_size, lm_head.size(1), LOGITS=logits is not None, **options,
+    )  # fmt: skip
+
+
+def take_draft(
+    candidates: Candidates, draft_ids: Tensor | None, sequences: Tensor, drafts: Tensor, column: int,
+    next_tokens: Tensor, error: Tensor,
+) -> None:  # fmt: skip
+    """The token of each row of candidates -> drafts int64 [B, max_drafts] and next_tokens int64 [B] of its sequence.
+
+    sequences int32 [T]; draft_ids int64: the token ids that the head's columns stand for (None: themselves).
+    """
+    _take_draft_kernel[(len(sequences),)](
+        candidates.best, candidates.tokens, drafts if draft_ids is None else draft_ids, sequences, drafts, next_tokens,
+        error, candidates.num_blocks, drafts.size(1), column, HAS_IDS=draft_ids is not None, TILE=TILE, NAN_LOGITS=NAN_LOGITS, num_warps=4, **OPTIONS,
+    )  # fmt: skip
+
+
+def norm_head_argmax(
+    hidden: Tensor, norm_weight: Tensor, lm_head: Tensor, vocab_size: int, eps: float
+) -> tuple[Tensor, Tensor]:
+    """reference.norm_head_argmax: [T, D] -> tokens int64 [T], logits fp32 [T, V]. Waits for the device, to raise."""
+    num_rows, device = len(hidden), hidden.device
+    candidates = Candidates(num_rows, vocab_size, device)
+    logits = torch.empty(num_rows, vocab_size, device=device)
+    rows = torch.arange(num_rows, dtype=torch.int32, device=device)
+    tokens, next_tokens = (torch.empty(num_rows, n, dtype=torch.int64, device=device) for n in (1, 1))
+    error = new_error(device)
+    x = normalised(hidden, norm_weight, eps)
+    head_candidates(x, rows, lm_head, vocab_size, candidates, logits)
+    take_draft(candidates, None, rows, tokens, 0, next_tokens, error)
+    check_error(error)
+    return tokens[:, 0], logits

@@ -1,0 +1,115 @@
+"""RMSNorm, the three projections, RoPE on q and k, and k and v into their pages: rules 1 to 3.
+
+    y = to_dtype(dot(x, w) + bias);  q, k: to_dtype(a cos - b sin), to_dtype(b cos + a sin);  v: y
+
+A program computes C / 2 pairs (d, d + K / 2) of heads' columns, so that RoPE has both. Moves (H + 2G) K D weights once
+for every 16 rows, T D numbers of x for each program, and T (H + 2G) K results.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .contract import dot, halves, packed_offsets, rounded, row_pointers, to_dtype
+from .launch import OPTIONS, blocks, streaming
+
+__all__ = ["norm_qkv_rope_append", "qkv_rope_append"]
+
+COLUMNS = 32
+
+
+@triton.jit
+def _qkv_rope_append_kernel(
+    x_ptr, wq_ptr, wk_ptr, wv_ptr, bias_ptr, cos_ptr, sin_ptr, positions_ptr, slots_ptr, q_ptr, k_ptr, v_ptr,
+    stride_x, T, steps, num_heads, num_kv_heads, HALF_HEAD, num_pages, S,
+    HAS_BIAS: tl.constexpr, ROWS: tl.constexpr, C: tl.constexpr, STAGES: tl.constexpr, FMA: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0).to(tl.int64)
+    row0 = tl.program_id(1).to(tl.int64) * ROWS
+    dtype: tl.constexpr = q_ptr.dtype.element_ty
+    PAIRS: tl.constexpr = C // 2
+    K = 2 * HALF_HEAD
+    q_blocks = tl.cdiv(num_heads * HALF_HEAD, PAIRS)
+    kv_blocks = tl.cdiv(num_kv_heads * HALF_HEAD, PAIRS)
+    is_q = pid < q_blocks
+    is_v = pid >= q_blocks + kv_blocks
+    first_block = tl.where(is_q, 0, tl.where(is_v, q_blocks + kv_blocks, q_blocks))
+    heads = tl.where(is_q, num_heads, num_kv_heads)
+    w_ptr = tl.where(is_q, wq_ptr, tl.where(is_v, wv_ptr, wk_ptr))
+
+    column = tl.arange(0, C)
+    pair = tl.minimum((pid - first_block) * PAIRS + column % PAIRS, heads * HALF_HEAD - 1)
+    n = pair // HALF_HEAD * K + pair % HALF_HEAD + column // PAIRS * HALF_HEAD
+    x_ptrs = row_pointers(x_ptr, stride_x, row0, T, ROWS)
+    y = dot(x_ptrs, w_ptr + packed_offsets(n, steps), steps, ROWS, C, STAGES, FMA)
+    if HAS_BIAS:
+        first_bias = tl.where(is_q, 0, tl.where(is_v, num_heads + num_kv_heads, num_heads)) * K
+        bias = tl.load(bias_ptr + first_bias + n).to(tl.float32)
+
+    pair = (pid - first_block) * PAIRS + tl.arange(0, PAIRS)
+    inside = pair < heads * HALF_HEAD
+    head = pair // HALF_HEAD
+    d = pair % HALF_HEAD
+    for r in tl.static_range(ROWS):
+        row = row0 + r
+        mask = inside & (row < T)
+        z = y[r]
+        if HAS_BIAS:
+            z = z + bias
+        a, b = halves(rounded(z, dtype), C)
+        if not is_v:
+            position = tl.load(positions_ptr + row, mask=row < T, other=0)
+            cos = tl.load(cos_ptr + position * HALF_HEAD + d, mask=inside, other=0.0)
+            sin = tl.load(sin_ptr + position * HALF_HEAD + d, mask=inside, other=0.0)
+            a, b = a * cos - b * sin, b * cos + a * sin
+        if is_q:
+            target = q_ptr + (row * num_heads + head) * K + d
+            step = HALF_HEAD
+        else:
+            slot = tl.load(slots_ptr + row, mask=row < T, other=-1)
+            mask = mask & (slot >= 0) & (slot < num_pages * S)
+            page_head = slot // S * num_kv_heads + head
+            if is_v:
+                target = v_ptr + (page_head * S + slot % S) * K + d
+                step = HALF_HEAD
+            else:
+                target = k_ptr + (page_head * K + d) * S + slot % S
+                step = HALF_HEAD * S
+        tl.store(target, to_dtype(a, dtype), mask=mask)
+        tl.store(target + step, to_dtype(b, dtype), mask=mask)
+
+
+def qkv_rope_append(
+    x: Tensor, wq: Tensor, wk: Tensor, wv: Tensor, qkv_bias: Tensor | None, cos: Tensor, sin: Tensor,
+    positions: Tensor, slots: Tensor, q: Tensor, k_pages: Tensor, v_pages: Tensor, num_rows: int,
+) -> None:  # fmt: skip
+    """The same of rows that are normalised already: x fp32 [T, row_stride(D)] -> q [T, H, K], and pages."""
+    num_pages, num_kv_heads, head_dim, page_size = k_pages.shape
+    num_heads = q.size(1)
+    options = streaming(num_rows, COLUMNS, wq)
+    pairs = COLUMNS // 2
+    grid = (
+        blocks(num_heads * head_dim // 2, pairs) + 2 * blocks(num_kv_heads * head_dim // 2, pairs),
+        blocks(num_rows, options["ROWS"]),
+    )
+    _qkv_rope_append_kernel[grid](
+        x, wq, wk, wv, q if qkv_bias is None else qkv_bias, cos, sin, positions, slots, q, k_pages, v_pages,
+        x.stride(0), num_rows, wq.size(1), num_heads, num_kv_heads, head_dim // 2, num_pages, page_size,
+        HAS_BIAS=qkv_bias is not None, **options,
+    )  # fmt: skip
+
+
+def norm_qkv_rope_append(
+    hidden: Tensor, norm_weight: Tensor, wq: Tensor, wk: Tensor, wv: Tensor, qkv_bias: Tensor | None, cos: Tensor,
+    sin: Tensor, positions: Tensor, slot_mapping: Tensor, k_pages: Tensor, v_pages: Tensor, num_heads: int, eps: float,
+) -> Tensor:  # fmt: skip
+    """reference.norm_qkv_rope_append. In a step the norm is computed by the kernel before, which has the rows."""
+    from .rms_norm import normalised
+
+    q = torch.empty(hidden.size(0), num_heads, k_pages.size(2), dtype=hidden.dtype, device=hidden.device)
+    x = normalised(hidden, norm_weight, eps)
+    qkv_rope_append(
+        x, wq, wk, wv, qkv_bias, cos, sin, positions, slot_mapping, q, k_pages, v_pages, hidden.size(0)
+    )  # fmt: skip
+    return q

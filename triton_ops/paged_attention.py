@@ -1,0 +1,182 @@
+"""Attention over pages, in chunks of 256 positions that run in parallel and are merged in order: rule 4.
+
+    s_j = scale * fold_d(q[d] k_j[d]);  m = max s;  p_j = to_dtype(exp(s_j - m));  l = fold_j(p_j);  o = fold_j(p_j v_j)
+    merged: m' = max(m, m_new);  l exp(m - m') + l_new exp(m_new - m');  o likewise;  to_dtype(o / l)
+
+A program has a chunk of one sequence's KV head and up to 8 of its rows, with all query heads of that KV head: each of
+them reads what the first one loaded. Moves 2 K numbers for each position, KV head and 8 rows of a sequence.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .contract import CHUNK, exp, multiply_add, rounded, segment_offset
+from .launch import OPTIONS, blocks, exact_products
+from .packing import row_stride
+from .rms_norm import from_segments
+
+__all__ = ["AttentionScratch", "attend", "paged_attention"]
+
+MAX_ROWS = 8
+TILE = 128  # positions whose scores are computed at once
+
+
+@triton.jit
+def _attend_kernel(
+    q_ptr, k_ptr, v_ptr, block_table_ptr, rows_ptr, starts_ptr, positions_ptr, scores_ptr, m_ptr, l_ptr, o_ptr,
+    out_ptr, stride_out, num_heads, num_kv_heads, K, S, num_pages, max_blocks, row_blocks, scale,
+    ROWS: tl.constexpr, RATIO: tl.constexpr, R: tl.constexpr, K_PADDED: tl.constexpr, TILE: tl.constexpr,
+    ONE_CHUNK: tl.constexpr, FMA: tl.constexpr,
+):  # fmt: skip
+    sequence = tl.program_id(0).to(tl.int64) // row_blocks
+    row_block = tl.program_id(0) % row_blocks
+    kv_head = tl.program_id(1).to(tl.int64)
+    chunk = tl.program_id(2)
+    dtype: tl.constexpr = k_ptr.dtype.element_ty
+
+    # Rows of the tile: every query head of this KV head, for every row.
+    r = tl.arange(0, R)[:, None]
+    nth = tl.load(starts_ptr + sequence) + row_block * ROWS + r // RATIO
+    in_rows = (r < ROWS * RATIO) & (nth < tl.load(starts_ptr + sequence + 1))
+    row = tl.load(rows_ptr + nth, mask=in_rows, other=0).to(tl.int64)
+    head = kv_head * RATIO + r % RATIO
+    position = tl.load(positions_ptr + row, mask=in_rows, other=-1)
+    visible = tl.minimum(tl.maximum(position + 1 - chunk * 256, 0), 256).to(tl.int32)
+    n = tl.max(visible)
+    if n > 0:
+        program = (tl.program_id(0) * num_kv_heads + kv_head) * tl.num_programs(2) + chunk
+        scores_ptrs = scores_ptr + program * (R * 256) + r * 256
+        q_ptrs = q_ptr + (row * num_heads + head) * K
+        m = tl.full([R, 1], -float("inf"), tl.float32)
+        for start in range(0, n, TILE):
+            j = start + tl.arange(0, TILE)[None, :]
+            at = chunk * 256 + j
+            page = tl.load(block_table_ptr + sequence * max_blocks + at // S, mask=j < n, other=-1).to(tl.int64)
+            paged = (page >= 0) & (page < num_pages)
+            k_ptrs = k_ptr + (page * num_kv_heads + kv_head) * K * S + at % S
+            s = tl.zeros([R, TILE], tl.float32)
+            for d in tl.range(0, K, loop_unroll_factor=8):
+                q = tl.load(q_ptrs + d, mask=in_rows, other=0.0).to(tl.float32)
+                k = tl.load(k_ptrs + d * S, mask=paged, other=0.0).to(tl.float32)
+                s = multiply_add(tl.broadcast_to(q, [R, TILE]), tl.broadcast_to(k, [R, TILE]), s, FMA)
+            s = tl.where(j < visible, s * scale, -float("inf"))
+            m = tl.maximum(m, tl.max(s, axis=1, keep_dims=True))
+            tl.store(scores_ptrs + j, s)
+        tl.debug_barrier()
+        for start in range(0, n, TILE):
+            j = start + tl.arange(0, TILE)[None, :]
+            p = rounded(exp(tl.load(scores_ptrs + j) - m), dtype)
+            tl.store(scores_ptrs + j, tl.where(j < visible, p, 0.0))
+        tl.debug_barrier()
+        d = tl.arange(0, K_PADDED)[None, :]
+        l = tl.zeros([R, 1], tl.float32)  # noqa: E741
+        o = tl.zeros([R, K_PADDED], tl.float32)
+        for j in tl.range(0, n, loop_unroll_factor=8):
+            at = chunk * 256 + j
+            page = tl.load(block_table_ptr + sequence * max_blocks + at // S).to(tl.int64)
+            paged = (page >= 0) & (page < num_pages)
+            v_ptrs = v_ptr + ((page * num_kv_heads + kv_head) * S + at % S) * K + d
+            v = tl.load(v_ptrs, mask=(d < K) & paged, other=0.0).to(tl.float32)
+            p = tl.load(scores_ptrs + j)
+            l = l + p  # noqa: E741
+            o = multiply_add(tl.broadcast_to(p, [R, K_PADDED]), tl.broadcast_to(v, [R, K_PADDED]), o, FMA)
+        if ONE_CHUNK:
+            out = rounded(tl.div_rn(o, tl.broadcast_to(l, [R, K_PADDED])), dtype)
+            offs = segment_offset(head * K + d, (num_heads * K + 7) // 8)
+            tl.store(out_ptr + row * stride_out + offs, out, mask=in_rows & (d < K))
+        else:
+            part = (row * num_heads + head) * tl.num_programs(2) + chunk
+            tl.store(m_ptr + part, m, mask=in_rows)
+            tl.store(l_ptr + part, l, mask=in_rows)
+            tl.store(o_ptr + part * K + d, o, mask=in_rows & (d < K))
+
+
+@triton.jit
+def _merge_kernel(
+    rows_ptr, positions_ptr, m_ptr, l_ptr, o_ptr, out_ptr, model_ptr, stride_out, num_heads, K, num_chunks,
+    K_PADDED: tl.constexpr,
+):  # fmt: skip
+    row = tl.load(rows_ptr + tl.program_id(0)).to(tl.int64)
+    head = tl.program_id(1)
+    d = tl.arange(0, K_PADDED)
+    part = (row * num_heads + head) * num_chunks
+    m = tl.load(m_ptr + part)
+    l = tl.load(l_ptr + part)  # noqa: E741
+    o = tl.load(o_ptr + part * K + d, mask=d < K, other=0.0)
+    for chunk in range(1, (tl.load(positions_ptr + row) // 256 + 1).to(tl.int32)):
+        m_new = tl.load(m_ptr + part + chunk)
+        m_max = tl.maximum(m, m_new)
+        a = exp(m - m_max)
+        b = exp(m_new - m_max)
+        m = m_max
+        l = l * a + tl.load(l_ptr + part + chunk) * b  # noqa: E741
+        o = o * a + tl.load(o_ptr + (part + chunk) * K + d, mask=d < K, other=0.0) * b
+    dtype: tl.constexpr = model_ptr.dtype.element_ty
+    out = rounded(tl.div_rn(o, l + tl.zeros([K_PADDED], tl.float32)), dtype)
+    offs = segment_offset(head * K + d, (num_heads * K + 7) // 8)
+    tl.store(out_ptr + row * stride_out + offs, out, mask=d < K)
+
+
+class AttentionScratch:
+    """What programs keep between their passes, and chunks for the merge: reused by all layers of a step.
+
+    For T rows of B sequences, at most ``max_rows`` of one, and block tables that reach ``max_positions``.
+    """
+
+    def __init__(
+        self, num_rows: int, num_sequences: int, max_rows: int, num_heads: int, num_kv_heads: int, head_dim: int,
+        max_positions: int, device: torch.device,
+    ) -> None:  # fmt: skip
+        self.rows = min(MAX_ROWS, 1 << (max_rows - 1).bit_length())
+        self.row_blocks = blocks(max_rows, self.rows)
+        self.num_chunks = max(1, blocks(max_positions, CHUNK))
+        tile_rows = 1 << (self.rows * (num_heads // num_kv_heads) - 1).bit_length()
+        programs = num_sequences * self.row_blocks * num_kv_heads * self.num_chunks
+        self.scores = torch.empty(programs, tile_rows, CHUNK, device=device)
+        parts = (num_rows, num_heads, self.num_chunks) if self.num_chunks > 1 else (1, 1, 1)
+        self.m, self.l = torch.empty(parts, device=device), torch.empty(parts, device=device)
+        self.o = torch.empty(*parts, head_dim, device=device)
+
+
+def attend(
+    q: Tensor, k_pages: Tensor, v_pages: Tensor, block_table: Tensor, rows: Tensor, starts: Tensor, positions: Tensor,
+    scale: float, scratch: AttentionScratch, out: Tensor,
+) -> None:  # fmt: skip
+    """out fp32 [T, row_stride(H*K)] of some rows of q [T, H, K].
+
+    rows int32 [N]: them, by sequence; starts int32 [B+1]: sequence b has rows[starts[b]:starts[b+1]], at most as many
+    as the scratch was made for; positions int64 [T] of all rows of q.
+    """
+    num_heads, head_dim = q.shape[1:]
+    num_pages, num_kv_heads, _, page_size = k_pages.shape
+    ratio, padded = num_heads // num_kv_heads, triton.next_power_of_2(head_dim)
+    one_chunk = scratch.num_chunks == 1
+    _attend_kernel[((len(starts) - 1) * scratch.row_blocks, num_kv_heads, scratch.num_chunks)](
+        q, k_pages, v_pages, block_table, rows, starts, positions, scratch.scores, scratch.m, scratch.l, scratch.o,
+        out, out.stride(0), num_heads, num_kv_heads, head_dim, page_size, num_pages, block_table.size(1),
+        scratch.row_blocks, scale, ROWS=scratch.rows, RATIO=ratio, R=scratch.scores.size(1), K_PADDED=padded,
+        TILE=TILE, ONE_CHUNK=one_chunk, FMA=exact_products(q.dtype), num_warps=8, **OPTIONS,
+    )  # fmt: skip
+    if not one_chunk:
+        _merge_kernel[(len(rows), num_heads)](
+            rows, positions, scratch.m, scratch.l, scratch.o, out, q, out.stride(0), num_heads, head_dim,
+            scratch.num_chunks, K_PADDED=padded, num_warps=1, **OPTIONS,
+        )  # fmt: skip
+
+
+def paged_attention(
+    q: Tensor, k_pages: Tensor, v_pages: Tensor, block_table: Tensor, query_start_loc: Tensor, positions: Tensor,
+    scale: float,
+) -> Tensor:  # fmt: skip
+    """reference.paged_attention: q [T, H, K] -> [T, H*K]. Waits for query_start_loc, to know the most rows."""
+    num_rows, num_heads, head_dim = q.shape
+    scratch = AttentionScratch(
+        num_rows, len(query_start_loc) - 1, int(query_start_loc.diff().max()), num_heads, k_pages.size(1), head_dim,
+        block_table.size(1) * k_pages.size(3), q.device,
+    )  # fmt: skip
+    out = torch.zeros(num_rows, row_stride(num_heads * head_dim), device=q.device)
+    rows = torch.arange(num_rows, dtype=torch.int32, device=q.device)
+    attend(q, k_pages, v_pages, block_table, rows, query_start_loc.int(), positions, scale, scratch, out)
+    return from_segments(out, num_heads * head_dim, q.dtype)
