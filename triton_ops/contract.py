@@ -21,13 +21,14 @@ LN2_HI = tl.constexpr(float.fromhex("0x1.63p-1"))
 LN2_LO = tl.constexpr(float.fromhex("-0x1.bd0106p-13"))
 ROUND_MAGIC = tl.constexpr(float.fromhex("0x1.8p+23"))
 # The interpreter cuts fp32 off to bf16 where every GPU rounds; to_dtype rounds by hand there.
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+INTERPRETED = triton.knobs.runtime.interpret
+ROUND_BY_HAND = tl.constexpr(INTERPRETED)
 
 
 def device_function(function: Callable[..., Any]) -> Any:
     """triton.jit, for what kernels call. The interpreter, which sets itself up anew for every call of a jitted
     function, takes it as it is."""
-    return function if INTERPRETED.value else triton.jit(function)
+    return function if INTERPRETED else triton.jit(function)
 
 
 EXP_0 = tl.constexpr(float.fromhex("0x1.6db47ep-10"))
@@ -40,7 +41,7 @@ EXP_4 = tl.constexpr(float.fromhex("0x1p-1"))
 @device_function
 def to_dtype(x, dtype: tl.constexpr):
     """fp32 to the model's dtype, to nearest even."""
-    if INTERPRETED and dtype == tl.bfloat16:
+    if ROUND_BY_HAND and dtype == tl.bfloat16:
         bits = x.to(tl.int32, bitcast=True)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
         x = tl.where(x == x, rounded, 0x7FC00000).to(tl.float32, bitcast=True)
@@ -164,34 +165,44 @@ def _tree8(partials):
 def packed_offsets(n, steps):
     """Where column n of a packed weight begins (triton_ops/packing.py), plus its segments and its first eight k.
 
-    n int64 [C], inside the padded columns -> [8, C, 8].
+    n int32 [C], inside the padded columns -> int64 [8, C, 8].
     """
     segment = tl.arange(0, 8)[:, None, None]
     k = tl.arange(0, 8)[None, None, :]
-    column = (n // 16) * (steps * 1024) + (n % 16) * 8
+    column = (n // 16).to(tl.int64) * (steps * 1024) + n % 16 * 8
     return column[None, :, None] + segment * 128 + k
 
 
 @device_function
-def dot(x_ptrs, w_ptrs, steps, ROWS: tl.constexpr, C: tl.constexpr, STAGES: tl.constexpr, FMA: tl.constexpr):
+def dot(x_ptrs, w_ptrs, steps, ROWS: tl.constexpr, C: tl.constexpr, AHEAD: tl.constexpr, FMA: tl.constexpr):
     """Rule 1 for ROWS rows and C columns: a tuple of ROWS tensors fp32 [C].
 
     x_ptrs: a tuple of ROWS pointers, each to a row of fp32 [8, steps * 8] (the segments, filled up with zeros);
-    w_ptrs [8, C, 8]: packed_offsets of the columns. A thread holds one segment of one column; each step reads eight
-    k of it, 16 bytes of a 16-bit weight, STAGES steps ahead.
+    w_ptrs [8, C, 8]: packed_offsets of the columns. A thread holds one segment of a column (or of two); a step is eight
+    k of it, 16 bytes of a 16-bit weight. AHEAD steps are on their way to the thread's registers while one is used, so
+    that no warp waits for another.
     """
     x_offs = tl.arange(0, 8)[:, None, None] * (steps * 8) + tl.arange(0, 8)[None, None, :]
     sums = (tl.zeros([8, C], tl.float32),) * ROWS
-    for step in tl.range(0, steps, num_stages=STAGES):
-        w = _split8(tl.load(w_ptrs + step * 1024).to(tl.float32))
-        new_sums = ()
-        for r in tl.static_range(ROWS):
-            x = _split8(tl.load(x_ptrs[r] + x_offs + step * 8))
-            sum_ = sums[r]
-            for k in tl.static_range(8):
-                sum_ = multiply_add(tl.broadcast_to(x[k], [8, C]), w[k], sum_, FMA)
-            new_sums = new_sums + (sum_,)
-        sums = new_sums
+    waiting = ()
+    for i in tl.static_range(AHEAD):
+        waiting = waiting + (tl.load(w_ptrs + i * 1024, mask=i < steps, other=0.0),)
+    for first in range(0, steps, AHEAD):
+        still_waiting = ()
+        for i in tl.static_range(AHEAD):
+            step = first + i
+            w = _split8(waiting[i].to(tl.float32))
+            following = tl.load(w_ptrs + (step + AHEAD) * 1024, mask=step + AHEAD < steps, other=0.0)
+            still_waiting = still_waiting + (following,)
+            new_sums = ()
+            for r in tl.static_range(ROWS):
+                x = _split8(tl.load(x_ptrs[r] + x_offs + step * 8, mask=step < steps, other=0.0))
+                sum_ = sums[r]
+                for k in tl.static_range(8):
+                    sum_ = multiply_add(tl.broadcast_to(x[k], [8, C]), w[k], sum_, FMA)
+                new_sums = new_sums + (sum_,)
+            sums = new_sums
+        waiting = still_waiting
     y = ()
     for r in tl.static_range(ROWS):
         y = y + (_tree8(sums[r]),)

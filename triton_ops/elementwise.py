@@ -8,7 +8,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .contract import dot, exp as _exp, packed_offsets, row_pointers, silu as _silu, to_dtype
+from .contract import dot, packed_offsets, row_pointers, to_dtype
+from .contract import exp as _exp
+from .contract import silu as _silu
 from .launch import OPTIONS, blocks, streaming
 from .packing import to_segments, unpack_weight
 
@@ -49,13 +51,13 @@ def silu(x: Tensor) -> Tensor:
 @triton.jit
 def _linear_kernel(
     x_ptr, w_ptr, bias_ptr, y_ptr, stride_x, T, N, steps,
-    HAS_BIAS: tl.constexpr, ROWS: tl.constexpr, C: tl.constexpr, STAGES: tl.constexpr, FMA: tl.constexpr,
+    HAS_BIAS: tl.constexpr, ROWS: tl.constexpr, C: tl.constexpr, AHEAD: tl.constexpr, FMA: tl.constexpr,
 ):  # fmt: skip
-    n = tl.program_id(0).to(tl.int64) * C + tl.arange(0, C)
+    n = tl.program_id(0) * C + tl.arange(0, C)
     row0 = tl.program_id(1).to(tl.int64) * ROWS
     packed = tl.minimum(n, (N + 15) // 16 * 16 - 1)
     x_ptrs = row_pointers(x_ptr, stride_x, row0, T, ROWS)
-    y = dot(x_ptrs, w_ptr + packed_offsets(packed, steps), steps, ROWS, C, STAGES, FMA)
+    y = dot(x_ptrs, w_ptr + packed_offsets(packed, steps), steps, ROWS, C, AHEAD, FMA)
     for r in tl.static_range(ROWS):
         z = y[r]
         if HAS_BIAS:

@@ -5,7 +5,6 @@
 Moves one row of D numbers in, two out, for each joining row.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -26,7 +25,7 @@ def _join_rows_kernel(
 ):  # fmt: skip
     row = first_row + tl.program_id(0).to(tl.int64)
     given = tl.load(order_ptr + row)
-    position = tl.load(given_positions_ptr + given) + position_step
+    position = tl.load(given_positions_ptr + given).to(tl.int32) + position_step
     sequence = tl.load(sequence_ptr + row).to(tl.int64)
     block = position // S
     placed = (position >= 0) & (position < max_positions) & (block < max_blocks)
@@ -37,7 +36,7 @@ def _join_rows_kernel(
     elif not paged:
         tl.atomic_max(error_ptr, BAD_PAGE)
     slot = tl.where(paged, page * S + position % S, -1)
-    tl.store(positions_ptr + row, tl.where(placed, position, 0))
+    tl.store(positions_ptr + row, tl.where(placed, position, 0).to(tl.int64))
     tl.store(slots_ptr + row, slot)
 
     token = tl.load(tokens_ptr + given)

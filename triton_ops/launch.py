@@ -6,13 +6,16 @@ Grids follow from the sizes and the number of rows alone, so that a step can be 
 import torch
 from torch import Tensor
 
-__all__ = ["OPTIONS", "STAGES", "blocks", "exact_products", "rows_per_program", "streaming"]
+from .contract import INTERPRETED
+
+__all__ = ["OPTIONS", "blocks", "exact_products", "rows_per_program", "streaming"]
 
 # Never contract a multiply and an add: the contract says where fma may stand.
 OPTIONS = {"enable_fp_fusion": False}
 
 MAX_ROWS = 16  # rows that share a program's weights; more make more programs, which read them again
-STAGES = 4  # steps of weights on their way while one is used
+# Steps of weights on their way to a thread while one is used, by rows. What is unrolled are AHEAD * ROWS * 8 terms.
+AHEAD = {1: 8, 2: 8, 4: 4, 8: 4, 16: 2}
 
 
 def rows_per_program(num_rows: int) -> int:
@@ -31,7 +34,8 @@ def exact_products(dtype: torch.dtype) -> bool:
 
 def streaming(num_rows: int, columns: int, weight: Tensor) -> dict[str, object]:
     """The compile-time arguments and options of a kernel built on ``contract.dot``: a thread per segment and column."""
+    rows = rows_per_program(num_rows)
     return dict(
-        ROWS=rows_per_program(num_rows), C=columns, STAGES=STAGES, FMA=exact_products(weight.dtype),
+        ROWS=rows, C=columns, AHEAD=1 if INTERPRETED else AHEAD[rows], FMA=exact_products(weight.dtype),
         num_warps=columns // 4, **OPTIONS,
     )  # fmt: skip

@@ -24,9 +24,9 @@ COLUMNS = 32
 @triton.jit
 def _gate_up_silu_kernel(
     x_ptr, gate_ptr, up_ptr, hidden_ptr, activation_ptr, stride_x, stride_activation, T, F, steps,
-    ROWS: tl.constexpr, C: tl.constexpr, STAGES: tl.constexpr, FMA: tl.constexpr,
+    ROWS: tl.constexpr, C: tl.constexpr, AHEAD: tl.constexpr, FMA: tl.constexpr,
 ):  # fmt: skip
-    pid = tl.program_id(0).to(tl.int64)
+    pid = tl.program_id(0)
     row0 = tl.program_id(1).to(tl.int64) * ROWS
     dtype: tl.constexpr = hidden_ptr.dtype.element_ty
     EACH: tl.constexpr = C // 2
@@ -34,7 +34,7 @@ def _gate_up_silu_kernel(
     n = pid * EACH + column % EACH
     offs = packed_offsets(n, steps)
     w_ptrs = tl.where((column < EACH)[None, :, None], gate_ptr + offs, up_ptr + offs)
-    y = dot(row_pointers(x_ptr, stride_x, row0, T, ROWS), w_ptrs, steps, ROWS, C, STAGES, FMA)
+    y = dot(row_pointers(x_ptr, stride_x, row0, T, ROWS), w_ptrs, steps, ROWS, C, AHEAD, FMA)
     n = pid * EACH + tl.arange(0, EACH)
     for r in tl.static_range(ROWS):
         gate, up = halves(rounded(y[r], dtype), C)

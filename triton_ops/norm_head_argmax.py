@@ -26,9 +26,9 @@ TILE = 512  # candidates that are compared at once
 @triton.jit
 def _head_kernel(
     x_ptr, rows_ptr, w_ptr, logits_ptr, best_ptr, token_ptr, stride_x, T, N, steps,
-    LOGITS: tl.constexpr, ROWS: tl.constexpr, C: tl.constexpr, STAGES: tl.constexpr, FMA: tl.constexpr,
+    LOGITS: tl.constexpr, ROWS: tl.constexpr, C: tl.constexpr, AHEAD: tl.constexpr, FMA: tl.constexpr,
 ):  # fmt: skip
-    pid = tl.program_id(0).to(tl.int64)
+    pid = tl.program_id(0)
     row0 = tl.program_id(1).to(tl.int64) * ROWS
     n = pid * C + tl.arange(0, C)
     x_ptrs = ()
@@ -36,7 +36,7 @@ def _head_kernel(
         row = tl.load(rows_ptr + tl.minimum(row0 + r, T - 1)).to(tl.int64)
         x_ptrs = x_ptrs + (x_ptr + row * stride_x,)
     packed = tl.minimum(n, (N + 15) // 16 * 16 - 1)
-    y = dot(x_ptrs, w_ptr + packed_offsets(packed, steps), steps, ROWS, C, STAGES, FMA)
+    y = dot(x_ptrs, w_ptr + packed_offsets(packed, steps), steps, ROWS, C, AHEAD, FMA)
     for r in tl.static_range(ROWS):
         if row0 + r < T:
             if LOGITS:

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .contract import dot, halves, packed_offsets, rounded, row_pointers, to_dtype
-from .launch import OPTIONS, blocks, streaming
+from .launch import blocks, streaming
 
 __all__ = ["norm_qkv_rope_append", "qkv_rope_append"]
 
@@ -23,9 +23,9 @@ COLUMNS = 32
 def _qkv_rope_append_kernel(
     x_ptr, wq_ptr, wk_ptr, wv_ptr, bias_ptr, cos_ptr, sin_ptr, positions_ptr, slots_ptr, q_ptr, k_ptr, v_ptr,
     stride_x, T, steps, num_heads, num_kv_heads, HALF_HEAD, num_pages, S,
-    HAS_BIAS: tl.constexpr, ROWS: tl.constexpr, C: tl.constexpr, STAGES: tl.constexpr, FMA: tl.constexpr,
+    HAS_BIAS: tl.constexpr, ROWS: tl.constexpr, C: tl.constexpr, AHEAD: tl.constexpr, FMA: tl.constexpr,
 ):  # fmt: skip
-    pid = tl.program_id(0).to(tl.int64)
+    pid = tl.program_id(0)
     row0 = tl.program_id(1).to(tl.int64) * ROWS
     dtype: tl.constexpr = q_ptr.dtype.element_ty
     PAIRS: tl.constexpr = C // 2
@@ -42,7 +42,7 @@ def _qkv_rope_append_kernel(
     pair = tl.minimum((pid - first_block) * PAIRS + column % PAIRS, heads * HALF_HEAD - 1)
     n = pair // HALF_HEAD * K + pair % HALF_HEAD + column // PAIRS * HALF_HEAD
     x_ptrs = row_pointers(x_ptr, stride_x, row0, T, ROWS)
-    y = dot(x_ptrs, w_ptr + packed_offsets(n, steps), steps, ROWS, C, STAGES, FMA)
+    y = dot(x_ptrs, w_ptr + packed_offsets(n, steps), steps, ROWS, C, AHEAD, FMA)
     if HAS_BIAS:
         first_bias = tl.where(is_q, 0, tl.where(is_v, num_heads + num_kv_heads, num_heads)) * K
         bias = tl.load(bias_ptr + first_bias + n).to(tl.float32)
@@ -67,9 +67,9 @@ def _qkv_rope_append_kernel(
             target = q_ptr + (row * num_heads + head) * K + d
             step = HALF_HEAD
         else:
-            slot = tl.load(slots_ptr + row, mask=row < T, other=-1)
+            slot = tl.load(slots_ptr + row, mask=row < T, other=-1).to(tl.int32)
             mask = mask & (slot >= 0) & (slot < num_pages * S)
-            page_head = slot // S * num_kv_heads + head
+            page_head = (slot // S).to(tl.int64) * num_kv_heads + head
             if is_v:
                 target = v_ptr + (page_head * S + slot % S) * K + d
                 step = HALF_HEAD

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from .contract import GROUP, SEGMENTS, VECTOR
+from .launch import blocks
 
 __all__ = ["num_steps", "pack_weight", "row_stride", "select_rows", "to_segments", "unpack_weight"]
 
 
 def num_steps(k: int) -> int:
     """Steps of eight k in a segment of ``k`` inputs."""
-    return -(--(-k // SEGMENTS) // VECTOR)
+    return blocks(blocks(k, SEGMENTS), VECTOR)
 
 
 def row_stride(k: int) -> int:

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .contract import CHUNK, exp, multiply_add, rounded, segment_offset
+from .contract import CHUNK, INTERPRETED, exp, multiply_add, rounded, segment_offset
 from .launch import OPTIONS, blocks, exact_products
 from .packing import row_stride
 from .rms_norm import from_segments
@@ -21,16 +21,24 @@ __all__ = ["AttentionScratch", "attend", "paged_attention"]
 
 MAX_ROWS = 8
 TILE = 128  # positions whose scores are computed at once
+WARPS = 8
+
+
+def at_once(tile_rows: int) -> int:
+    """Loads of K or V on their way at one time, as many as registers hold: sums wait for memory, not for arithmetic."""
+    if INTERPRETED:
+        return 1
+    return 24 if tile_rows <= 8 else 8
 
 
 @triton.jit
 def _attend_kernel(
     q_ptr, k_ptr, v_ptr, block_table_ptr, rows_ptr, starts_ptr, positions_ptr, scores_ptr, m_ptr, l_ptr, o_ptr,
-    out_ptr, stride_out, num_heads, num_kv_heads, K, S, num_pages, max_blocks, row_blocks, scale,
-    ROWS: tl.constexpr, RATIO: tl.constexpr, R: tl.constexpr, K_PADDED: tl.constexpr, TILE: tl.constexpr,
-    ONE_CHUNK: tl.constexpr, FMA: tl.constexpr,
+    out_ptr, stride_out, num_heads, num_kv_heads, S, num_pages, max_blocks, row_blocks, scale,
+    K: tl.constexpr, ROWS: tl.constexpr, RATIO: tl.constexpr, R: tl.constexpr, K_PADDED: tl.constexpr,
+    TILE: tl.constexpr, AT_ONCE: tl.constexpr, ONE_CHUNK: tl.constexpr, FMA: tl.constexpr,
 ):  # fmt: skip
-    sequence = tl.program_id(0).to(tl.int64) // row_blocks
+    sequence = (tl.program_id(0) // row_blocks).to(tl.int64)
     row_block = tl.program_id(0) % row_blocks
     kv_head = tl.program_id(1).to(tl.int64)
     chunk = tl.program_id(2)
@@ -57,10 +65,12 @@ def _attend_kernel(
             paged = (page >= 0) & (page < num_pages)
             k_ptrs = k_ptr + (page * num_kv_heads + kv_head) * K * S + at % S
             s = tl.zeros([R, TILE], tl.float32)
-            for d in tl.range(0, K, loop_unroll_factor=8):
-                q = tl.load(q_ptrs + d, mask=in_rows, other=0.0).to(tl.float32)
-                k = tl.load(k_ptrs + d * S, mask=paged, other=0.0).to(tl.float32)
-                s = multiply_add(tl.broadcast_to(q, [R, TILE]), tl.broadcast_to(k, [R, TILE]), s, FMA)
+            for first in range(0, K, AT_ONCE):
+                for i in tl.static_range(AT_ONCE):
+                    d = first + i
+                    q = tl.load(q_ptrs + d, mask=in_rows & (d < K), other=0.0).to(tl.float32)
+                    k = tl.load(k_ptrs + d * S, mask=paged & (d < K), other=0.0).to(tl.float32)
+                    s = multiply_add(tl.broadcast_to(q, [R, TILE]), tl.broadcast_to(k, [R, TILE]), s, FMA)
             s = tl.where(j < visible, s * scale, -float("inf"))
             m = tl.maximum(m, tl.max(s, axis=1, keep_dims=True))
             tl.store(scores_ptrs + j, s)
@@ -73,15 +83,17 @@ def _attend_kernel(
         d = tl.arange(0, K_PADDED)[None, :]
         l = tl.zeros([R, 1], tl.float32)  # noqa: E741
         o = tl.zeros([R, K_PADDED], tl.float32)
-        for j in tl.range(0, n, loop_unroll_factor=8):
-            at = chunk * 256 + j
-            page = tl.load(block_table_ptr + sequence * max_blocks + at // S).to(tl.int64)
-            paged = (page >= 0) & (page < num_pages)
-            v_ptrs = v_ptr + ((page * num_kv_heads + kv_head) * S + at % S) * K + d
-            v = tl.load(v_ptrs, mask=(d < K) & paged, other=0.0).to(tl.float32)
-            p = tl.load(scores_ptrs + j)
-            l = l + p  # noqa: E741
-            o = multiply_add(tl.broadcast_to(p, [R, K_PADDED]), tl.broadcast_to(v, [R, K_PADDED]), o, FMA)
+        for first in range(0, n, AT_ONCE):
+            for i in tl.static_range(AT_ONCE):
+                j = first + i
+                at = chunk * 256 + j
+                page = tl.load(block_table_ptr + sequence * max_blocks + at // S, mask=j < n, other=-1).to(tl.int64)
+                paged = (page >= 0) & (page < num_pages)
+                v_ptrs = v_ptr + ((page * num_kv_heads + kv_head) * S + at % S) * K + d
+                v = tl.load(v_ptrs, mask=(d < K) & paged, other=0.0).to(tl.float32)
+                p = tl.load(scores_ptrs + j, mask=j < n, other=0.0)
+                l = l + p  # noqa: E741
+                o = multiply_add(tl.broadcast_to(p, [R, K_PADDED]), tl.broadcast_to(v, [R, K_PADDED]), o, FMA)
         if ONE_CHUNK:
             out = rounded(tl.div_rn(o, tl.broadcast_to(l, [R, K_PADDED])), dtype)
             offs = segment_offset(head * K + d, (num_heads * K + 7) // 8)
@@ -155,9 +167,9 @@ def attend(
     one_chunk = scratch.num_chunks == 1
     _attend_kernel[((len(starts) - 1) * scratch.row_blocks, num_kv_heads, scratch.num_chunks)](
         q, k_pages, v_pages, block_table, rows, starts, positions, scratch.scores, scratch.m, scratch.l, scratch.o,
-        out, out.stride(0), num_heads, num_kv_heads, head_dim, page_size, num_pages, block_table.size(1),
-        scratch.row_blocks, scale, ROWS=scratch.rows, RATIO=ratio, R=scratch.scores.size(1), K_PADDED=padded,
-        TILE=TILE, ONE_CHUNK=one_chunk, FMA=exact_products(q.dtype), num_warps=8, **OPTIONS,
+        out, out.stride(0), num_heads, num_kv_heads, page_size, num_pages, block_table.size(1), scratch.row_blocks,
+        scale, K=head_dim, ROWS=scratch.rows, RATIO=ratio, R=scratch.scores.size(1), K_PADDED=padded, TILE=TILE,
+        AT_ONCE=at_once(scratch.scores.size(1)), ONE_CHUNK=one_chunk, FMA=exact_products(q.dtype), num_warps=WARPS, **OPTIONS,
     )  # fmt: skip
     if not one_chunk:
         _merge_kernel[(len(rows), num_heads)](

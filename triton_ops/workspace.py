@@ -1,6 +1,7 @@
 """What a move of the staircase needs besides its inputs: the rows' order, and buffers that all layers share."""
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -66,14 +67,14 @@ class Move:
         )
         self.arrivals = torch.zeros(num_rows, dtype=torch.int32, device=device)
         self.scratch = AttentionScratch(
-            num_rows, len(starts) - 1, max(stop - start for start, stop in zip(starts, starts[1:], strict=False)),
+            num_rows, len(starts) - 1, max(stop - start for start, stop in pairwise(starts)),
             shape.num_heads, shape.num_kv_heads, shape.head_dim, max_positions, device,
         )  # fmt: skip
 
     def _level(self, depth: int, depths: list[int], starts: list[int], device: torch.device) -> Level:
         """Of each sequence the rows that are no deeper: its last ones."""
         rows, level_starts = [], [0]
-        for start, stop in zip(starts, starts[1:], strict=False):
+        for start, stop in pairwise(starts):
             rows += [self.place[given] for given in range(start, stop) if depths[given] <= depth]
             level_starts.append(len(rows))
         return Level(depth, len(rows), _int32(rows, device), _int32(level_starts, device))
