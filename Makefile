@@ -31,7 +31,7 @@ cuda-check: .venv/built .venv/nvcc  ## compile and link csrc/cuda with nvcc: no 
 	$(call building,$(BIN)/python .ci/cuda_check.py)
 
 # Each writes benchmarks/results/<name>.json; the report puts them together.
-BENCHMARKS := peers bench_steps bench_cycle bench_generate bench_draft_vocab bench_perplexity bench_memory
+BENCHMARKS := peers bench_steps bench_cycle bench_generate bench_engine bench_draft_vocab bench_perplexity bench_memory
 
 bench: .venv/bench build/free_order/built  ## measure ops, steps, peers and limits; docs/performance.md is made of it (12 minutes on two cores)
 	@rm -f benchmarks/results/*.json

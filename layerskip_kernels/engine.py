@@ -230,14 +230,14 @@ class Engine:
     def _take_times(self, plan: Plan, verdict: Verdict, draft_seconds: float, verify_seconds: float) -> None:
         """Take note of what the step took and brought, for each request and for the next choice of drafts."""
         decoding = plan.decoding
-        counts, accepted = [plan.counts[i] for i in decoding], [int(verdict.num_accepted[i]) for i in decoding]
+        counts, accepted = [plan.counts[i] for i in decoding], [verdict.accepted[i] for i in decoding]
         self.lengths.learn(plan.wishes, counts, accepted, plan.prompt_rows, draft_seconds, verify_seconds)
         for i, request in enumerate(plan.requests):
             generation = request.generation
             generation.cycles += plan.counts[i] >= 0 and bool(generation.token_ids)
             if i in decoding:
                 generation.drafted += plan.counts[i]
-                generation.accepted += int(verdict.num_accepted[i])
+                generation.accepted += verdict.accepted[i]
                 generation.draft_seconds += draft_seconds
                 generation.verify_seconds += verify_seconds
             else:

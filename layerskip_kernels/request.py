@@ -163,7 +163,7 @@ class Request:
 
     def take(self, verdict: Verdict, b: int) -> str | None:
         """Take what sequence ``b`` of a verdict gained, up to the text's end. Returns why it ended, or None."""
-        if verdict.num_accepted[b] < 0:  # a chunk of its prompt
+        if verdict.accepted[b] < 0:  # a chunk of its prompt
             return None
         tokens, reason = self._until_end(verdict.new_tokens(b))
         logits = verdict.new_logits(b)[: len(tokens)]
@@ -172,7 +172,7 @@ class Request:
         if self.config.logprobs is not None:
             self.generation.logprobs = self.generation.logprobs or []
             self.generation.logprobs += top_logprobs(self.model.ops, logits, tokens, self.config.logprobs)
-        self.outputs.append(Output(self.id, tokens, verdict.draft.of(b), int(verdict.num_accepted[b])))
+        self.outputs.append(Output(self.id, tokens, verdict.draft.of(b), verdict.accepted[b]))
         return reason
 
     def end(self, reason: str, kv: tuple[Tensor, Tensor] | None = None, error: Exception | None = None) -> None:
