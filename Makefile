@@ -41,8 +41,8 @@ bench: .venv/bench build/free_order/built  ## measure ops, steps, peers and limi
 		PYTHONPATH=$$(test $$name != bench_steps || echo build/free_order) $(BIN)/python benchmarks/$$name.py --save >/dev/null; done
 	$(BIN)/python benchmarks/report.py
 
-fuzz: .venv/built  ## random walks of the page pool and the cache, ten times as long as in `make test`
-	LAYERSKIP_FUZZ_STEPS=$(FUZZ_STEPS) $(BIN)/python -m pytest -s tests/test_page_pool_machine.py tests/test_kv_cache_machine.py
+fuzz: .venv/built  ## random walks of the page pool, the cache and the engine, ten times as long as in `make test`
+	LAYERSKIP_FUZZ_STEPS=$(FUZZ_STEPS) $(BIN)/python -m pytest -s tests/test_page_pool_machine.py tests/test_kv_cache_machine.py tests/test_engine_machine.py
 
 sanitize:  ## the page pool's C++ tests under the address, undefined-behaviour and thread sanitizers
 	$(MAKE) -s -C tests/cpp address
