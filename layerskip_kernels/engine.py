@@ -87,9 +87,10 @@ class Engine:
     ) -> int:
         """Queue a prompt (text or token ids). Returns the request's id.
 
-        ``salt``: prefixes are shared only among requests of equal salt. Raises ValueError or TypeError for what the prompt or the
-        config ask for that the model does not have or that needs ``add_samples``, and CacheFull, with the numbers,
-        for a request that could not fit even if it were alone.
+        ``salt``: prefixes are shared only among requests of equal salt. Raises ValueError for what the prompt or the
+        config ask for that the model does not have or that needs ``add_samples``, TypeError for a prompt that is
+        neither text nor token ids, and CacheFull, with the numbers, for a request that could not fit even if it were
+        alone.
         """
         if config is not None and config.num_samples > 1:
             raise ValueError(f"add_request queues one text, but num_samples is {config.num_samples}; use add_samples")
@@ -157,8 +158,8 @@ class Engine:
 
     @property
     def num_unfinished(self) -> int:
-        """Requests waiting or running."""
-        return len(self._scheduler.waiting) + len(self._scheduler.running)
+        """Requests whose end has not been handed out."""
+        return len(self._requests)
 
     # ---- the step ----
 

@@ -6,6 +6,7 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from threading import current_thread, main_thread
+from types import FrameType
 
 __all__ = ["ctrl_c_waits"]
 
@@ -20,8 +21,8 @@ def ctrl_c_waits() -> Iterator[None]:
     if current_thread() is not main_thread() or not callable(before):
         yield
         return
-    asked: list[tuple[object, ...]] = []
-    signal.signal(signal.SIGINT, lambda *arguments: asked.append(arguments))
+    asked: list[tuple[int, FrameType | None]] = []
+    signal.signal(signal.SIGINT, lambda number, frame: asked.append((number, frame)))
     try:
         yield
     finally:

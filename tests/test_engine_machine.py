@@ -143,7 +143,7 @@ class EngineMachine(RuleBasedStateMachine):
 
     def damage_files(self, random):
         for path in self.files:
-            content = bytearray(path.read_bytes())
+            content = bytearray(path.read_bytes() or b"0")
             content[random.randrange(len(content))] ^= 1 << random.randrange(8)
             path.write_bytes(content[: random.choice([None, len(content) // 2])])
             taken["damaged"] += 1
@@ -206,7 +206,8 @@ class EngineMachine(RuleBasedStateMachine):
             return
         taken["steps"] += 1
         self.cache.check_integrity()
-        assert self.engine.num_unfinished == len(self.going)
+        assert self.engine.num_unfinished == len(self.asked.keys() - self.ended)
+        assert len(self.engine._scheduler.waiting) + len(self.engine._scheduler.running) == len(self.going)
         running = len(self.engine._scheduler.running)
         assert running <= self.engine._scheduler.max_batch
         assert self.cache.pool.num_sequences >= running + len(self.held)
@@ -223,7 +224,7 @@ class EngineMachine(RuleBasedStateMachine):
         with threads(1):
             self.release(None)
             for _ in range(2000):
-                if not self.engine._requests:
+                if not self.engine.num_unfinished:
                     break
                 self.step(None)
         assert self.ended == self.asked.keys()
