@@ -179,7 +179,7 @@ def test_ctrl_c_between_what_belongs_together(place):
         return inner(*args)
 
     setattr(engine.cache, place, interrupted)
-    while engine.num_unfinished:
+    while engine._scheduler.running:
         before = signal.getsignal(signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
             engine.step()

@@ -72,7 +72,8 @@ class EngineMachine(RuleBasedStateMachine):
             swap_dir=random.choice([None, self.folder.name, self.folder.name]),
         )
         self.asked = {}  # by id: prompt, name of the config, length, sample
-        self.gained, self.ended, self.held, self.faulty = Counter(), set(), [], False
+        self.gained, self.ended, self.held = Counter(), set(), []
+        self.faulty = self.were_held = False
         self.texts = [[0], [1, 0, 1]]  # to begin like
 
     @rule(number=st.integers(0, 2**20))
@@ -160,6 +161,7 @@ class EngineMachine(RuleBasedStateMachine):
             self.held.append(self.cache.add_sequence([0] * random.randint(1, 9), salt="held"))
             try:
                 self.cache.pool.append([self.held[0].id], [len(self.held[0].tokens)])
+                self.were_held = True
             except CacheFull:
                 self.release(random)
 
@@ -190,7 +192,7 @@ class EngineMachine(RuleBasedStateMachine):
         assert generation.token_ids == tokens[:count]
         if output.finish_reason == "error":
             fault = output.error is NO_MEMORY and self.faulty
-            assert fault or (isinstance(output.error, CacheFull) and self.held)
+            assert fault or (isinstance(output.error, CacheFull) and self.were_held)
             return
         assert (output.finish_reason, count) == ("length", length) or output.finish_reason == "cancelled"
         if count:
