@@ -31,7 +31,7 @@ cuda-check: .venv/built .venv/nvcc  ## compile and link csrc/cuda with nvcc: no 
 	$(call building,$(BIN)/python .ci/cuda_check.py)
 
 # Each writes benchmarks/results/<name>.json; the report puts them together.
-BENCHMARKS := peers bench_steps bench_cycle bench_generate bench_draft_vocab bench_perplexity bench_memory
+BENCHMARKS := peers bench_steps bench_cycle bench_generate bench_engine bench_draft_vocab bench_perplexity bench_memory
 
 bench: .venv/bench build/free_order/built  ## measure ops, steps, peers and limits; docs/performance.md is made of it (12 minutes on two cores)
 	@rm -f benchmarks/results/*.json
@@ -41,8 +41,8 @@ bench: .venv/bench build/free_order/built  ## measure ops, steps, peers and limi
 		PYTHONPATH=$$(test $$name != bench_steps || echo build/free_order) $(BIN)/python benchmarks/$$name.py --save >/dev/null; done
 	$(BIN)/python benchmarks/report.py
 
-fuzz: .venv/built  ## random walks of the page pool and the cache, ten times as long as in `make test`
-	LAYERSKIP_FUZZ_STEPS=$(FUZZ_STEPS) $(BIN)/python -m pytest -s tests/test_page_pool_machine.py tests/test_kv_cache_machine.py
+fuzz: .venv/built  ## random walks of the page pool, the cache and the engine, ten times as long as in `make test`
+	LAYERSKIP_FUZZ_STEPS=$(FUZZ_STEPS) $(BIN)/python -m pytest -s tests/test_page_pool_machine.py tests/test_kv_cache_machine.py tests/test_engine_machine.py
 
 sanitize:  ## the page pool's C++ tests under the address, undefined-behaviour and thread sanitizers
 	$(MAKE) -s -C tests/cpp address

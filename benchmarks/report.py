@@ -168,6 +168,22 @@ def generation(results: Results) -> str:
     return table(["", "tokens/s", "accepted", "over plain"], lines)
 
 
+def engine(results: Results) -> str:
+    found = results["engine"]
+    together, lines = found["together"], []
+    for what, over in (("decoding", "over_one"), ("with_prompts", "over_one_with_prompts")):
+        rates = [f"{together[what][name]['tokens_per_second']:.1f}" for name in ("alone", "together")]
+        lines.append([what.replace("_", " "), *rates, f"{together[over]:.2f}x"])
+    many = table(["tokens/s", "1 request", f"{together['requests']} requests", "over one"], lines)
+    lines = []
+    for batch in found["drafts"]:
+        plain, *rest = f"{batch['plain']['tokens_per_second']:.1f}", *batch["results"]
+        cells = [f"{r['time_over_plain']:.3f} ({r['accepted']} of {r['drafted']})" for r in rest]
+        lines.append([str(batch["batch"]), plain, *cells])
+    exits = [f"{r['name']}: time over plain (drafts accepted)" for r in found["drafts"][0]["results"]]
+    return f"{many}\n\n{table(['requests', 'plain, tokens/s', *exits], lines)}"
+
+
 def draft_vocab(results: Results) -> str:
     found = results["draft_vocab"]
     exits = list(found["results"][0]["acceptance"])
@@ -222,6 +238,7 @@ SECTIONS: dict[str, tuple[str, Callable[[Results], str]]] = {
     "contexts": ("steps", contexts),
     "cycles": ("cycle", cycles),
     "generation": ("generate", generation),
+    "engine": ("engine", engine),
     "draft_vocab": ("draft_vocab", draft_vocab),
     "int8": ("perplexity", int8),
     "memory": ("memory", memory),

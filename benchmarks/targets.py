@@ -180,6 +180,28 @@ def of_ceiling(setting: dict[str, Any]) -> float:
     return some["speed_up"] / some["ceiling_with_head"]
 
 
+# ---- the engine ----
+
+
+def together(results: Results) -> Row:
+    what = "8 requests at once over one: tokens per second of decoding"
+    found = results.get("engine", {}).get("together")
+    if not found:
+        return Row(what, 3, None)
+    many, one = (found["decoding"][name]["tokens_per_second"] for name in ("together", "alone"))
+    return Row(what, 3, found["over_one"], ours=f"{many:.1f} and {one:.1f} tokens/s")
+
+
+def drafts(results: Results) -> Row:
+    """The slowest of all batches and exits."""
+    what = "drafts by measured costs where they don't pay: time over plain decoding"
+    found = [(batch["batch"], r) for batch in results.get("engine", {}).get("drafts", []) for r in batch["results"]]
+    if not found:
+        return Row(what, 1.05, None, at_least=False)
+    batch, worst = max(found, key=lambda pair: pair[1]["time_over_plain"])
+    return Row(what, 1.05, worst["time_over_plain"], False, ours=f"worst: batch {batch}, {worst['name']}")
+
+
 TRANSFORMERS = ("Transformers bf16", "Transformers fp32")
 EARLY_EXIT = ("Transformers bf16, early exit", "Transformers fp32, early exit")
 ROWS: list[Callable[[Results], Row]] = [
@@ -200,4 +222,6 @@ ROWS: list[Callable[[Results], Row]] = [
          limit=decoding_limit("layerskip_kernels int8")),
     cycles("SmolLM2-135M"),
     cycles("Llama-3.2-1B"),
+    together,
+    drafts,
 ]  # fmt: skip

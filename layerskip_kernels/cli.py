@@ -84,7 +84,7 @@ def _generate(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps({**_identity(model), "strategy": args.strategy, "outputs": outputs}))
     if interrupt.asked:
-        print(f"layerskip: interrupted; {len(outputs)} texts so far", file=sys.stderr)
+        print(f"layerskip: interrupted; {len(outputs)} text{'s' * (len(outputs) != 1)} so far", file=sys.stderr)
     return INTERRUPTED if interrupt.asked else 0
 
 

@@ -379,7 +379,7 @@ class GenerationConfig:
         _check_between("temperature", self.temperature, 0.0, 1e6)
         if 0 < self.temperature < 1e-4:
             raise ValueError(f"temperature must be 0 (greedy) or at least 0.0001, got {self.temperature}")
-        _check_int("top_k", self.top_k, 0)
+        _check_int("top_k", self.top_k, 0, 2**31 - 1)
         _check_between("top_p", self.top_p, 0.0, 1.0)
         _check_between("min_p", self.min_p, 0.0, 1.0)
         _check_between("repetition_penalty", self.repetition_penalty, 0.01, 100.0)

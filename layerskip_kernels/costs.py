@@ -103,12 +103,16 @@ class Costs:
             self._curve[knot] *= ratio ** min(1.0, share * step)
         for knot in parts:
             self._straighten(knot)
+        self._guess_the_rest()
 
     def _straighten(self, knot: int) -> None:
-        """More rows than a knot's never cost less. Those that have seen nothing follow the nearest that has."""
+        """More rows than a knot's never cost less."""
         value = self._curve[knot]
         below, above = self._curve[:knot], self._curve[knot + 1 :]
         self._curve = [*(min(v, value) for v in below), value, *(max(v, value) for v in above)]
+
+    def _guess_the_rest(self) -> None:
+        """Knots that have seen nothing follow the nearest that has."""
         seen = [k for k, times in enumerate(self._seen) if times]
         for k in set(range(len(self.KNOTS))).difference(seen):
             nearest = min(seen, key=lambda s: abs(s - k))
@@ -174,7 +178,7 @@ class DraftLengths:
     What is not yet known has to be tried, and trying costs time, so there is an account: it earns EARNING of the
     time that plain decoding takes and whatever drafting saves, it pays what drafts cost beyond plain decoding, and
     no step may risk more than it holds. So however wrong the estimates are about acceptance, drafting never costs
-    more than that share, and the first few plain steps' worth.
+    more than that share, and the first part of a plain step.
     """
 
     model: Model
@@ -182,8 +186,8 @@ class DraftLengths:
     by_layer: dict[int, Evidence] = field(default_factory=dict)
     credit: float | None = None  # seconds; None: nothing was measured yet
 
-    EARNING = 0.02
-    FIRST_CREDIT, LARGEST_CREDIT = 1.0, 6.0  # plain steps
+    EARNING = 0.01
+    FIRST_CREDIT, LARGEST_CREDIT = 0.6, 6.0  # plain steps
     FIRST_GUESS, GUESS_WEIGHT = 0.5, 1.0  # acceptance before any evidence
     LAYER_WEIGHT = 4.0  # what other sequences of the same exit layer say about a new one, in drafts judged
     LEAST_PROBABILITY = 0.05  # of a draft to be accepted: below, it is not worth the thought

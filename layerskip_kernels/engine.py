@@ -22,6 +22,7 @@ import torch
 from layerskip_kernels.config import GenerationConfig
 from layerskip_kernels.costs import DraftLengths
 from layerskip_kernels.errors import CacheFull
+from layerskip_kernels.interrupts import ctrl_c_waits
 from layerskip_kernels.kv_cache import PagedKVCache
 from layerskip_kernels.model import Model
 from layerskip_kernels.places import Places, Preemption, Stats
@@ -87,8 +88,9 @@ class Engine:
         """Queue a prompt (text or token ids). Returns the request's id.
 
         ``salt``: prefixes are shared only among requests of equal salt. Raises ValueError for what the prompt or the
-        config ask for that the model does not have or that needs ``add_samples``, and CacheFull, with the numbers,
-        for a request that could not fit even if it were alone.
+        config ask for that the model does not have or that needs ``add_samples``, TypeError for a prompt that is
+        neither text nor token ids, and CacheFull, with the numbers, for a request that could not fit even if it were
+        alone.
         """
         if config is not None and config.num_samples > 1:
             raise ValueError(f"add_request queues one text, but num_samples is {config.num_samples}; use add_samples")
@@ -133,10 +135,12 @@ class Engine:
             with self._lock:
                 if not request.outputs:
                     self._advance()
-                outputs = self._collect(request)
-            yield from outputs
-            if outputs and outputs[-1].error is not None:
-                raise outputs[-1].error
+                # One at a time: what a stream that is left has not yielded is still there for others.
+                output = self._collect_one(request) if request.outputs else None
+            if output is not None:
+                yield output
+                if output.error is not None:
+                    raise output.error
 
     def run(self) -> dict[int, Generation]:
         """Step until nothing is left to do. Returns the generations that ended, by request id."""
@@ -154,8 +158,8 @@ class Engine:
 
     @property
     def num_unfinished(self) -> int:
-        """Requests waiting or running."""
-        return len(self._scheduler.waiting) + len(self._scheduler.running)
+        """Requests whose end has not been handed out."""
+        return len(self._requests)
 
     # ---- the step ----
 
@@ -186,17 +190,17 @@ class Engine:
             draft = self._draft(plan)
             drafted = perf_counter()
             verdict = verify_step(self.model, self.cache, draft, plan.samplers)
-            self.cache.commit(verdict)
             verified = perf_counter()
+            with ctrl_c_waits():  # what the cache has kept, the requests must get
+                self.cache.commit(verdict)
+                self._take_times(plan, verdict, drafted - start, verified - drafted)
+                for b, request in enumerate(plan.requests):
+                    self._take(request, verdict, b)
         except BaseException as error:
             self.cache.rollback(plan.sequences)
             if not isinstance(error, Exception):
                 raise
             self._isolate(plan, error)
-            return
-        self._take_times(plan, verdict, drafted - start, verified - drafted)
-        for b, request in enumerate(plan.requests):
-            self._take(request, verdict, b)
 
     def _draft(self, plan: Plan) -> Draft:
         """One draft_step for each exit layer, joined."""
@@ -230,14 +234,14 @@ class Engine:
     def _take_times(self, plan: Plan, verdict: Verdict, draft_seconds: float, verify_seconds: float) -> None:
         """Take note of what the step took and brought, for each request and for the next choice of drafts."""
         decoding = plan.decoding
-        counts, accepted = [plan.counts[i] for i in decoding], [int(verdict.num_accepted[i]) for i in decoding]
+        counts, accepted = [plan.counts[i] for i in decoding], [verdict.accepted[i] for i in decoding]
         self.lengths.learn(plan.wishes, counts, accepted, plan.prompt_rows, draft_seconds, verify_seconds)
         for i, request in enumerate(plan.requests):
             generation = request.generation
             generation.cycles += plan.counts[i] >= 0 and bool(generation.token_ids)
             if i in decoding:
                 generation.drafted += plan.counts[i]
-                generation.accepted += int(verdict.num_accepted[i])
+                generation.accepted += verdict.accepted[i]
                 generation.draft_seconds += draft_seconds
                 generation.verify_seconds += verify_seconds
             else:
@@ -255,19 +259,29 @@ class Engine:
 
     def _finish(self, request: Request, reason: str, error: Exception | None = None) -> None:
         """A request is over: keep what was asked to be kept, give the pages back."""
-        kv = None
-        if request.sequence is not None and request.swapped is None:
-            # Tokens accepted beyond an end of text are cut: the cache ends where plain decoding would end.
-            length = request.generation.prompt_length + len(request.generation.token_ids) - 1
-            self.cache.truncate(request.sequence, min(length, self.cache.length(request.sequence)))
-            kv = self.cache.export(request.sequence) if request.config.return_kv else None
+        try:
+            self._keep(request)
+        except Exception as failure:  # no memory for it, say
+            reason, error = "error", error or failure
         self._scheduler.remove(request)
-        request.end(reason, kv, error)
+        request.end(reason, error)
+
+    def _keep(self, request: Request) -> None:
+        generation, sequence = request.generation, request.sequence
+        if sequence is not None and request.swapped is None:
+            # Tokens accepted beyond an end of text are cut: the cache ends where plain decoding would end.
+            length = generation.prompt_length + len(generation.token_ids) - 1
+            self.cache.truncate(sequence, min(length, self.cache.length(sequence)))
+            generation.kv = self.cache.export(sequence) if request.config.return_kv else None
+        request.keep_logits()
 
     def _collect(self, request: Request) -> list[Output]:
-        """What is new about a request; once its end is told, it is forgotten."""
-        outputs = list(request.outputs)
-        request.outputs.clear()
-        if outputs and outputs[-1].finish_reason is not None:
+        """What is new about a request."""
+        return [self._collect_one(request) for _ in range(len(request.outputs))]
+
+    def _collect_one(self, request: Request) -> Output:
+        """The oldest of what is new about a request; once its end is told, it is forgotten."""
+        output = request.outputs.popleft()
+        if output.finish_reason is not None:
             del self._requests[request.id]
-        return outputs
+        return output

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence as ListLike
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -249,7 +250,9 @@ class PagedKVCache:
             start = self.pool.num_published(sequence.id) * size
             stop = self.length(sequence) // size * size
             if start < stop:
-                self.pool.publish(sequence.id, sequence.tokens[start:stop])
+                # The rows are committed and their tokens known: want of memory for a name must not undo that.
+                with suppress(MemoryError):
+                    self.pool.publish(sequence.id, sequence.tokens[start:stop])
 
     def _slots(self, sequence: Sequence, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Page and offset in it, int64 [stop - start] each, of a sequence's positions."""

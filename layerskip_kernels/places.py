@@ -10,13 +10,13 @@ from tempfile import TemporaryDirectory
 from time import perf_counter
 from typing import Literal
 
-from layerskip_kernels.errors import CacheFull, SwapError
 from layerskip_kernels.kv_cache import PagedKVCache
 from layerskip_kernels.request import Request
 
 __all__ = ["Places", "Preemption", "Stats"]
 
 Preemption = Literal["auto", "swap", "recompute"]
+OUT_OF_ROOM = (MemoryError, RuntimeError)  # SwapError and CacheFull, and torch's own, of tensors without memory
 
 
 @dataclass
@@ -98,7 +98,7 @@ class Places:
         try:
             path = None if self._folder is None else Path(self._folder.name, f"{request.id}.kv")
             request.swapped = self.cache.swap_out(sequence, path)
-        except (SwapError, MemoryError):
+        except OUT_OF_ROOM:
             self.stats.swap_errors += 1
             return False
         self._learn(length, perf_counter() - start)
@@ -111,7 +111,7 @@ class Places:
         start = perf_counter()
         try:
             self.cache.swap_in(request.sequence, request.swapped)
-        except (SwapError, CacheFull, MemoryError):
+        except OUT_OF_ROOM:
             self.stats.swap_errors += 1
         else:
             self.stats.swapped_in += 1

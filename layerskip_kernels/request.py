@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence as ListLike
 from dataclasses import dataclass, field, replace
+from operator import index
 from pathlib import Path
 
 import torch
@@ -165,7 +166,7 @@ class Request:
 
     def take(self, verdict: Verdict, b: int) -> str | None:
         """Take what sequence ``b`` of a verdict gained, up to the text's end. Returns why it ended, or None."""
-        if verdict.num_accepted[b] < 0:  # a chunk of its prompt
+        if verdict.accepted[b] < 0:  # a chunk of its prompt
             return None
         tokens, reason = self._until_end(verdict.new_tokens(b))
         logits = verdict.new_logits(b)[: len(tokens)]
@@ -174,10 +175,15 @@ class Request:
         if self.config.logprobs is not None:
             self.generation.logprobs = self.generation.logprobs or []
             self.generation.logprobs += top_logprobs(self.model.ops, logits, tokens, self.config.logprobs)
-        self.outputs.append(Output(self.id, tokens, verdict.draft.of(b), int(verdict.num_accepted[b])))
+        self.outputs.append(Output(self.id, tokens, verdict.draft.of(b), verdict.accepted[b]))
         return reason
 
-    def end(self, reason: str, kv: tuple[Tensor, Tensor] | None = None, error: Exception | None = None) -> None:
+    def keep_logits(self) -> None:
+        """Put the logits of all tokens together, if they were to be kept."""
+        if self._logits:
+            self.generation.logits = torch.cat(self._logits)
+
+    def end(self, reason: str, error: Exception | None = None) -> None:
         """The text is over, after its last token in ``generation.token_ids``."""
         generation = self.generation
         generation.finish_reason = reason
@@ -186,9 +192,6 @@ class Request:
             generation.text = "".join([*self._shown, rest, self._stops.finish()])
         elif self.model.tokenizer is not None:
             generation.text = self.model.tokenizer.decode(generation.token_ids)
-        if self._logits:
-            generation.logits = torch.cat(self._logits)
-        generation.kv = kv
         last = self.outputs.pop() if self.outputs else Output(self.id)
         self.outputs.append(replace(last, finish_reason=reason, generation=generation, error=error))
 
@@ -213,9 +216,15 @@ class Request:
 
 
 def encode(model: Model, prompt: ListLike[int] | str) -> list[int]:
-    """The token ids of a prompt. Raises ValueError for a text when the model has no tokenizer."""
+    """The token ids of a prompt.
+
+    Raises ValueError for a text when the model has no tokenizer, TypeError for what is neither text nor token ids.
+    """
     if not isinstance(prompt, str):
-        return list(prompt)
+        try:
+            return [index(token) for token in prompt]
+        except TypeError as error:
+            raise TypeError(f"the prompt must be a text or a list of token ids: {error}") from error
     if model.tokenizer is None:
         raise ValueError("this model came without a tokenizer; give the prompt as token ids")
     return model.tokenizer.encode(prompt)

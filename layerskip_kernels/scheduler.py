@@ -152,9 +152,9 @@ class Scheduler:
             if len(self.running) == 1:
                 message = f"{needed} pages are needed and {free} are free: others than this engine hold the rest"
                 raise _cache_full(message, needed, free)
-            newest = self.running.pop()
-            self.places.preempt(newest)
-            self.add(newest)
+            newest = self.running[-1]
+            self.places.preempt(newest)  # it runs until its pages are free, should that be interrupted
+            self.add(self.running.pop())
             plan = plan.only([i for i, request in enumerate(plan.requests) if request is not newest])
         return plan
 

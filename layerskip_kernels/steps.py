@@ -10,6 +10,8 @@ from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as ListLike
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -64,7 +66,13 @@ class Draft:
 
     def of(self, b: int) -> list[int]:
         """The drafted tokens of sequence ``b``."""
-        return self.tokens[b, : max(0, int(self.num_tokens[b]))].tolist()
+        return list(self._lists[b])
+
+    @cached_property
+    def _lists(self) -> list[list[int]]:
+        """All sequences' drafts, read out of the tensors once: a read of each element alone takes a microsecond."""
+        counts = self.num_tokens.tolist()
+        return [row[: max(0, count)] for row, count in zip(self.tokens.tolist(), counts, strict=True)]
 
     def scores_of(self, b: int, vocab_size: int) -> Tensor:
         """The scores that sequence ``b``'s drafts were drawn from; a draft of unknown origin was certain."""
@@ -90,14 +98,28 @@ class Verdict:
 
     def new_tokens(self, b: int) -> list[int]:
         """What sequence ``b`` gains: its accepted drafts and one token more."""
-        if self.num_accepted[b] < 0:
+        if self.accepted[b] < 0:
             return []
-        return [*self.draft.of(b)[: int(self.num_accepted[b])], int(self.next_tokens[b])]
+        return [*self.draft.of(b)[: self.accepted[b]], self._next[b]]
 
     def new_logits(self, b: int) -> Tensor:
         """The logits [num_accepted + 1, V] that new_tokens were chosen by."""
-        first = int((self.draft.num_tokens[:b] + 1).clamp(min=0).sum())
-        return self.logits[first : first + max(0, int(self.num_accepted[b]) + 1)]
+        first = self._first_rows[b]
+        return self.logits[first : first + max(0, self.accepted[b] + 1)]
+
+    @cached_property
+    def accepted(self) -> list[int]:
+        """num_accepted, read out of its tensor once."""
+        return self.num_accepted.tolist()
+
+    @cached_property
+    def _next(self) -> list[int]:
+        return self.next_tokens.tolist()
+
+    @cached_property
+    def _first_rows(self) -> list[int]:
+        """Of each sequence's logits."""
+        return [0, *accumulate(max(0, count + 1) for count in self.draft.num_tokens.tolist())]
 
 
 Samplers = ListLike[Sampler | None]  # one for each sequence; None: its greatest logit

@@ -462,6 +462,19 @@ def test_streams_in_turn_and_from_threads():
         list(engine.stream(ids[0]))
 
 
+def test_a_stream_that_is_left_keeps_nothing_to_itself():
+    """Of two outputs that wait, one is taken; the other, which is the end, comes with the next step."""
+    model, config = tiny_model(), GenerationConfig("autoregressive", max_new_tokens=5)
+    engine = Engine(model, cache_for(model, 64))
+    driving, left = engine.add_request([1], replace(config, max_new_tokens=9)), engine.add_request([2], config)
+    list(engine.stream(driving))
+    first = next(engine.stream(left))
+    rest = engine.step()
+    tokens = [token for output in (first, *rest) for token in output.tokens]
+    assert rest[-1].finish_reason == "length"
+    assert tokens == rest[-1].generation.token_ids == alone(model, [2], config)[0]
+
+
 def test_bad_settings():
     for settings in (dict(max_batch=0), dict(chunk_size=0), dict(drafts="always"), dict(memory=10)):
         with pytest.raises(ValueError, match=next(iter(settings))):

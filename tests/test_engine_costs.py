@@ -2,6 +2,7 @@
 
 import random
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from math import prod
 
@@ -28,10 +29,13 @@ class Machine:
     def __post_init__(self):
         self.rng = random.Random(self.seed)
 
+    def exact(self, passes) -> float:
+        return sum(weights * max(1.0, rows / self.free_rows) for weights, rows in passes) * 1e-10
+
     def seconds(self, passes) -> float:
-        exact = sum(weights * max(1.0, rows / self.free_rows) for weights, rows in passes) * 1e-10
+        """What is measured."""
         outlier = 10 if self.rng.random() < 0.01 else 1
-        return exact * self.rng.uniform(1 - self.noise, 1 + self.noise) * outlier
+        return self.exact(passes) * self.rng.uniform(1 - self.noise, 1 + self.noise) * outlier
 
 
 def test_passes_of_a_step(model):
@@ -55,11 +59,9 @@ def test_costs_converge_to_the_machine():
     for _ in range(400):
         passes = [Pass(rng.randint(1, 9) * 100_000, rng.choice([1, 2, 4, 5, 8, 16, 40])) for _ in range(3)]
         costs.observe(passes, machine.seconds(passes))
-    exact = Machine(noise=0.0)
-    exact.rng.random = lambda: 1.0
     for rows in (1, 2, 4, 8, 16, 40):
         passes = [Pass(1_000_000, rows)]
-        assert costs.seconds(passes) == pytest.approx(exact.seconds(passes), rel=0.25), rows
+        assert costs.seconds(passes) == pytest.approx(machine.exact(passes), rel=0.25), rows
 
 
 def test_more_rows_never_seem_cheaper():
@@ -81,7 +83,11 @@ def test_evidence_fades():
 
 
 def simulate(model, machine, batch, acceptance, steps, most=4, exit_layer=4):
-    """Seconds and tokens of ``steps`` steps, and how much was drafted; acceptance may be a function of the step."""
+    """Seconds and tokens of ``steps`` steps, and how much was drafted; acceptance may be a function of the step.
+
+    What is learnt is what is measured, outliers and all; what counts are the seconds without noise, since a run that
+    happens to see no outlier says nothing about the choice of drafts.
+    """
     lengths, rng = DraftLengths(model), random.Random(7)
     wishes = [Wish(exit_layer, most, Evidence()) for _ in range(batch)]
     total = tokens = drafted = 0.0
@@ -90,22 +96,24 @@ def simulate(model, machine, batch, acceptance, steps, most=4, exit_layer=4):
         counts = lengths.choose(wishes)
         accepted = [next((i for i in range(c) if rng.random() >= rate), c) for c in counts]
         rows = Rows(tuple((exit_layer, count) for count in counts))
-        draft_seconds = machine.seconds(rows.draft_passes(model)) if any(counts) else 0.0
-        verify_seconds = machine.seconds(rows.verify_passes(model))
-        lengths.learn(wishes, counts, accepted, (0, 0), draft_seconds, verify_seconds)
-        total += draft_seconds + verify_seconds
+        drafting, verifying = rows.draft_passes(model), rows.verify_passes(model)
+        draft_seconds = machine.seconds(drafting) if drafting else 0.0
+        lengths.learn(wishes, counts, accepted, (0, 0), draft_seconds, machine.seconds(verifying))
+        total += machine.exact(drafting) + machine.exact(verifying)
         tokens += batch + sum(accepted)
         drafted += sum(counts)
     return total, tokens, drafted
 
 
 @pytest.mark.parametrize("batch", [1, 4, 8, 16])
-@pytest.mark.parametrize("acceptance", [0.0, 0.05, 0.3, 0.9])
-def test_never_more_than_five_percent_slower_than_plain(model, batch, acceptance):
-    """From the first step on, whatever the acceptance; where speculation pays, faster."""
-    for steps in (64, 400):
-        seconds, tokens, _ = simulate(model, Machine(seed=steps), batch, acceptance, steps)
-        plain, plain_tokens, drafted = simulate(model, Machine(seed=steps), batch, acceptance, steps, most=0)
+@pytest.mark.parametrize("acceptance", [0.0, 0.05, 0.3, 0.6, 0.9])
+@pytest.mark.parametrize("exit_layer", [2, 4, 8])
+def test_never_more_than_five_percent_slower_than_plain(model, batch, acceptance, exit_layer):
+    """From the first step on, whatever the acceptance and the exit; 64 steps and 400, several sequences of events."""
+    for steps, seed in ((64, 0), (64, 1), (64, 2), (400, 3)):
+        run = partial(simulate, model, batch=batch, acceptance=acceptance, steps=steps, exit_layer=exit_layer)
+        seconds, tokens, _ = run(Machine(seed=seed))
+        plain, plain_tokens, drafted = run(Machine(seed=seed), most=0)
         assert drafted == 0
         assert seconds / tokens < 1.05 * plain / plain_tokens
 

@@ -1,5 +1,8 @@
 """The real model: SmolLM2-135M-Instruct on HumanEval prompts."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -61,3 +64,19 @@ def test_transformers_agrees():
         worst = max(worst, (theirs - ours.logits).abs().max().item())
     print(f"largest difference of a logit: {worst:.2e}")
     assert worst < 1e-3
+
+
+def test_the_page_on_serving_runs(capsys):
+    """Each block of Python on it, in order; the second one with requests to serve."""
+    page = (Path(__file__).parent.parent / "docs" / "serving.md").read_text(encoding="utf-8")
+    first, second = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    sent = []
+    names = {"send": lambda *told: sent.append(told)}
+    exec(first, names)
+    [plain] = generate(names["engine"].model, ["def fibonacci(n):"], GenerationConfig("autoregressive"))
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"{plain.text} length 0.") and names["generations"][names["free"]].text in printed
+    request_id = names["engine"].add_request("def fibonacci(n):", GenerationConfig(exit_layer=10, num_speculations=4))
+    exec(second, names)
+    assert [token for told in sent for token in told[1]] == plain.token_ids
+    assert {told[0] for told in sent} == {request_id} and sent[-1][2:] == ("length", None)
