@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .errors import NAN_LOGITS, new_error
 from .launch import OPTIONS
-from .norm_head_argmax import TILE, Candidates, best_token
+from .norm_head_argmax import COMPARED, Candidates, best_token
 
 __all__ = ["accept_candidates", "accept_draft"]
 
@@ -55,7 +55,7 @@ def _launch(
         tokens, ends, first_judged, num_drafts, targets if candidates is None else candidates.best,
         targets if candidates is None else candidates.tokens, targets, num_accepted, next_tokens, error,
         0 if candidates is None else candidates.num_blocks,
-        CANDIDATES=candidates is not None, ROWS=triton.next_power_of_2(most_drafts + 1), TILE=TILE,
+        CANDIDATES=candidates is not None, ROWS=triton.next_power_of_2(most_drafts + 1), TILE=COMPARED,
         NAN_LOGITS=NAN_LOGITS, num_warps=4, **OPTIONS,
     )  # fmt: skip
     return num_accepted, next_tokens

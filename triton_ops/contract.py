@@ -147,17 +147,17 @@ def _split8(x):
 
 @device_function
 def _add_pairs(partials):
-    """[2 * A, B] -> [A, B]: adjacent pairs."""
-    A: tl.constexpr = partials.shape[0] // 2
-    B: tl.constexpr = partials.shape[1]
-    left, right = tl.split(tl.permute(tl.reshape(partials, [A, 2, B]), [0, 2, 1]))
+    """[B, 2 * A] -> [B, A]: adjacent pairs."""
+    A: tl.constexpr = partials.shape[1] // 2
+    B: tl.constexpr = partials.shape[0]
+    left, right = tl.split(tl.reshape(partials, [B, A, 2]))
     return left + right
 
 
 @device_function
 def _tree8(partials):
-    """[8, C] -> [C]: ((p0 + p1) + (p2 + p3)) + ((p4 + p5) + (p6 + p7))."""
-    C: tl.constexpr = partials.shape[1]
+    """[C, 8] -> [C]: ((p0 + p1) + (p2 + p3)) + ((p4 + p5) + (p6 + p7))."""
+    C: tl.constexpr = partials.shape[0]
     return tl.reshape(_add_pairs(_add_pairs(_add_pairs(partials))), [C])
 
 
@@ -165,48 +165,69 @@ def _tree8(partials):
 def packed_offsets(n, steps):
     """Where column n of a packed weight begins (triton_ops/packing.py), plus its segments and its first eight k.
 
-    n int32 [C], inside the padded columns -> int64 [8, C, 8].
+    n int32 [C], inside the padded columns -> int64 [C, 8, 8]. Columns come first, so that the threads of a warp hold
+    columns of one segment: they share their x, and their weights are neighbours.
     """
-    segment = tl.arange(0, 8)[:, None, None]
+    segment = tl.arange(0, 8)[None, :, None]
     k = tl.arange(0, 8)[None, None, :]
     column = (n // 16).to(tl.int64) * (steps * 1024) + n % 16 * 8
-    return column[None, :, None] + segment * 128 + k
+    return column[:, None, None] + segment * 128 + k
 
 
 @device_function
-def dot(x_ptrs, w_ptrs, steps, ROWS: tl.constexpr, C: tl.constexpr, AHEAD: tl.constexpr, FMA: tl.constexpr):
-    """Rule 1 for ROWS rows and C columns: a tuple of ROWS tensors fp32 [C].
+def dot(
+    x_ptrs, w_ptrs, steps,
+    ROWS: tl.constexpr, TILES: tl.constexpr, C: tl.constexpr, AHEAD: tl.constexpr, EVEN: tl.constexpr,
+    FMA: tl.constexpr,
+):  # fmt: skip
+    """Rule 1 for ROWS rows and TILES times C columns: a tuple of fp32 [C], tile by tile, row by row.
 
     x_ptrs: a tuple of ROWS pointers, each to a row of fp32 [8, steps * 8] (the segments, filled up with zeros);
-    w_ptrs [8, C, 8]: packed_offsets of the columns. A thread holds one segment of a column (or of two); a step is eight
-    k of it, 16 bytes of a 16-bit weight. AHEAD steps are on their way to the thread's registers while one is used, so
-    that no warp waits for another.
+    w_ptrs: a tuple of TILES times [C, 8, 8], packed_offsets of the columns. A thread holds a segment of one column of
+    each tile, which share what it loads of x; a step is eight k, 16 bytes of a 16-bit weight. AHEAD steps are on their
+    way to the thread's registers while one is used, so that no warp waits for another. EVEN: steps is a multiple of it.
     """
-    x_offs = tl.arange(0, 8)[:, None, None] * (steps * 8) + tl.arange(0, 8)[None, None, :]
-    sums = (tl.zeros([8, C], tl.float32),) * ROWS
+    x_offs = tl.arange(0, 8)[None, :, None] * (steps * 8) + tl.arange(0, 8)[None, None, :]
+    sums = (tl.zeros([C, 8], tl.float32),) * (TILES * ROWS)
     waiting = ()
     for i in tl.static_range(AHEAD):
-        waiting = waiting + (tl.load(w_ptrs + i * 1024, mask=i < steps, other=0.0),)
+        for t in tl.static_range(TILES):
+            waiting = waiting + (_load_step(w_ptrs[t], i, steps, EVEN),)
     for first in range(0, steps, AHEAD):
         still_waiting = ()
         for i in tl.static_range(AHEAD):
             step = first + i
-            w = _split8(waiting[i].to(tl.float32))
-            following = tl.load(w_ptrs + (step + AHEAD) * 1024, mask=step + AHEAD < steps, other=0.0)
-            still_waiting = still_waiting + (following,)
-            new_sums = ()
+            xs = ()
             for r in tl.static_range(ROWS):
-                x = _split8(tl.load(x_ptrs[r] + x_offs + step * 8, mask=step < steps, other=0.0))
-                sum_ = sums[r]
-                for k in tl.static_range(8):
-                    sum_ = multiply_add(tl.broadcast_to(x[k], [8, C]), w[k], sum_, FMA)
-                new_sums = new_sums + (sum_,)
+                if EVEN:
+                    xs = xs + (tl.load(x_ptrs[r] + x_offs + step * 8),)
+                else:
+                    xs = xs + (tl.load(x_ptrs[r] + x_offs + step * 8, mask=step < steps, other=0.0),)
+            new_sums = ()
+            for t in tl.static_range(TILES):
+                w = _split8(waiting[i * TILES + t].to(tl.float32))
+                still_waiting = still_waiting + (_load_step(w_ptrs[t], step + AHEAD, steps, EVEN),)
+                for r in tl.static_range(ROWS):
+                    x = _split8(xs[r])
+                    sum_ = sums[t * ROWS + r]
+                    for k in tl.static_range(8):
+                        sum_ = multiply_add(tl.broadcast_to(x[k], [C, 8]), w[k], sum_, FMA)
+                    new_sums = new_sums + (sum_,)
             sums = new_sums
         waiting = still_waiting
     y = ()
-    for r in tl.static_range(ROWS):
-        y = y + (_tree8(sums[r]),)
+    for i in tl.static_range(TILES * ROWS):
+        y = y + (_tree8(sums[i]),)
     return y
+
+
+@device_function
+def _load_step(w_ptrs, step, steps, EVEN: tl.constexpr):
+    """Weights are used once: they leave the caches first. Past the last step: zeros, or, if EVEN, nothing that is used."""
+    if EVEN:
+        return tl.load(w_ptrs + step * 1024, mask=step < steps, eviction_policy="evict_first")
+    else:
+        return tl.load(w_ptrs + step * 1024, mask=step < steps, other=0.0, eviction_policy="evict_first")
 
 
 @device_function
@@ -216,12 +237,6 @@ def row_pointers(x_ptr, stride_x, row0, num_rows, ROWS: tl.constexpr):
     for r in tl.static_range(ROWS):
         pointers = pointers + (x_ptr + tl.minimum(row0 + r, num_rows - 1) * stride_x,)
     return pointers
-
-
-@device_function
-def halves(y, C: tl.constexpr):
-    """[C] -> its first and its second half, [C / 2] each."""
-    return tl.split(tl.permute(tl.reshape(y, [2, C // 2]), [1, 0]))
 
 
 @device_function

@@ -51,13 +51,13 @@ def silu(x: Tensor) -> Tensor:
 @triton.jit
 def _linear_kernel(
     x_ptr, w_ptr, bias_ptr, y_ptr, stride_x, T, N, steps,
-    HAS_BIAS: tl.constexpr, ROWS: tl.constexpr, C: tl.constexpr, AHEAD: tl.constexpr, FMA: tl.constexpr,
+    HAS_BIAS: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr, C: tl.constexpr, AHEAD: tl.constexpr, EVEN: tl.constexpr, FMA: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0) * C + tl.arange(0, C)
     row0 = tl.program_id(1).to(tl.int64) * ROWS
     packed = tl.minimum(n, (N + 15) // 16 * 16 - 1)
     x_ptrs = row_pointers(x_ptr, stride_x, row0, T, ROWS)
-    y = dot(x_ptrs, w_ptr + packed_offsets(packed, steps), steps, ROWS, C, AHEAD, FMA)
+    y = dot(x_ptrs, (w_ptr + packed_offsets(packed, steps),), steps, ROWS, TILES, C, AHEAD, EVEN, FMA)
     for r in tl.static_range(ROWS):
         z = y[r]
         if HAS_BIAS:
@@ -68,7 +68,7 @@ def _linear_kernel(
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
     """reference.linear: [T, K], packed [N, K], [N] or None -> [T, N]."""
     y = torch.empty(len(x), out_features, dtype=x.dtype, device=x.device)
-    segments, options = to_segments(x), streaming(len(x), COLUMNS, weight)
+    segments, options = to_segments(x), streaming(len(x), 1, COLUMNS, weight)
     _linear_kernel[(blocks(out_features, COLUMNS), blocks(len(x), options["ROWS"]))](
         segments, weight, y if bias is None else bias, y, segments.stride(0), len(x), out_features, weight.size(1),
         HAS_BIAS=bias is not None, **options,

@@ -3,6 +3,8 @@
 Grids follow from the sizes and the number of rows alone, so that a step can be captured in a CUDA graph.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -14,7 +16,7 @@ __all__ = ["OPTIONS", "blocks", "exact_products", "rows_per_program", "streaming
 OPTIONS = {"enable_fp_fusion": False}
 
 MAX_ROWS = 16  # rows that share a program's weights; more make more programs, which read them again
-# Steps of weights on their way to a thread while one is used, by rows. What is unrolled are AHEAD * ROWS * 8 terms.
+# Steps of weights on their way to a thread while one is used, by rows.
 AHEAD = {1: 8, 2: 8, 4: 4, 8: 4, 16: 2}
 
 
@@ -32,10 +34,14 @@ def exact_products(dtype: torch.dtype) -> bool:
     return dtype != torch.float32
 
 
-def streaming(num_rows: int, columns: int, weight: Tensor) -> dict[str, object]:
-    """The compile-time arguments and options of a kernel built on ``contract.dot``: a thread per segment and column."""
+def streaming(num_rows: int, tiles: int, columns: int, weight: Tensor) -> dict[str, Any]:
+    """The compile-time arguments and options of a kernel built on ``contract.dot``, ``tiles`` of ``columns`` a program.
+
+    A thread for each segment and column of a tile.
+    """
     rows = rows_per_program(num_rows)
+    ahead = 1 if INTERPRETED else AHEAD[rows]
     return dict(
-        ROWS=rows, C=columns, AHEAD=1 if INTERPRETED else AHEAD[rows], FMA=exact_products(weight.dtype),
-        num_warps=columns // 4, **OPTIONS,
+        ROWS=rows, TILES=tiles, C=columns, AHEAD=ahead, EVEN=weight.size(1) % ahead == 0,
+        FMA=exact_products(weight.dtype), num_warps=columns // 4, **OPTIONS,
     )  # fmt: skip

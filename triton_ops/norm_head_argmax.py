@@ -2,7 +2,7 @@
 
     logits = dot(x, lm_head);  token = the lowest of the largest
 
-A program computes C logits of up to 16 rows and their largest; what follows (a draft's next token, accept_draft) takes
+A program computes two tiles of C logits of up to 16 rows and the largest of each; what follows (a draft's next token, accept_draft) takes
 the largest of those. Moves V D weights once for every 16 rows, T D numbers for each program, 2 T V / C candidates and,
 where they are wanted, T V logits.
 """
@@ -19,35 +19,40 @@ from .rms_norm import normalised
 
 __all__ = ["Candidates", "best_token", "head_candidates", "norm_head_argmax", "take_draft"]
 
-COLUMNS = 32
-TILE = 512  # candidates that are compared at once
+TILES, COLUMNS = 2, 32
+COMPARED = 512  # candidates that are compared at once
 
 
 @triton.jit
 def _head_kernel(
     x_ptr, rows_ptr, w_ptr, logits_ptr, best_ptr, token_ptr, stride_x, T, N, steps,
-    LOGITS: tl.constexpr, ROWS: tl.constexpr, C: tl.constexpr, AHEAD: tl.constexpr, FMA: tl.constexpr,
+    LOGITS: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr, C: tl.constexpr, AHEAD: tl.constexpr, EVEN: tl.constexpr, FMA: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     row0 = tl.program_id(1).to(tl.int64) * ROWS
-    n = pid * C + tl.arange(0, C)
     x_ptrs = ()
     for r in tl.static_range(ROWS):
         row = tl.load(rows_ptr + tl.minimum(row0 + r, T - 1)).to(tl.int64)
         x_ptrs = x_ptrs + (x_ptr + row * stride_x,)
-    packed = tl.minimum(n, (N + 15) // 16 * 16 - 1)
-    y = dot(x_ptrs, w_ptr + packed_offsets(packed, steps), steps, ROWS, C, AHEAD, FMA)
+    first = pid * TILES * C + tl.arange(0, C)
+    last = (N + 15) // 16 * 16 - 1
+    w_ptrs = ()
+    for t in tl.static_range(TILES):
+        w_ptrs = w_ptrs + (w_ptr + packed_offsets(tl.minimum(first + t * C, last), steps),)
+    y = dot(x_ptrs, w_ptrs, steps, ROWS, TILES, C, AHEAD, EVEN, FMA)
     for r in tl.static_range(ROWS):
         if row0 + r < T:
-            if LOGITS:
-                tl.store(logits_ptr + (row0 + r) * N + n, y[r], mask=n < N)
-            z = tl.where(n < N, y[r], -float("inf"))
-            best = tl.max(z)
-            token = tl.min(tl.where((z == best) & (n < N), n, N)).to(tl.int32)
-            no_number = tl.max((z != z).to(tl.int32))
-            candidate = (row0 + r) * tl.num_programs(0) + pid
-            tl.store(best_ptr + candidate, best)
-            tl.store(token_ptr + candidate, tl.where(no_number > 0, -1, token))
+            for t in tl.static_range(TILES):
+                n = first + t * C
+                z = tl.where(n < N, y[t * ROWS + r], -float("inf"))
+                if LOGITS:
+                    tl.store(logits_ptr + (row0 + r) * N + n, z, mask=n < N)
+                best = tl.max(z)
+                token = tl.min(tl.where((z == best) & (n < N), n, N)).to(tl.int32)
+                no_number = tl.max((z != z).to(tl.int32))
+                candidate = ((row0 + r) * tl.num_programs(0) + pid) * TILES + t
+                tl.store(best_ptr + candidate, best)
+                tl.store(token_ptr + candidate, tl.where(no_number > 0, -1, token))
 
 
 @device_function
@@ -92,7 +97,7 @@ class Candidates:
     """What an LM head of ``size`` columns leaves of each row: best fp32 and token int32 of every program's columns."""
 
     def __init__(self, num_rows: int, size: int, device: torch.device) -> None:
-        self.num_blocks = blocks(size, COLUMNS)
+        self.num_blocks = blocks(size, TILES * COLUMNS) * TILES
         self.best = torch.empty(num_rows, self.num_blocks, device=device)
         self.tokens = torch.empty(num_rows, self.num_blocks, dtype=torch.int32, device=device)
 
@@ -102,8 +107,8 @@ def head_candidates(
 ) -> None:
     """The candidates of rows int32 [T] of x, and logits fp32 [T, V] if wanted."""
     num_rows = len(rows)
-    options = streaming(num_rows, COLUMNS, lm_head)
-    _head_kernel[(blocks(vocab_size, COLUMNS), blocks(num_rows, options["ROWS"]))](
+    options = streaming(num_rows, TILES, COLUMNS, lm_head)
+    _head_kernel[(candidates.num_blocks // TILES, blocks(num_rows, options["ROWS"]))](
         x, rows, lm_head, x if logits is None else logits, candidates.best, candidates.tokens, x.stride(0), num_rows,
         vocab_size, lm_head.size(1), LOGITS=logits is not None, **options,
     )  # fmt: skip
@@ -119,7 +124,7 @@ def take_draft(
     """
     _take_draft_kernel[(len(sequences),)](
         candidates.best, candidates.tokens, drafts if draft_ids is None else draft_ids, sequences, drafts, next_tokens,
-        error, candidates.num_blocks, drafts.size(1), column, HAS_IDS=draft_ids is not None, TILE=TILE, NAN_LOGITS=NAN_LOGITS, num_warps=4, **OPTIONS,
+        error, candidates.num_blocks, drafts.size(1), column, HAS_IDS=draft_ids is not None, TILE=COMPARED, NAN_LOGITS=NAN_LOGITS, num_warps=4, **OPTIONS,
     )  # fmt: skip
 
 

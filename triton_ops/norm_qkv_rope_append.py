@@ -2,7 +2,7 @@
 
     y = to_dtype(dot(x, w) + bias);  q, k: to_dtype(a cos - b sin), to_dtype(b cos + a sin);  v: y
 
-A program computes C / 2 pairs (d, d + K / 2) of heads' columns, so that RoPE has both. Moves (H + 2G) K D weights once
+A program computes C pairs (d, d + K / 2) of heads' columns, a tile for each half, so that RoPE has both. Moves (H + 2G) K D weights once
 for every 16 rows, T D numbers of x for each program, and T (H + 2G) K results.
 """
 
@@ -11,53 +11,54 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .contract import dot, halves, packed_offsets, rounded, row_pointers, to_dtype
+from .contract import dot, packed_offsets, rounded, row_pointers, to_dtype
 from .launch import blocks, streaming
 
 __all__ = ["norm_qkv_rope_append", "qkv_rope_append"]
 
-COLUMNS = 32
+COLUMNS = 16
 
 
 @triton.jit
 def _qkv_rope_append_kernel(
     x_ptr, wq_ptr, wk_ptr, wv_ptr, bias_ptr, cos_ptr, sin_ptr, positions_ptr, slots_ptr, q_ptr, k_ptr, v_ptr,
     stride_x, T, steps, num_heads, num_kv_heads, HALF_HEAD, num_pages, S,
-    HAS_BIAS: tl.constexpr, ROWS: tl.constexpr, C: tl.constexpr, AHEAD: tl.constexpr, FMA: tl.constexpr,
+    HAS_BIAS: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr, C: tl.constexpr, AHEAD: tl.constexpr, EVEN: tl.constexpr, FMA: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     row0 = tl.program_id(1).to(tl.int64) * ROWS
     dtype: tl.constexpr = q_ptr.dtype.element_ty
-    PAIRS: tl.constexpr = C // 2
     K = 2 * HALF_HEAD
-    q_blocks = tl.cdiv(num_heads * HALF_HEAD, PAIRS)
-    kv_blocks = tl.cdiv(num_kv_heads * HALF_HEAD, PAIRS)
+    q_blocks = tl.cdiv(num_heads * HALF_HEAD, C)
+    kv_blocks = tl.cdiv(num_kv_heads * HALF_HEAD, C)
     is_q = pid < q_blocks
     is_v = pid >= q_blocks + kv_blocks
     first_block = tl.where(is_q, 0, tl.where(is_v, q_blocks + kv_blocks, q_blocks))
     heads = tl.where(is_q, num_heads, num_kv_heads)
     w_ptr = tl.where(is_q, wq_ptr, tl.where(is_v, wv_ptr, wk_ptr))
 
-    column = tl.arange(0, C)
-    pair = tl.minimum((pid - first_block) * PAIRS + column % PAIRS, heads * HALF_HEAD - 1)
-    n = pair // HALF_HEAD * K + pair % HALF_HEAD + column // PAIRS * HALF_HEAD
-    x_ptrs = row_pointers(x_ptr, stride_x, row0, T, ROWS)
-    y = dot(x_ptrs, w_ptr + packed_offsets(n, steps), steps, ROWS, C, AHEAD, FMA)
-    if HAS_BIAS:
-        first_bias = tl.where(is_q, 0, tl.where(is_v, num_heads + num_kv_heads, num_heads)) * K
-        bias = tl.load(bias_ptr + first_bias + n).to(tl.float32)
-
-    pair = (pid - first_block) * PAIRS + tl.arange(0, PAIRS)
+    pair = (pid - first_block) * C + tl.arange(0, C)
     inside = pair < heads * HALF_HEAD
     head = pair // HALF_HEAD
     d = pair % HALF_HEAD
+    n = tl.where(inside, head * K + d, 0)
+    x_ptrs = row_pointers(x_ptr, stride_x, row0, T, ROWS)
+    w_ptrs = (w_ptr + packed_offsets(n, steps), w_ptr + packed_offsets(n + HALF_HEAD, steps))
+    y = dot(x_ptrs, w_ptrs, steps, ROWS, TILES, C, AHEAD, EVEN, FMA)
+    if HAS_BIAS:
+        bias_ptrs = bias_ptr + tl.where(is_q, 0, tl.where(is_v, num_heads + num_kv_heads, num_heads)) * K + n
+        bias_a = tl.load(bias_ptrs).to(tl.float32)
+        bias_b = tl.load(bias_ptrs + HALF_HEAD).to(tl.float32)
     for r in tl.static_range(ROWS):
         row = row0 + r
         mask = inside & (row < T)
-        z = y[r]
+        a = y[r]
+        b = y[ROWS + r]
         if HAS_BIAS:
-            z = z + bias
-        a, b = halves(rounded(z, dtype), C)
+            a = a + bias_a
+            b = b + bias_b
+        a = rounded(a, dtype)
+        b = rounded(b, dtype)
         if not is_v:
             position = tl.load(positions_ptr + row, mask=row < T, other=0)
             cos = tl.load(cos_ptr + position * HALF_HEAD + d, mask=inside, other=0.0)
@@ -87,10 +88,9 @@ def qkv_rope_append(
     """The same of rows that are normalised already: x fp32 [T, row_stride(D)] -> q [T, H, K], and pages."""
     num_pages, num_kv_heads, head_dim, page_size = k_pages.shape
     num_heads = q.size(1)
-    options = streaming(num_rows, COLUMNS, wq)
-    pairs = COLUMNS // 2
+    options = streaming(num_rows, 2, COLUMNS, wq)
     grid = (
-        blocks(num_heads * head_dim // 2, pairs) + 2 * blocks(num_kv_heads * head_dim // 2, pairs),
+        blocks(num_heads * head_dim // 2, COLUMNS) + 2 * blocks(num_kv_heads * head_dim // 2, COLUMNS),
         blocks(num_rows, options["ROWS"]),
     )
     _qkv_rope_append_kernel[grid](

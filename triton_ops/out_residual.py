@@ -25,14 +25,14 @@ def _linear_residual_kernel(
     x_ptr, w_ptr, bias_ptr, hidden_ptr, next_norm_ptr, next_x_ptr, arrivals_ptr, slots_ptr, hidden_cache_ptr,
     stride_x, stride_next_x, T, N, steps, num_slots, eps,
     HAS_BIAS: tl.constexpr, NORM: tl.constexpr, KEEP: tl.constexpr,
-    ROWS: tl.constexpr, C: tl.constexpr, AHEAD: tl.constexpr, FMA: tl.constexpr,
+    ROWS: tl.constexpr, TILES: tl.constexpr, C: tl.constexpr, AHEAD: tl.constexpr, EVEN: tl.constexpr, FMA: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     row0 = tl.program_id(1).to(tl.int64) * ROWS
     dtype: tl.constexpr = hidden_ptr.dtype.element_ty
     n = pid * C + tl.arange(0, C)
     x_ptrs = row_pointers(x_ptr, stride_x, row0, T, ROWS)
-    y = dot(x_ptrs, w_ptr + packed_offsets(n, steps), steps, ROWS, C, AHEAD, FMA)
+    y = dot(x_ptrs, (w_ptr + packed_offsets(n, steps),), steps, ROWS, TILES, C, AHEAD, EVEN, FMA)
     if HAS_BIAS:
         bias = tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)
     for r in tl.static_range(ROWS):
@@ -66,7 +66,7 @@ def linear_residual(
     arrivals int32 [ceil(T / rows a program)], all 0, and 0 again afterwards. slots int64 [T], hidden_cache [P, S, D]:
     where the rows are kept, if wanted.
     """
-    options = streaming(num_rows, COLUMNS, weight)
+    options = streaming(num_rows, 1, COLUMNS, weight)
     hidden_size = hidden.size(1)
     unused = hidden
     _linear_residual_kernel[(blocks(hidden_size, COLUMNS), blocks(num_rows, options["ROWS"]))](

@@ -28,7 +28,7 @@ def at_once(tile_rows: int) -> int:
     """Loads of K or V on their way at one time, as many as registers hold: sums wait for memory, not for arithmetic."""
     if INTERPRETED:
         return 1
-    return 24 if tile_rows <= 8 else 8
+    return 32 if tile_rows <= 8 else 8
 
 
 @triton.jit
@@ -66,11 +66,15 @@ def _attend_kernel(
             k_ptrs = k_ptr + (page * num_kv_heads + kv_head) * K * S + at % S
             s = tl.zeros([R, TILE], tl.float32)
             for first in range(0, K, AT_ONCE):
+                qs = ()
+                ks = ()
                 for i in tl.static_range(AT_ONCE):
                     d = first + i
-                    q = tl.load(q_ptrs + d, mask=in_rows & (d < K), other=0.0).to(tl.float32)
-                    k = tl.load(k_ptrs + d * S, mask=paged & (d < K), other=0.0).to(tl.float32)
-                    s = multiply_add(tl.broadcast_to(q, [R, TILE]), tl.broadcast_to(k, [R, TILE]), s, FMA)
+                    qs = qs + (tl.load(q_ptrs + d, mask=in_rows & (d < K), other=0.0),)
+                    ks = ks + (tl.load(k_ptrs + d * S, mask=paged & (d < K), other=0.0),)
+                for i in tl.static_range(AT_ONCE):
+                    q = tl.broadcast_to(qs[i].to(tl.float32), [R, TILE])
+                    s = multiply_add(q, tl.broadcast_to(ks[i].to(tl.float32), [R, TILE]), s, FMA)
             s = tl.where(j < visible, s * scale, -float("inf"))
             m = tl.maximum(m, tl.max(s, axis=1, keep_dims=True))
             tl.store(scores_ptrs + j, s)
@@ -84,16 +88,24 @@ def _attend_kernel(
         l = tl.zeros([R, 1], tl.float32)  # noqa: E741
         o = tl.zeros([R, K_PADDED], tl.float32)
         for first in range(0, n, AT_ONCE):
+            pages = ()
             for i in tl.static_range(AT_ONCE):
-                j = first + i
-                at = chunk * 256 + j
-                page = tl.load(block_table_ptr + sequence * max_blocks + at // S, mask=j < n, other=-1).to(tl.int64)
-                paged = (page >= 0) & (page < num_pages)
-                v_ptrs = v_ptr + ((page * num_kv_heads + kv_head) * S + at % S) * K + d
-                v = tl.load(v_ptrs, mask=(d < K) & paged, other=0.0).to(tl.float32)
-                p = tl.load(scores_ptrs + j, mask=j < n, other=0.0)
-                l = l + p  # noqa: E741
-                o = multiply_add(tl.broadcast_to(p, [R, K_PADDED]), tl.broadcast_to(v, [R, K_PADDED]), o, FMA)
+                block = (chunk * 256 + first + i) // S
+                pages = pages + (
+                    tl.load(block_table_ptr + sequence * max_blocks + block, mask=first + i < n, other=-1),
+                )
+            ps = ()
+            vs = ()
+            for i in tl.static_range(AT_ONCE):
+                page = pages[i].to(tl.int64)
+                offset = (chunk * 256 + first + i) % S
+                v_ptrs = v_ptr + ((page * num_kv_heads + kv_head) * S + offset) * K + d
+                vs = vs + (tl.load(v_ptrs, mask=(d < K) & (page >= 0) & (page < num_pages), other=0.0),)
+                ps = ps + (tl.load(scores_ptrs + first + i, mask=first + i < n, other=0.0),)
+            for i in tl.static_range(AT_ONCE):
+                l = l + ps[i]  # noqa: E741
+                v = tl.broadcast_to(vs[i].to(tl.float32), [R, K_PADDED])
+                o = multiply_add(tl.broadcast_to(ps[i], [R, K_PADDED]), v, o, FMA)
         if ONE_CHUNK:
             out = rounded(tl.div_rn(o, tl.broadcast_to(l, [R, K_PADDED])), dtype)
             offs = segment_offset(head * K + d, (num_heads * K + 7) // 8)
