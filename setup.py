@@ -29,7 +29,7 @@ INCLUDE = str(ROOT / "csrc" / "include")  # absolute: ninja compiles from inside
 
 ARCHITECTURES = "8.0;9.0;10.0+PTX"  # A100, H100, B200, and what comes after
 TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
-OLDEST_TORCH_FOR_CUDA = (2, 13)  # c10::Stream::native_handle; older ones were not tried
+OLDEST_TORCH_FOR_CUDA = (2, 11)  # c10::Stream::native_handle; older ones were not tried
 
 # --fmad=false: as -ffp-contract=off below. The visibility keeps the kernels' host stubs out of the symbol table.
 NVCC_FLAGS = ["-O3", "-std=c++17", "--fmad=false", "-Xcompiler=-Wall,-Wextra,-fvisibility=hidden,-fPIC"]

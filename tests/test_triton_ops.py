@@ -10,8 +10,8 @@ from conftest import GPU
 from layerskip_kernels import reference, triton_ops
 
 DEVICE = "cuda" if GPU else "cpu"
-ROWS = [1, 2, 3, 5, 8, 9, 16, 17, 33] if GPU else [1, 3, 9]
-SIZES = [(7, 5), (100, 33), (576, 48), (2048, 256)] if GPU else [(7, 5), (100, 33)]
+ROWS = [1, 3, 8, 17] if GPU else [1, 3, 9]
+SIZES = [(7, 5), (100, 33), *([(2048, 256)] if GPU else [])]
 
 
 def random(*shape, dtype, seed=0):
@@ -145,7 +145,7 @@ def attention_case(dtype, rows, heads, kv_heads, head_dim, page_size, start=0, h
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("rows", [1, 4, 9] if not GPU else ROWS)
+@pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("page_size", [1, 16, 64])
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 def test_norm_qkv_rope_append(dtype, rows, page_size, bias):
@@ -168,10 +168,10 @@ def test_norm_qkv_rope_append(dtype, rows, page_size, bias):
 
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "head_dim", "page_size"),
-    [(3, 1, 6, 1), (6, 2, 10, 16), (4, 4, 8, 64), *([(9, 3, 64, 16), (32, 8, 64, 16), (32, 8, 128, 7)] if GPU else [])],
+    [(3, 1, 6, 1), (6, 2, 10, 16), (4, 4, 8, 64), *([(32, 8, 64, 16), (32, 8, 128, 7)] if GPU else [])],
 )
-@pytest.mark.parametrize("start", [0, 250, 700] if GPU else [0, 250])
-@pytest.mark.parametrize("rows", [1, 5, 9] if not GPU else ROWS)
+@pytest.mark.parametrize("start", [0, 700] if GPU else [0, 250])
+@pytest.mark.parametrize("rows", [1, 5, 17 if GPU else 9])
 def test_paged_attention(dtype, heads, kv_heads, head_dim, page_size, start, rows):
     if not GPU and start and (rows == 5 or dtype == torch.float16):
         pytest.skip("long contexts are interpreted for minutes: two dtypes, 1 and 9 rows are enough")

@@ -16,8 +16,6 @@ from .packing import to_segments, unpack_weight
 
 __all__ = ["embed_tokens", "exp", "linear", "silu"]
 
-COLUMNS = 32
-
 
 @triton.jit
 def _elementwise_kernel(x_ptr, y_ptr, n, SILU: tl.constexpr, BLOCK: tl.constexpr):
@@ -68,8 +66,8 @@ def _linear_kernel(
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
     """reference.linear: [T, K], packed [N, K], [N] or None -> [T, N]."""
     y = torch.empty(len(x), out_features, dtype=x.dtype, device=x.device)
-    segments, options = to_segments(x), streaming(len(x), 1, COLUMNS, weight)
-    _linear_kernel[(blocks(out_features, COLUMNS), blocks(len(x), options["ROWS"]))](
+    segments, options = to_segments(x), streaming("linear", len(x), 1, weight)
+    _linear_kernel[(blocks(out_features, options["C"]), blocks(len(x), options["ROWS"]))](
         segments, weight, y if bias is None else bias, y, segments.stride(0), len(x), out_features, weight.size(1),
         HAS_BIAS=bias is not None, **options,
     )  # fmt: skip

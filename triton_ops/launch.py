@@ -10,14 +10,20 @@ from torch import Tensor
 
 from .contract import INTERPRETED
 
-__all__ = ["OPTIONS", "blocks", "exact_products", "rows_per_program", "streaming"]
+__all__ = ["OPTIONS", "blocks", "columns_of", "exact_products", "rows_per_program", "streaming"]
 
 # Never contract a multiply and an add: the contract says where fma may stand.
 OPTIONS = {"enable_fp_fusion": False}
 
 MAX_ROWS = 16  # rows that share a program's weights; more make more programs, which read them again
-# Steps of weights on their way to a thread while one is used, by rows.
-AHEAD = {1: 8, 2: 8, 4: 4, 8: 4, 16: 2}
+# Columns of a tile, and how many steps of weights are on their way to a thread while one is used, by rows a program.
+CONFIGS: dict[str, tuple[int, dict[int, int]]] = {
+    "norm_qkv_rope_append": (16, {1: 8, 2: 4, 4: 4, 8: 2, 16: 1}),
+    "out_residual": (16, {1: 8, 2: 8, 4: 4, 8: 4, 16: 2}),
+    "norm_gate_up_silu": (32, {1: 4, 2: 4, 4: 4, 8: 2, 16: 1}),
+    "norm_head_argmax": (32, {1: 4, 2: 4, 4: 4, 8: 2, 16: 1}),
+    "linear": (32, {1: 4, 2: 4, 4: 4, 8: 2, 16: 1}),
+}
 
 
 def rows_per_program(num_rows: int) -> int:
@@ -34,13 +40,18 @@ def exact_products(dtype: torch.dtype) -> bool:
     return dtype != torch.float32
 
 
-def streaming(num_rows: int, tiles: int, columns: int, weight: Tensor) -> dict[str, Any]:
-    """The compile-time arguments and options of a kernel built on ``contract.dot``, ``tiles`` of ``columns`` a program.
+def columns_of(op: str) -> int:
+    """Columns of a tile of the op's kernel."""
+    return CONFIGS[op][0]
+
+
+def streaming(op: str, num_rows: int, tiles: int, weight: Tensor) -> dict[str, Any]:
+    """The compile-time arguments and options of a kernel built on ``contract.dot``, with ``tiles`` tiles a program.
 
     A thread for each segment and column of a tile.
     """
-    rows = rows_per_program(num_rows)
-    ahead = 1 if INTERPRETED else AHEAD[rows]
+    rows, (columns, ahead_by_rows) = rows_per_program(num_rows), CONFIGS[op]
+    ahead = 1 if INTERPRETED else ahead_by_rows[rows]
     return dict(
         ROWS=rows, TILES=tiles, C=columns, AHEAD=ahead, EVEN=weight.size(1) % ahead == 0,
         FMA=exact_products(weight.dtype), num_warps=columns // 4, **OPTIONS,

@@ -18,8 +18,6 @@ from .rms_norm import from_segments, normalised
 
 __all__ = ["gate_up_silu", "norm_gate_up_silu"]
 
-COLUMNS = 32
-
 
 @triton.jit
 def _gate_up_silu_kernel(
@@ -45,8 +43,8 @@ def gate_up_silu(
     x: Tensor, w_gate: Tensor, w_up: Tensor, hidden: Tensor, activation: Tensor, intermediate_size: int, num_rows: int
 ) -> None:
     """x fp32 [T, row_stride(D)] -> activation fp32 [T, row_stride(F)]; hidden only says the model's dtype."""
-    options = streaming(num_rows, 2, COLUMNS, w_gate)
-    _gate_up_silu_kernel[(blocks(intermediate_size, COLUMNS), blocks(num_rows, options["ROWS"]))](
+    options = streaming("norm_gate_up_silu", num_rows, 2, w_gate)
+    _gate_up_silu_kernel[(blocks(intermediate_size, options["C"]), blocks(num_rows, options["ROWS"]))](
         x, w_gate, w_up, hidden, activation, x.stride(0), activation.stride(0), num_rows, intermediate_size,
         w_gate.size(1), **options,
     )  # fmt: skip

@@ -14,12 +14,12 @@ from torch import Tensor
 
 from .contract import device_function, dot, packed_offsets
 from .errors import NAN_LOGITS, check_error, new_error
-from .launch import OPTIONS, blocks, streaming
+from .launch import OPTIONS, blocks, columns_of, streaming
 from .rms_norm import normalised
 
 __all__ = ["Candidates", "best_token", "head_candidates", "norm_head_argmax", "take_draft"]
 
-TILES, COLUMNS = 2, 32
+TILES = 2
 COMPARED = 512  # candidates that are compared at once
 
 
@@ -97,7 +97,7 @@ class Candidates:
     """What an LM head of ``size`` columns leaves of each row: best fp32 and token int32 of every program's columns."""
 
     def __init__(self, num_rows: int, size: int, device: torch.device) -> None:
-        self.num_blocks = blocks(size, TILES * COLUMNS) * TILES
+        self.num_blocks = blocks(size, TILES * columns_of("norm_head_argmax")) * TILES
         self.best = torch.empty(num_rows, self.num_blocks, device=device)
         self.tokens = torch.empty(num_rows, self.num_blocks, dtype=torch.int32, device=device)
 
@@ -107,7 +107,7 @@ def head_candidates(
 ) -> None:
     """The candidates of rows int32 [T] of x, and logits fp32 [T, V] if wanted."""
     num_rows = len(rows)
-    options = streaming(num_rows, TILES, COLUMNS, lm_head)
+    options = streaming("norm_head_argmax", num_rows, TILES, lm_head)
     _head_kernel[(candidates.num_blocks // TILES, blocks(num_rows, options["ROWS"]))](
         x, rows, lm_head, x if logits is None else logits, candidates.best, candidates.tokens, x.stride(0), num_rows,
         vocab_size, lm_head.size(1), LOGITS=logits is not None, **options,

@@ -16,8 +16,6 @@ from .launch import blocks, streaming
 
 __all__ = ["norm_qkv_rope_append", "qkv_rope_append"]
 
-COLUMNS = 16
-
 
 @triton.jit
 def _qkv_rope_append_kernel(
@@ -88,9 +86,9 @@ def qkv_rope_append(
     """The same of rows that are normalised already: x fp32 [T, row_stride(D)] -> q [T, H, K], and pages."""
     num_pages, num_kv_heads, head_dim, page_size = k_pages.shape
     num_heads = q.size(1)
-    options = streaming(num_rows, 2, COLUMNS, wq)
+    options = streaming("norm_qkv_rope_append", num_rows, 2, wq)
     grid = (
-        blocks(num_heads * head_dim // 2, COLUMNS) + 2 * blocks(num_kv_heads * head_dim // 2, COLUMNS),
+        blocks(num_heads * head_dim // 2, options["C"]) + 2 * blocks(num_kv_heads * head_dim // 2, options["C"]),
         blocks(num_rows, options["ROWS"]),
     )
     _qkv_rope_append_kernel[grid](

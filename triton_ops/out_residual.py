@@ -17,8 +17,6 @@ from .packing import to_segments
 
 __all__ = ["linear_residual", "out_residual"]
 
-COLUMNS = 16  # D is the narrowest output: half the columns a program make twice the programs
-
 
 @triton.jit
 def _linear_residual_kernel(
@@ -66,10 +64,10 @@ def linear_residual(
     arrivals int32 [ceil(T / rows a program)], all 0, and 0 again afterwards. slots int64 [T], hidden_cache [P, S, D]:
     where the rows are kept, if wanted.
     """
-    options = streaming(num_rows, 1, COLUMNS, weight)
+    options = streaming("out_residual", num_rows, 1, weight)
     hidden_size = hidden.size(1)
     unused = hidden
-    _linear_residual_kernel[(blocks(hidden_size, COLUMNS), blocks(num_rows, options["ROWS"]))](
+    _linear_residual_kernel[(blocks(hidden_size, options["C"]), blocks(num_rows, options["ROWS"]))](
         x, weight, unused if bias is None else bias, hidden, unused if next_norm is None else next_norm,
         x if next_x is None else next_x, arrivals, arrivals if slots is None else slots,
         unused if hidden_cache is None else hidden_cache, x.stride(0), 0 if next_x is None else next_x.stride(0),
