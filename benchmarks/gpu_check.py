@@ -1,9 +1,9 @@
 """Everything that only a GPU can show, in one command: `make gpu-check`, or python benchmarks/gpu_check.py [--save].
 
-First the bits: every Triton kernel, both steps and generation (eager, captured and replayed) against the reference and the
-CPU backend, the cache ops on CUDA tensors, and these again under compute-sanitizer. Then the time: decode, draft and
-verify steps of models of true shapes with random weights, as bytes per second over the copy bandwidth of the same run,
-and generation beside Transformers on the same weights. Nothing is timed when a bit differed.
+First the bits: every Triton kernel, both steps and generation (eager, captured and replayed) against the reference and
+the CPU backend, the cache ops on CUDA tensors, and these again under compute-sanitizer. Then the time: decode, draft
+and verify steps of models of true shapes with random weights, as bytes per second over the copy bandwidth of the same
+run, and generation beside Transformers on the same weights. Nothing is timed when a bit differed.
 """
 
 import argparse
@@ -23,7 +23,7 @@ import transformers
 import triton
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from layerskip_kernels import Draft, GenerationConfig, Model, ModelConfig, PagedKVCache, cache_ops, generate
+from layerskip_kernels import GenerationConfig, Model, ModelConfig, PagedKVCache, cache_ops, generate
 from layerskip_kernels.loading import Checkpoint
 from layerskip_kernels.roofline import SHAPES
 
@@ -232,7 +232,8 @@ def steps(model: Model, context: int, copy_gb_s: float) -> list[dict[str, Any]]:
             "of_copy_bandwidth": round(gb_s / copy_gb_s, 3), "launches": launches(run),
         }  # fmt: skip
         say(
-            f"{model.name}, {kind}, context {context}: {milliseconds:.3f} ms, {gb_s:.0f} GB/s, {row['launches']} launches"
+            f"{model.name}, {kind}, context {context}: {milliseconds:.3f} ms, {gb_s:.0f} GB/s, "
+            f"{row['launches']} launches"
         )
         found.append(row)
     return found

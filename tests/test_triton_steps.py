@@ -1,7 +1,7 @@
 """Both steps and generation on the Triton backend: the CPU backend's tokens, logits and bytes of the cache.
 
-On a GPU the second step of a kind is captured in a CUDA graph and later ones replay it, so several cycles go through all
-three ways; interpreted on the CPU, a smaller model has fewer.
+On a GPU the second step of a kind is captured in a CUDA graph and later ones replay it, so several cycles go through
+all three ways; interpreted on the CPU, a smaller model has fewer.
 """
 
 import pytest

@@ -200,15 +200,15 @@ def dot(
             xs = ()
             for r in tl.static_range(ROWS):
                 if EVEN:
-                    xs = xs + (tl.load(x_ptrs[r] + x_offs + step * 8),)
+                    xs = xs + (_split8(tl.load(x_ptrs[r] + x_offs + step * 8)),)
                 else:
-                    xs = xs + (tl.load(x_ptrs[r] + x_offs + step * 8, mask=step < steps, other=0.0),)
+                    xs = xs + (_split8(tl.load(x_ptrs[r] + x_offs + step * 8, mask=step < steps, other=0.0)),)
             new_sums = ()
             for t in tl.static_range(TILES):
                 w = _split8(waiting[i * TILES + t].to(tl.float32))
                 still_waiting = still_waiting + (_load_step(w_ptrs[t], step + AHEAD, steps, EVEN),)
                 for r in tl.static_range(ROWS):
-                    x = _split8(xs[r])
+                    x = xs[r]
                     sum_ = sums[t * ROWS + r]
                     for k in tl.static_range(8):
                         sum_ = multiply_add(tl.broadcast_to(x[k], [C, 8]), w[k], sum_, FMA)
@@ -223,7 +223,7 @@ def dot(
 
 @device_function
 def _load_step(w_ptrs, step, steps, EVEN: tl.constexpr):
-    """Weights are used once: they leave the caches first. Past the last step: zeros, or, if EVEN, nothing that is used."""
+    """Weights are used once: they leave the caches first. Past the last step: zeros, or, if EVEN, what nobody uses."""
     if EVEN:
         return tl.load(w_ptrs + step * 1024, mask=step < steps, eviction_policy="evict_first")
     else:

@@ -49,7 +49,9 @@ def silu(x: Tensor) -> Tensor:
 @triton.jit
 def _linear_kernel(
     x_ptr, w_ptr, bias_ptr, y_ptr, stride_x, T, N, steps,
-    HAS_BIAS: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr, C: tl.constexpr, AHEAD: tl.constexpr, EVEN: tl.constexpr, FMA: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    ROWS: tl.constexpr, TILES: tl.constexpr, C: tl.constexpr, AHEAD: tl.constexpr, EVEN: tl.constexpr,
+    FMA: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0) * C + tl.arange(0, C)
     row0 = tl.program_id(1).to(tl.int64) * ROWS

@@ -15,14 +15,14 @@ __all__ = ["OPTIONS", "blocks", "columns_of", "exact_products", "rows_per_progra
 # Never contract a multiply and an add: the contract says where fma may stand.
 OPTIONS = {"enable_fp_fusion": False}
 
-MAX_ROWS = 16  # rows that share a program's weights; more make more programs, which read them again
+MAX_ROWS = 8  # rows that share a program's weights; more make more programs, which read them again
 # Columns of a tile, and how many steps of weights are on their way to a thread while one is used, by rows a program.
 CONFIGS: dict[str, tuple[int, dict[int, int]]] = {
-    "norm_qkv_rope_append": (16, {1: 8, 2: 4, 4: 4, 8: 2, 16: 1}),
-    "out_residual": (16, {1: 8, 2: 8, 4: 4, 8: 4, 16: 2}),
-    "norm_gate_up_silu": (32, {1: 4, 2: 4, 4: 4, 8: 2, 16: 1}),
-    "norm_head_argmax": (32, {1: 4, 2: 4, 4: 4, 8: 2, 16: 1}),
-    "linear": (32, {1: 4, 2: 4, 4: 4, 8: 2, 16: 1}),
+    "norm_qkv_rope_append": (16, {1: 8, 2: 4, 4: 4, 8: 2}),
+    "out_residual": (16, {1: 8, 2: 8, 4: 4, 8: 4}),
+    "norm_gate_up_silu": (32, {1: 4, 2: 4, 4: 4, 8: 2}),
+    "norm_head_argmax": (32, {1: 4, 2: 4, 4: 4, 8: 2}),
+    "linear": (32, {1: 4, 2: 4, 4: 4, 8: 2}),
 }
 
 

@@ -2,8 +2,8 @@
 
     to_dtype(to_dtype(silu(to_dtype(dot(x, w_gate)))) * to_dtype(dot(x, w_up)))
 
-A program computes C columns of both, a tile each. Moves 2 F D weights once for every 16 rows, T D numbers for each program, T F
-results.
+A program computes C columns of both, a tile each. Moves 2 F D weights once for every 8 rows, T D numbers for each
+program, T F results.
 """
 
 import torch
@@ -22,7 +22,8 @@ __all__ = ["gate_up_silu", "norm_gate_up_silu"]
 @triton.jit
 def _gate_up_silu_kernel(
     x_ptr, gate_ptr, up_ptr, hidden_ptr, activation_ptr, stride_x, stride_activation, T, F, steps,
-    ROWS: tl.constexpr, TILES: tl.constexpr, C: tl.constexpr, AHEAD: tl.constexpr, EVEN: tl.constexpr, FMA: tl.constexpr,
+    ROWS: tl.constexpr, TILES: tl.constexpr, C: tl.constexpr, AHEAD: tl.constexpr, EVEN: tl.constexpr,
+    FMA: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     row0 = tl.program_id(1).to(tl.int64) * ROWS

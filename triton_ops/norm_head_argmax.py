@@ -2,9 +2,9 @@
 
     logits = dot(x, lm_head);  token = the lowest of the largest
 
-A program computes two tiles of C logits of up to 16 rows and the largest of each; what follows (a draft's next token, accept_draft) takes
-the largest of those. Moves V D weights once for every 16 rows, T D numbers for each program, 2 T V / C candidates and,
-where they are wanted, T V logits.
+A program computes two tiles of C logits of up to 8 rows and the largest of each; what follows (a draft's next token,
+accept_draft) takes the largest of those. Moves V D weights once for every 8 rows, T D numbers for each program,
+2 T V / C candidates and, where they are wanted, T V logits.
 """
 
 import torch
@@ -26,7 +26,9 @@ COMPARED = 512  # candidates that are compared at once
 @triton.jit
 def _head_kernel(
     x_ptr, rows_ptr, w_ptr, logits_ptr, best_ptr, token_ptr, stride_x, T, N, steps,
-    LOGITS: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr, C: tl.constexpr, AHEAD: tl.constexpr, EVEN: tl.constexpr, FMA: tl.constexpr,
+    LOGITS: tl.constexpr,
+    ROWS: tl.constexpr, TILES: tl.constexpr, C: tl.constexpr, AHEAD: tl.constexpr, EVEN: tl.constexpr,
+    FMA: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     row0 = tl.program_id(1).to(tl.int64) * ROWS
@@ -124,7 +126,8 @@ def take_draft(
     """
     _take_draft_kernel[(len(sequences),)](
         candidates.best, candidates.tokens, drafts if draft_ids is None else draft_ids, sequences, drafts, next_tokens,
-        error, candidates.num_blocks, drafts.size(1), column, HAS_IDS=draft_ids is not None, TILE=COMPARED, NAN_LOGITS=NAN_LOGITS, num_warps=4, **OPTIONS,
+        error, candidates.num_blocks, drafts.size(1), column, HAS_IDS=draft_ids is not None, TILE=COMPARED,
+        NAN_LOGITS=NAN_LOGITS, num_warps=4, **OPTIONS,
     )  # fmt: skip
 
 

@@ -2,8 +2,8 @@
 
     y = to_dtype(dot(x, w) + bias);  q, k: to_dtype(a cos - b sin), to_dtype(b cos + a sin);  v: y
 
-A program computes C pairs (d, d + K / 2) of heads' columns, a tile for each half, so that RoPE has both. Moves (H + 2G) K D weights once
-for every 16 rows, T D numbers of x for each program, and T (H + 2G) K results.
+A program computes C pairs (d, d + K / 2) of heads' columns, a tile for each half, so that RoPE has both. Moves
+(H + 2G) K D weights once for every 8 rows, T D numbers of x for each program, and T (H + 2G) K results.
 """
 
 import torch
@@ -21,7 +21,9 @@ __all__ = ["norm_qkv_rope_append", "qkv_rope_append"]
 def _qkv_rope_append_kernel(
     x_ptr, wq_ptr, wk_ptr, wv_ptr, bias_ptr, cos_ptr, sin_ptr, positions_ptr, slots_ptr, q_ptr, k_ptr, v_ptr,
     stride_x, T, steps, num_heads, num_kv_heads, HALF_HEAD, num_pages, S,
-    HAS_BIAS: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr, C: tl.constexpr, AHEAD: tl.constexpr, EVEN: tl.constexpr, FMA: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    ROWS: tl.constexpr, TILES: tl.constexpr, C: tl.constexpr, AHEAD: tl.constexpr, EVEN: tl.constexpr,
+    FMA: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     row0 = tl.program_id(1).to(tl.int64) * ROWS

@@ -2,8 +2,8 @@
 
     hidden = to_dtype(hidden + to_dtype(dot(attention, wo) + bias));  x = rms_norm(hidden)
 
-A program computes C columns of up to 16 rows. The one that finishes last of a group of rows normalises them: which one
-that is changes nothing. Moves D H K weights once for every 16 rows, T H K numbers for each program, 2 T D of hidden.
+A program computes C columns of up to 8 rows. The one that finishes last of a group of rows normalises them: which one
+that is changes nothing. Moves D H K weights once for every 8 rows, T H K numbers for each program, 2 T D of hidden.
 """
 
 import torch
@@ -23,7 +23,8 @@ def _linear_residual_kernel(
     x_ptr, w_ptr, bias_ptr, hidden_ptr, next_norm_ptr, next_x_ptr, arrivals_ptr, slots_ptr, hidden_cache_ptr,
     stride_x, stride_next_x, T, N, steps, num_slots, eps,
     HAS_BIAS: tl.constexpr, NORM: tl.constexpr, KEEP: tl.constexpr,
-    ROWS: tl.constexpr, TILES: tl.constexpr, C: tl.constexpr, AHEAD: tl.constexpr, EVEN: tl.constexpr, FMA: tl.constexpr,
+    ROWS: tl.constexpr, TILES: tl.constexpr, C: tl.constexpr, AHEAD: tl.constexpr, EVEN: tl.constexpr,
+    FMA: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     row0 = tl.program_id(1).to(tl.int64) * ROWS

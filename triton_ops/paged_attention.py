@@ -181,7 +181,8 @@ def attend(
         q, k_pages, v_pages, block_table, rows, starts, positions, scratch.scores, scratch.m, scratch.l, scratch.o,
         out, out.stride(0), num_heads, num_kv_heads, page_size, num_pages, block_table.size(1), scratch.row_blocks,
         scale, K=head_dim, ROWS=scratch.rows, RATIO=ratio, R=scratch.scores.size(1), K_PADDED=padded, TILE=TILE,
-        AT_ONCE=at_once(scratch.scores.size(1)), ONE_CHUNK=one_chunk, FMA=exact_products(q.dtype), num_warps=WARPS, **OPTIONS,
+        AT_ONCE=at_once(scratch.scores.size(1)), ONE_CHUNK=one_chunk, FMA=exact_products(q.dtype), num_warps=WARPS,
+        **OPTIONS,
     )  # fmt: skip
     if not one_chunk:
         _merge_kernel[(len(rows), num_heads)](
