@@ -15,7 +15,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := $(shell find csrc -type f)
 CPP := $(filter %.h %.inl %.cpp %.cu %.cuh,$(SOURCES) $(wildcard tests/cpp/*))
 
-.PHONY: help demo test bench fuzz sanitize cuda-check lint format docs wheel clean
+.PHONY: help demo test bench fuzz sanitize cuda-check gpu-check lint format docs wheel clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -40,6 +40,9 @@ bench: .venv/bench build/free_order/built  ## measure ops, steps, peers and limi
 		echo "benchmarks/$$name.py" >&2; \
 		PYTHONPATH=$$(test $$name != bench_steps || echo build/free_order) $(BIN)/python benchmarks/$$name.py --save >/dev/null; done
 	$(BIN)/python benchmarks/report.py
+
+gpu-check: .venv/built .venv/gpu  ## on a machine with a GPU: every bit on the device, compute-sanitizer, then the time beside Transformers
+	$(BIN)/python benchmarks/gpu_check.py --save
 
 fuzz: .venv/built  ## random walks of the page pool, the cache and the engine, ten times as long as in `make test`
 	LAYERSKIP_FUZZ_STEPS=$(FUZZ_STEPS) $(BIN)/python -m pytest -s tests/test_page_pool_machine.py tests/test_kv_cache_machine.py tests/test_engine_machine.py
@@ -68,7 +71,7 @@ wheel: .venv/built  ## dist/*.whl, for this Python and this torch
 	$(call building,$(BIN)/python -m build --wheel --no-isolation)
 
 clean:  ## remove what was built (.venv stays, to be built into again)
-	rm -rf .venv/ready .venv/built .venv/bench .venv/lint .venv/nvcc build dist *.egg-info layerskip_kernels/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv/ready .venv/built .venv/bench .venv/lint .venv/nvcc .venv/gpu build dist *.egg-info layerskip_kernels/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 # For one command: the interpreter's headers, found or fetched, and ninja on PATH (without it the compilers run
 # one at a time).
@@ -95,6 +98,10 @@ build/free_order/built: .venv/built
 
 .venv/bench: .venv/built
 	$(PIP) install -c constraints.txt xllamacpp
+	touch $@
+
+.venv/gpu: .venv/built
+	$(PIP) install -c constraints.txt pytest-xdist
 	touch $@
 
 .venv/lint: .venv/ready | .venv/built

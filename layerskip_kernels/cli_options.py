@@ -19,8 +19,8 @@ __all__ = [
     "generation_config", "human_eval", "load", "positive", "positives", "prompts_of", "read_text",
 ]  # fmt: skip
 
+BACKENDS = ("cpu", "reference", "triton")  # ops.BACKENDS, without loading torch
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
-BACKENDS = ("cpu", "reference")
 
 
 class Parser(argparse.ArgumentParser):

@@ -11,14 +11,14 @@ from typing import Any
 
 import torch
 
-from layerskip_kernels import cache_ops, machine, ops
+from layerskip_kernels import cache_ops, machine
 from layerskip_kernels.gguf_cache import cache_directory
 
 __all__ = ["as_text", "diagnose"]
 
 PACKAGES = ("layerskip_kernels", "torch", "triton", "transformers", "tokenizers", "gguf", "safetensors", "numpy")
-VARIABLES = ("LAYERSKIP_ISA", "OMP_NUM_THREADS", "GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "KMP_BLOCKTIME",
-             "CUDA_VISIBLE_DEVICES", "HF_HUB_OFFLINE", "HF_HOME", "XDG_CACHE_HOME", "LD_PRELOAD")  # fmt: skip
+VARIABLES = ("LAYERSKIP_ISA", "TRITON_INTERPRET", "OMP_NUM_THREADS", "GOMP_SPINCOUNT", "OMP_WAIT_POLICY",
+             "KMP_BLOCKTIME", "CUDA_VISIBLE_DEVICES", "HF_HUB_OFFLINE", "HF_HOME", "XDG_CACHE_HOME", "LD_PRELOAD")  # fmt: skip
 
 
 def diagnose() -> dict[str, Any]:
@@ -108,8 +108,10 @@ def _backends() -> dict[str, str]:
 
 
 def _triton_state() -> str:
-    if "triton" not in ops.BACKENDS:
-        return "not in this version: GPU kernels in Triton"
+    try:
+        importlib.import_module("triton")
+    except ImportError as error:
+        return f"not available: {error}; pip install triton (Linux only)"
     if os.environ.get("TRITON_INTERPRET") == "1":
         return "available: on the CPU, interpreted"
     reason = _no_gpu()

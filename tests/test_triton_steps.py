@@ -6,9 +6,11 @@ all three ways; interpreted on the CPU, a smaller model has fewer.
 
 import pytest
 import torch
+import triton
 from conftest import GPU, cache_for, random_tokens, tiny_model
 
 from layerskip_kernels import Draft, GenerationConfig, draft_step, generate, prefill, triton_ops, verify_step
+from layerskip_kernels.triton_backend import TritonOps
 
 SMALL = {} if GPU else dict(hidden_size=20, intermediate_size=21, num_heads=2, num_kv_heads=1, head_dim=6, num_layers=2)
 CYCLES = 5 if GPU else 2
@@ -114,6 +116,13 @@ def test_damaged_weights_raise():
     with pytest.raises(RuntimeError, match="a logit is NaN"):
         prefill(llama, cache, [sequence])
     assert cache.pool.length(sequence.id) == 0
+
+
+def test_without_gpu_and_interpreter_the_backend_says_what_to_do(monkeypatch):
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(RuntimeError, match=r"needs a GPU that torch can use .* or TRITON_INTERPRET=1"):
+        TritonOps()
 
 
 def test_every_name_of_the_reference_is_there():
