@@ -17,8 +17,10 @@ from layerskip_kernels.gguf_cache import cache_directory
 __all__ = ["as_text", "diagnose"]
 
 PACKAGES = ("layerskip_kernels", "torch", "triton", "transformers", "tokenizers", "gguf", "safetensors", "numpy")
-VARIABLES = ("LAYERSKIP_ISA", "TRITON_INTERPRET", "OMP_NUM_THREADS", "GOMP_SPINCOUNT", "OMP_WAIT_POLICY",
-             "KMP_BLOCKTIME", "CUDA_VISIBLE_DEVICES", "HF_HUB_OFFLINE", "HF_HOME", "XDG_CACHE_HOME", "LD_PRELOAD")  # fmt: skip
+VARIABLES = (
+    "LAYERSKIP_ISA", "TRITON_INTERPRET", "OMP_NUM_THREADS", "GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "KMP_BLOCKTIME",
+    "CUDA_VISIBLE_DEVICES", "HF_HUB_OFFLINE", "HF_HOME", "XDG_CACHE_HOME", "LD_PRELOAD",
+)  # fmt: skip
 
 
 def diagnose() -> dict[str, Any]:

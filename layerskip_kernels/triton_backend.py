@@ -14,7 +14,7 @@ import torch
 import triton
 from torch import Tensor
 
-from layerskip_kernels import triton_ops
+import layerskip_kernels.triton_ops as triton_ops
 from layerskip_kernels.triton_ops.graphs import PlannedSteps
 
 __all__ = ["TritonOps"]
