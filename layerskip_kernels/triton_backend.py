@@ -72,9 +72,9 @@ class TritonOps:
 
     def draft_step(self, *args: Any) -> Tensor:
         """As reference.draft_step; the drafts stay on the device."""
-        return self._steps.draft_step(*args)
+        return self._steps.draft_step(*args).clone()  # the plan's next step writes into the same memory
 
     def verify_step(self, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
         """As reference.verify_step; the results stay on the device."""
         num_accepted, next_tokens, logits = self._steps.verify_step(*args)
-        return num_accepted, next_tokens, logits.clone()  # the plan's next step writes into the same memory
+        return num_accepted, next_tokens, logits.clone()  # for the same reason

@@ -90,6 +90,23 @@ def test_sampled_generation_equals_the_cpu_backend():
     assert texts[0] == texts[1]
 
 
+def test_drafts_outlive_the_next_step_of_their_kind():
+    """Both sequences are drafted for before either is verified; the plan's memory is shared, its results are not."""
+    texts = []
+    for backend in ("triton", "cpu"):
+        llama = model(torch.bfloat16, backend)
+        cache = cache_for(llama, 32)
+        sequences = [cache.add_sequence(random_tokens(3, seed=seed)) for seed in (1, 2)]
+        cache.commit(prefill(llama, cache, sequences))
+        drafts = [draft_step(llama, cache, [sequence], 1, 2) for sequence in sequences]
+        verdicts = [verify_step(llama, cache, draft) for draft in drafts]
+        texts.append([verdict.draft.tokens.tolist() for verdict in verdicts])
+        for verdict in verdicts:
+            cache.commit(verdict)
+        texts[-1].append([sequence.tokens for sequence in sequences])
+    assert texts[0] == texts[1] and texts[0][0] != texts[0][1]
+
+
 def test_a_page_outside_the_cache_raises_and_writes_nothing():
     llama = model(torch.bfloat16, "triton")
     cache = cache_for(llama, 32)

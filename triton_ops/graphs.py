@@ -22,7 +22,7 @@ from .steps import Cache, DraftPlan, Llama, VerifyPlan
 __all__ = ["PlannedSteps"]
 
 MAX_PLANS = 64  # for each cache
-MAX_CAPTURED_ROWS = 64  # more rows are a prompt: its kernels run longer than they take to launch
+MAX_KEPT_ROWS = 64  # more rows are a prompt: its plan is large, seldom met again, and longer to run than to launch
 
 
 class Recorded:
@@ -88,14 +88,14 @@ class PlannedSteps:
         def make() -> tuple[StaticInputs, Recorded]:
             inputs = StaticInputs(len(counts), len(counts), width, k_cache.device)
             llama, cache = Llama(weights, *sizes), _weak_cache(k_cache, v_cache, hidden_cache, inputs)
-            plan = DraftPlan(llama, cache(), counts, head_size)
+            plan = DraftPlan(llama, cache(), counts, max_drafts, head_size)
             ids = None if draft_ids is None else draft_ids.to(k_cache.device)
             return inputs, Recorded(
                 lambda: plan.run(llama, cache(), inputs.tokens, inputs.positions, head, head_size, ids, exit_layer),
                 k_cache.is_cuda,
             )
 
-        key = ("draft", id(weights), head.data_ptr(), head_size, tuple(counts), exit_layer, width, sizes)
+        key = ("draft", id(weights), head.data_ptr(), head_size, tuple(counts), max_drafts, exit_layer, width, sizes)
         inputs, recorded = self._plan(k_cache, key, make)
         inputs.copy(tokens, positions, block_table)
         return recorded()
@@ -114,14 +114,8 @@ class PlannedSteps:
             plan = VerifyPlan(llama, cache(), *kind)
             return inputs, Recorded(lambda: plan.run(llama, cache(), inputs.tokens, inputs.positions), k_cache.is_cuda)
 
-        if len(tokens) > MAX_CAPTURED_ROWS:
-            inputs = StaticInputs(len(tokens), len(num_drafts), width, k_cache.device)
-            inputs.copy(tokens, positions, block_table)
-            cache = Cache(k_cache, v_cache, hidden_cache, inputs.block_table)
-            llama = Llama(weights, *sizes)
-            return VerifyPlan(llama, cache, *kind).run(llama, cache, inputs.tokens, inputs.positions)
         key = ("verify", id(weights), *map(tuple, kind), width, sizes)
-        inputs, recorded = self._plan(k_cache, key, make)
+        inputs, recorded = make() if len(tokens) > MAX_KEPT_ROWS else self._plan(k_cache, key, make)
         inputs.copy(tokens, positions, block_table)
         return recorded()
 

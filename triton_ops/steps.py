@@ -128,11 +128,13 @@ def run_layers(
 class DraftPlan:
     """draft_step for certain draft counts: buffers, and a Move for each draft."""
 
-    def __init__(self, llama: Llama, cache: Cache, num_drafts: list[int], head_size: int) -> None:
+    def __init__(
+        self, llama: Llama, cache: Cache, num_drafts: list[int], max_drafts: int, head_size: int
+    ) -> None:  # fmt: skip
         shape = llama.shape(cache)
         self.num_drafts = num_drafts
         self.moves = []
-        for i in range(max(num_drafts)):
+        for i in range(max(num_drafts, default=0)):
             rows = [int(count > i) for count in num_drafts]
             starts = [sum(rows[:b]) for b in range(len(rows) + 1)]
             move = Move(shape, [0] * sum(rows), starts, cache.reach)
@@ -142,7 +144,7 @@ class DraftPlan:
         self.rows = torch.arange(len(num_drafts), dtype=torch.int32, device=shape.device)
         self.candidates = Candidates(len(num_drafts), head_size, shape.device)
         self.tokens = torch.zeros(len(num_drafts), dtype=torch.int64, device=shape.device)
-        self.drafts = torch.full((len(num_drafts), max(num_drafts)), -1, dtype=torch.int64, device=shape.device)
+        self.drafts = torch.full((len(num_drafts), max_drafts), -1, dtype=torch.int64, device=shape.device)
 
     def run(
         self, llama: Llama, cache: Cache, tokens: Tensor, positions: Tensor, head: Tensor, head_size: int,
@@ -198,11 +200,8 @@ def draft_step(
     cache = Cache(k_cache, v_cache, hidden_cache, block_table)
     counts = num_drafts.tolist()
     head, size = (weights[2], vocab_size) if draft_head is None else (draft_head, len(draft_ids))
-    drafts = torch.full((len(counts), max_drafts), -1, dtype=torch.int64, device=k_cache.device)
-    if max(counts, default=0) > 0:
-        plan = DraftPlan(llama, cache, counts, size)
-        drafts[:, : max(counts)] = plan.run(llama, cache, tokens, positions, head, size, draft_ids, exit_layer)
-    return drafts
+    plan = DraftPlan(llama, cache, counts, max_drafts, size)
+    return plan.run(llama, cache, tokens, positions, head, size, draft_ids, exit_layer)
 
 
 def verify_step(
