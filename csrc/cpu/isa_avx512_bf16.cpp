@@ -18,7 +18,8 @@ bool PairsAreFoldedInOrder() {
   MakePairs(numbers, 2, &a);
   MakePairs(others, 2, &b);
   float sums[kLanes];
-  Store(sums, AddPairs(Broadcast(1.0f), _mm512_set1_epi32(static_cast<int>(a)), _mm512_set1_epi32(static_cast<int>(b))));
+  Store(sums,
+        AddPairs(Broadcast(1.0f), _mm512_set1_epi32(static_cast<int>(a)), _mm512_set1_epi32(static_cast<int>(b))));
   return sums[0] == 0.0f;
 }
 }  // namespace layerskip

@@ -1,7 +1,7 @@
 // Rule 1's products of bf16 numbers two at a time, for kernels.inl: vdpbf16ps adds the products of both halves of a
 // 32-bit word to a sum, the upper one first, and rounds after each, as two fused multiply-adds would. But it takes
-// subnormal numbers for zeros. No sum is subnormal where every product is a multiple of the least normal number; that is
-// watched, and where it does not hold a tile is computed again, one product at a time.
+// subnormal numbers for zeros. No sum is subnormal where every product is a multiple of the least normal number; that
+// is watched, and where it does not hold a tile is computed again, one product at a time.
 //
 // A part of kernels.inl, whose namespaces it is in.
 
@@ -28,8 +28,8 @@ LAYERSKIP_FN F32x16 AddPairs(F32x16 sums, __m512i a, __m512i b) {
   return {_mm512_dpbf16_ps(sums.v, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b))};
 }
 
-// The least exponent field that normal numbers may have whose products with numbers of exponent field `other` or more are
-// multiples of 2^-126: the last bit of a number with exponent field a is worth 2^(a - 134). 256: none may.
+// The least exponent field that normal numbers may have whose products with numbers of exponent field `other` or more
+// are multiples of 2^-126: the last bit of a number with exponent field a is worth 2^(a - 134). 256: none may.
 LAYERSKIP_FN int LeastExponent(int other) { return other < 1 ? 256 : static_cast<int>(Max(1, 2 * 134 - 126 - other)); }
 
 // Memory of a thread's own.
@@ -95,8 +95,8 @@ struct Int8Tables {
       lower[number] = static_cast<uint8_t>(bits & 0xff);
       upper[number] = static_cast<uint8_t>(bits >> 8);
     }
-    // Unpacking reads the lower and the upper halves of each eight bytes into one vector each: columns 4 l .. 4 l + 3 of
-    // inputs 1, 0 (a pair) from the lower, of inputs 3, 2 from the upper half of lane l.
+    // Unpacking reads the lower and the upper halves of each eight bytes into one vector each: columns 4 l .. 4 l + 3
+    // of inputs 1, 0 (a pair) from the lower, of inputs 3, 2 from the upper half of lane l.
     for (int lane = 0; lane < 4; ++lane)
       for (int half = 0; half < 2; ++half)
         for (int i = 0; i < 8; ++i)

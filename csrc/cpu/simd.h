@@ -1,7 +1,8 @@
 // Sixteen fp32 lanes, written once per instruction set. Everything above this file is the same source for all.
 //
 // A translation unit defines one of LAYERSKIP_AVX512, LAYERSKIP_AVX2 or LAYERSKIP_PORTABLE before including it
-// (LAYERSKIP_AVX512_BF16 in addition to the first: pairs.inl) and keeps its own copy (anonymous namespace), so that no line compiled for one set is linked into another.
+// (LAYERSKIP_AVX512_BF16 in addition to the first: pairs.inl) and keeps its own copy (anonymous namespace), so that no
+// line compiled for one set is linked into another.
 #pragma once
 
 #if !defined(LAYERSKIP_PORTABLE)
