@@ -95,13 +95,16 @@ def machine(results: Results) -> str:
     dates = sorted(result["date"] for result in results.values())
     bandwidths = [r["read_bandwidth_gb_s"] for r in results.values() if "read_bandwidth_gb_s" in r]
     peaks = [r["fma_peak_gflop_s"] for r in results.values() if "fma_peak_gflop_s" in r]
+    pairs = [r["bf16_peak_gflop_s"] for r in results.values() if r.get("bf16_peak_gflop_s")]
+    of_pairs = f", bf16 peak {span(pairs)} GFLOP/s" if pairs else ""
     versions = ", ".join(f"{name} {number}" for name, number in some["versions"].items())
     xllamacpp = results.get("peers", {}).get("xllamacpp")
     lines = [
         f"- {some['cpu']}, {some['cores']} cores, {some['threads']} threads, {some['instruction_set']}, "
         f"{(some['last_level_cache_bytes'] or 0) >> 20} MiB of last-level cache",
         f"- Python {some['python']}, {versions}" + (f", xllamacpp {xllamacpp}" if xllamacpp else ""),
-        f"- read bandwidth {span(bandwidths)} GB/s, fp32 peak {span(peaks)} GFLOP/s, over the parts of the run",
+        f"- read bandwidth {span(bandwidths)} GB/s, fp32 peak {span(peaks)} GFLOP/s{of_pairs}, "
+        "over the parts of the run",
         f"- from {dates[0]} to {dates[-1]} (UTC)",
     ]
     return "\n".join(lines)

@@ -83,7 +83,12 @@ def decoding_limit(name: str) -> Callable[[Results], float | None]:
 def prompt_limit(results: Results) -> float:
     """Tokens per second where all products and sums ran at the measured peak."""
     peers = results["peers"]
-    return peers["prompt_tokens"] * peers["fma_peak_gflop_s"] * 1e9 / peers["prompt_flop"]
+    return peers["prompt_tokens"] * peak(peers) * 1e9 / peers["prompt_flop"]
+
+
+def peak(limits: dict[str, Any]) -> float:
+    """GFLOP/s that products of bf16 numbers and their sums may take."""
+    return max(limits["fma_peak_gflop_s"], limits.get("bf16_peak_gflop_s") or 0.0)
 
 
 def bandwidth(results: Results) -> Row:
@@ -119,7 +124,7 @@ def rows_limit(steps: dict[str, Any], num_rows: int) -> float:
     A bf16 weight, 2 bytes, takes a product and a sum per row: as many operations as bytes.
     """
     num_bytes = next(row["bytes"] for row in steps["rows"] if row["rows"] == num_rows)
-    return max(num_bytes / steps["read_bandwidth_gb_s"], num_rows * num_bytes / steps["fma_peak_gflop_s"]) / 1e9
+    return max(num_bytes / steps["read_bandwidth_gb_s"], num_rows * num_bytes / peak(steps)) / 1e9
 
 
 def exact_order(results: Results) -> Row:

@@ -235,7 +235,9 @@ class Engine:
         """Take note of what the step took and brought, for each request and for the next choice of drafts."""
         decoding = plan.decoding
         counts, accepted = [plan.counts[i] for i in decoding], [verdict.accepted[i] for i in decoding]
-        self.lengths.learn(plan.wishes, counts, accepted, plan.prompt_rows, draft_seconds, verify_seconds)
+        rows, prompts = plan.prompt_rows
+        if self.drafts != "fixed" or rows:  # where nobody chooses drafts, only what prompts cost is asked for
+            self.lengths.learn(plan.wishes, counts, accepted, (rows, prompts), draft_seconds, verify_seconds)
         for i, request in enumerate(plan.requests):
             generation = request.generation
             generation.cycles += plan.counts[i] >= 0 and bool(generation.token_ids)

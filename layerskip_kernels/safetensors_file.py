@@ -15,6 +15,8 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from layerskip_kernels.memory import empty
+
 __all__ = ["TensorEntry", "read_header", "read_tensor", "write_safetensors"]
 
 MAX_HEADER_BYTES = 100_000_000
@@ -128,7 +130,7 @@ def read_tensor(entry: TensorEntry) -> Tensor:
     """
     if entry.dtype not in TORCH_DTYPES:
         raise ValueError(f"{entry} has dtype {entry.dtype!r}; supported: {', '.join(TORCH_DTYPES)}")
-    tensor = torch.empty(entry.shape, dtype=TORCH_DTYPES[entry.dtype])
+    tensor = empty(*entry.shape, dtype=TORCH_DTYPES[entry.dtype])
     with entry.path.open("rb", buffering=0) as file:
         file.seek(entry.offset)
         _read_exactly(file, tensor.view(-1).view(torch.uint8).numpy().data, str(entry))

@@ -31,6 +31,26 @@ def test_same_bits_at_odd_sizes(dtype, isa, n, k):
     assert torch.equal(cpu.linear(x, cpu.pack_weight(weight), None, n), reference.linear(x, weight, None, n))
 
 
+@pytest.mark.parametrize("rows", [1, 6, 12, 13, 40, 100])
+@pytest.mark.parametrize("k", [16, 48, 128, 576])
+def test_same_bits_at_round_sizes(dtype, isa, rows, k):
+    """Where bf16 products are added in pairs."""
+    x, weight, bias = operands(dtype, rows, n=77, k=k)
+    assert torch.equal(cpu.linear(x, cpu.pack_weight(weight), bias, 77), reference.linear(x, weight, bias, 77))
+
+
+@pytest.mark.parametrize("exponents", [(-60, -60), (-120, 0), (0, -120), (-20, -20)], ids=str)
+@pytest.mark.parametrize("tiny_rows", [1, 13])
+def test_subnormal_sums_are_kept(isa, exponents, tiny_rows):
+    """Normal operands and products whose difference is subnormal: vdpbf16ps alone would make it zero."""
+    x, weight, _ = operands(torch.bfloat16, rows=13, n=77, k=64)
+    x[-tiny_rows:] = 2.0 ** exponents[0]
+    weight[:40, 0::2], weight[:40, 1::2] = 2.0 ** exponents[1], -(1 + 2**-7) * 2.0 ** exponents[1]
+    expected = reference.dot(x, weight)
+    assert expected[-1, 0] != 0
+    assert torch.equal(cpu.linear(x, cpu.pack_weight(weight), None, 77), reference.linear(x, weight, None, 77))
+
+
 @pytest.mark.parametrize("count", [1, 2, 3, 5])
 def test_same_bits_at_any_number_of_threads(dtype, count):
     x, weight, bias = operands(dtype, rows=5, n=77, k=100)

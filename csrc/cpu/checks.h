@@ -6,7 +6,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
-#include <vector>
+#include <initializer_list>
 
 #include "kernels.h"
 
@@ -15,10 +15,11 @@ namespace layerskip {
 inline constexpr int64_t kAny = -1;
 
 inline void CheckTensor(const char* name, const at::Tensor& tensor, at::ScalarType dtype,
-                        const std::vector<int64_t>& sizes) {
+                        std::initializer_list<int64_t> sizes) {
   TORCH_CHECK_TYPE(tensor.scalar_type() == dtype, name, " must be ", dtype, ", got ", tensor.scalar_type());
   bool equal = tensor.dim() == static_cast<int64_t>(sizes.size());
-  for (size_t i = 0; equal && i < sizes.size(); ++i) equal = sizes[i] == kAny || sizes[i] == tensor.size(i);
+  const int64_t* size = sizes.begin();
+  for (int64_t i = 0; equal && i < tensor.dim(); ++i) equal = size[i] == kAny || size[i] == tensor.size(i);
   TORCH_CHECK_VALUE(equal, name, " must have the shape ", c10::IntArrayRef(sizes), " (-1: any), got ", tensor.sizes());
   TORCH_CHECK_VALUE(tensor.is_contiguous(), name, " must be contiguous; call .contiguous() first");
 }

@@ -13,10 +13,13 @@ const Kernels* PortableKernels();
 #if defined(__x86_64__)
 const Kernels* Avx2Kernels();
 const Kernels* Avx512Kernels();
+const Kernels* Avx512Bf16Kernels();  // of bf16 alone
+bool PairsAreFoldedInOrder();
 #endif
 #if defined(LAYERSKIP_FREE_ORDER_BUILD)
 const Kernels* FreeOrderAvx2Kernels();
 const Kernels* FreeOrderAvx512Kernels();
+const Kernels* FreeOrderAvx512Bf16Kernels();
 #endif
 
 namespace {
@@ -25,20 +28,21 @@ namespace {
 std::atomic<bool> free_order{false};
 #endif
 
-const Kernels* Tables(InstructionSet set) {
+const Kernels& Table(InstructionSet set, Dtype dtype) {
+  const auto i = static_cast<int>(dtype);
+  const bool pairs = set == InstructionSet::kAvx512Bf16 && dtype == Dtype::kBFloat16;
 #if defined(LAYERSKIP_FREE_ORDER_BUILD)
-  if (free_order) return set == InstructionSet::kAvx512 ? FreeOrderAvx512Kernels() : FreeOrderAvx2Kernels();
-#endif
-  switch (set) {
-#if defined(__x86_64__)
-    case InstructionSet::kAvx2:
-      return Avx2Kernels();
-    case InstructionSet::kAvx512:
-      return Avx512Kernels();
-#endif
-    default:
-      return PortableKernels();
+  if (free_order) {
+    if (pairs) return *FreeOrderAvx512Bf16Kernels();
+    return set >= InstructionSet::kAvx512 ? FreeOrderAvx512Kernels()[i] : FreeOrderAvx2Kernels()[i];
   }
+#endif
+#if defined(__x86_64__)
+  if (pairs) return *Avx512Bf16Kernels();
+  if (set >= InstructionSet::kAvx512) return Avx512Kernels()[i];
+  if (set == InstructionSet::kAvx2) return Avx2Kernels()[i];
+#endif
+  return PortableKernels()[i];
 }
 
 InstructionSet InitialInstructionSet() {
@@ -61,7 +65,7 @@ std::atomic<InstructionSet>& Current() {
 }  // namespace
 
 const char* InstructionSetName(InstructionSet set) {
-  constexpr const char* kNames[] = {"portable", "avx2", "avx512"};
+  constexpr const char* kNames[] = {"portable", "avx2", "avx512", "avx512_bf16"};
   return kNames[static_cast<int>(set)];
 }
 
@@ -69,9 +73,14 @@ bool IsSupported(InstructionSet set) {
 #if defined(__x86_64__)
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   if (set == InstructionSet::kAvx2) return avx2;
-  if (set == InstructionSet::kAvx512)
-    return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (set == InstructionSet::kAvx512) return avx512;
+  if (set == InstructionSet::kAvx512Bf16) {
+    static const bool supported = avx512 && __builtin_cpu_supports("avx512vbmi") &&
+                                  __builtin_cpu_supports("avx512bf16") && PairsAreFoldedInOrder();
+    return supported;
+  }
 #endif
   return set == InstructionSet::kPortable;
 }
@@ -91,6 +100,6 @@ void SetFreeOrder(bool on) {
 }
 #endif
 
-const Kernels& KernelsFor(Dtype dtype) { return Tables(CurrentInstructionSet())[static_cast<int>(dtype)]; }
+const Kernels& KernelsFor(Dtype dtype) { return Table(CurrentInstructionSet(), dtype); }
 
 }  // namespace layerskip

@@ -2,7 +2,7 @@
 //
 // Torch-free and single-threaded: layers.cpp decides which thread calls what. Activations are fp32 buffers that
 // hold values of the model's dtype; `const void*` is data in that dtype. Linear weights are packed
-// [ceil(N / 16)][K][16] by `pack_weight`.
+// [ceil(N / 16)][K][16] by `pack_weight`; in bf16, inputs 2 i and 2 i + 1 of a column share a 32-bit word.
 #pragma once
 
 #include <cstdint>
@@ -93,8 +93,8 @@ struct Kernels {
   void (*exp_from)(const float* x, int64_t n, float maximum, float* out);
 };
 
-enum class InstructionSet { kPortable, kAvx2, kAvx512 };
-inline constexpr int kNumInstructionSets = 3;
+enum class InstructionSet { kPortable, kAvx2, kAvx512, kAvx512Bf16 };
+inline constexpr int kNumInstructionSets = 4;
 
 const char* InstructionSetName(InstructionSet set);
 bool IsSupported(InstructionSet set);

@@ -51,10 +51,16 @@ void InverseSqrtAll(const float* x, int64_t n, float* out) {
 
 // ---- rule 1 ----
 
-// Where row n of a weight stands among the 16 of its group: bf16 keeps rows n and n + 8 in one 32-bit word.
-template <class T>
-LAYERSKIP_FN int64_t PackedLane(int64_t n) {
-  return std::is_same_v<T, BFloat16> ? (n < 8 ? 2 * n : 2 * (n - 8) + 1) : n;
+// bf16 weights of inputs k and k + 1 (k even) share a 32-bit word, the first in its upper half: what vdpbf16ps adds
+// first, and what a mask and a shift unpack elsewhere.
+template <class W>
+inline constexpr bool kPaired = std::is_same_v<W, BFloat16>;
+
+// Where input i of column `lane` stands in a packed group of K inputs; the last of an odd number of inputs is alone.
+template <class W>
+LAYERSKIP_FN int64_t PackedAt(int64_t i, int64_t k, int64_t lane) {
+  if (!kPaired<W> || (i == k - 1 && k % 2 == 1)) return i * kGroup + lane;
+  return (i - i % 2) * kGroup + 2 * lane + (1 - i % 2);
 }
 
 // Elements of W in one packed group of K inputs.
@@ -66,7 +72,7 @@ LAYERSKIP_FN int64_t GroupSize(int64_t k) {
 // Row-major row -> its lane of a packed group; no row: zeros.
 template <class W>
 void PackRow(const W* from, int64_t k, int64_t lane, W* group) {
-  for (int64_t i = 0; i < k; ++i) group[i * kGroup + PackedLane<W>(lane)] = from == nullptr ? W{} : from[i];
+  for (int64_t i = 0; i < k; ++i) group[PackedAt<W>(i, k, lane)] = from == nullptr ? W{} : from[i];
   if constexpr (std::is_same_v<W, int8_t>) {
     constexpr int64_t kSize = sizeof(float);
     for (int64_t s = 0; s < kSegments; ++s)
@@ -101,7 +107,7 @@ void CopyRowOf(const void* weight, int64_t row, int64_t k, int64_t to_row, void*
   const W* from = static_cast<const W*>(weight) + (row / kGroup) * GroupSize<W>(k);
   W* to = static_cast<W*>(packed) + (to_row / kGroup) * GroupSize<W>(k);
   const int64_t lane = row % kGroup, to_lane = to_row % kGroup;
-  for (int64_t i = 0; i < k; ++i) to[i * kGroup + PackedLane<W>(to_lane)] = from[i * kGroup + PackedLane<W>(lane)];
+  for (int64_t i = 0; i < k; ++i) to[PackedAt<W>(i, k, to_lane)] = from[PackedAt<W>(i, k, lane)];
   if constexpr (std::is_same_v<W, int8_t>) {
     constexpr int64_t kSize = sizeof(float);
     for (int64_t s = 0; s < kSegments; ++s)
@@ -122,12 +128,15 @@ void CopyRow(WeightView weight, int64_t row, int64_t k, int64_t to_row, void* pa
 template <class T>
 void Embed(const void* embedding, int64_t token, int64_t hidden_size, float* out) {
   const T* group = static_cast<const T*>(embedding) + (token / kGroup) * hidden_size * kGroup;
-  const int64_t lane = PackedLane<T>(token % kGroup);
-  for (int64_t d = 0; d < hidden_size; ++d) out[d] = ToFloat(group[d * kGroup + lane]);
+  const int64_t lane = token % kGroup;
+  for (int64_t d = 0; d < hidden_size; ++d) out[d] = ToFloat(group[PackedAt<T>(d, hidden_size, lane)]);
 }
 
 // What one pass over the weights holds in registers: rows x groups accumulators of 16 lanes.
-#if defined(LAYERSKIP_AVX512)
+#if defined(LAYERSKIP_AVX512_BF16)
+constexpr int kRowsPerPass = 12;
+constexpr int GroupsPerPass(int64_t rows) { return rows <= 6 ? 4 : 2; }
+#elif defined(LAYERSKIP_AVX512)
 constexpr int kRowsPerPass = 6;
 constexpr int GroupsPerPass(int64_t) { return 4; }
 #elif defined(LAYERSKIP_AVX2)
@@ -137,6 +146,7 @@ constexpr int GroupsPerPass(int64_t rows) { return rows == 1 ? 4 : rows <= 3 ? 2
 constexpr int kRowsPerPass = 2;
 constexpr int GroupsPerPass(int64_t) { return 1; }
 #endif
+constexpr int64_t kPassesPerBlock = 8;
 
 // Weights are fetched ahead of the arithmetic, because a pass over them is too slow or too fast for the processor's own
 // prefetching: with few rows into the second-level cache, which has more requests on their way at a time, with more
@@ -160,31 +170,68 @@ LAYERSKIP_FN F32x16 TreeSum(const P& p, int first = 0) {
   }
 }
 
-// T: dtype of x; W: of the weights, T or int8. An int8 product with a 16-bit number is exact in fp32, too.
+// Inputs whose weights, of the 16 columns of a group, fill a cache line.
+template <class W>
+inline constexpr int kLineInputs = 64 / (kGroup * sizeof(W));
+
+template <class W>
+LAYERSKIP_FN F32x16 LoadWeights(const W* group, int64_t k, int64_t i) {
+  if constexpr (kPaired<W>) {
+    if (i == k - 1 && k % 2 == 1) return Load(group + i * kGroup);
+    return i % 2 == 0 ? LoadUpper(group + i * kGroup) : LoadLower(group + (i - 1) * kGroup);
+  } else {
+    return Load(group + i * kGroup);
+  }
+}
+
+// x of kRows rows times the weights of an input at a time. T: dtype of x; W: of the weights, T or int8. An int8 product
+// with a 16-bit number is exact in fp32, too.
 template <class T, class W, int kRows, int kGroups>
-void DotTile(const float* x, int64_t k, const W* weight, F32x16 (&out)[kRows][kGroups]) {
+struct SingleProducts {
+  static constexpr bool kWholeLines = false;
+  const float* x;
+  int64_t k;
+  const W* weight;
+
+  LAYERSKIP_FN void Fold(int64_t i, F32x16 (&acc)[kRows][kGroups]) const {
+    F32x16 w[kGroups];
+#pragma GCC unroll 4
+    for (int g = 0; g < kGroups; ++g) w[g] = LoadWeights(weight + g * GroupSize<W>(k), k, i);
+#pragma GCC unroll 12
+    for (int r = 0; r < kRows; ++r) {
+      const F32x16 x_ri = Broadcast(x[r * k + i]);
+#pragma GCC unroll 4
+      for (int g = 0; g < kGroups; ++g) acc[r][g] = MulAdd<T>(x_ri, w[g], acc[r][g]);
+    }
+  }
+
+  LAYERSKIP_FN void FoldLine(int64_t i, F32x16 (&acc)[kRows][kGroups], uint32_t&) const {
+#pragma GCC unroll 4
+    for (int j = 0; j < kLineInputs<W>; ++j) Fold(i + j, acc);
+  }
+};
+
+// Rule 1 up to the bias, for kRows rows and kGroups groups of columns. Returns what was watched on the way.
+template <class W, int kRows, int kGroups, class Products>
+LAYERSKIP_FN uint32_t DotTile(const Products& products, int64_t k, const W* weight, F32x16 (&out)[kRows][kGroups]) {
+  uint32_t watched = 0;
+  constexpr int64_t kLine = kLineInputs<W>;
   const int64_t length = (k + kSegments - 1) / kSegments;
   F32x16 partial[kSegments][kRows][kGroups];
   for (int s = 0; s < kSegments; ++s) {
-    const int64_t begin = Min(s * length, k), end = Min(begin + length, k);
+    int64_t i = Min(s * length, k);
+    const int64_t end = Min(i + length, k);
     F32x16 acc[kRows][kGroups];
     for (int r = 0; r < kRows; ++r)
       for (int g = 0; g < kGroups; ++g) acc[r][g] = Zero();
-    for (int64_t i = begin; i < end; ++i) {
-      F32x16 w[kGroups];
-#pragma GCC unroll 4
-      for (int g = 0; g < kGroups; ++g) {
-        const W* w_gi = weight + g * GroupSize<W>(k) + i * kGroup;
-        FetchAhead<kRows>(w_gi);
-        w[g] = LoadPacked(w_gi);
-      }
-#pragma GCC unroll 6
-      for (int r = 0; r < kRows; ++r) {
-        const F32x16 x_ri = Broadcast(x[r * k + i]);
-#pragma GCC unroll 4
-        for (int g = 0; g < kGroups; ++g) acc[r][g] = MulAdd<T>(x_ri, w[g], acc[r][g]);
-      }
+    if constexpr (!Products::kWholeLines)
+      for (; i < end && i % kLine != 0; ++i) products.Fold(i, acc);
+    for (; i + kLine <= end; i += kLine) {
+      for (int g = 0; g < kGroups; ++g) FetchAhead<kRows>(weight + g * GroupSize<W>(k) + i * kGroup);
+      products.FoldLine(i, acc, watched);
     }
+    if constexpr (!Products::kWholeLines)
+      for (; i < end; ++i) products.Fold(i, acc);
     for (int g = 0; g < kGroups; ++g) {
       if constexpr (std::is_same_v<W, int8_t>) {
         const W* scales = weight + g * GroupSize<W>(k) + k * kGroup + s * kGroup * sizeof(float);
@@ -199,56 +246,100 @@ void DotTile(const float* x, int64_t k, const W* weight, F32x16 (&out)[kRows][kG
       out[r][g] = TreeSum<kSegments>([&](int s) { return partial[s][r][g]; });
     }
   }
+  return watched;
 }
 
-template <class T, class W, int kRows, int kGroups>
-void LinearTile(const float* x, int64_t k, const W* weight, const T* bias, int64_t n, int64_t group, bool round,
-                float* out) {
-  F32x16 y[kRows][kGroups];
-  DotTile<T, W, kRows, kGroups>(x, k, weight + group * GroupSize<W>(k), y);
-  for (int g = 0; g < kGroups; ++g) {
-    const int64_t column = (group + g) * kGroup, columns = Min(kGroup, n - column);
-    for (int r = 0; r < kRows; ++r) {
-      F32x16 value = y[r][g];
-      if (bias != nullptr) value = Add(value, LoadFirst(bias + column, columns));
-      if (round) value = RoundLanes<T>(value);
-      if (columns == kGroup) {
-        Store(out + r * n + column, value);
-      } else {
-        StoreFirst(out + r * n + column, value, columns);
+// The rows of a block as a tile's dot products read them.
+template <class T, class W>
+class Operands {
+ public:
+  Operands(const float* x, int64_t, int64_t k) : x_(x), k_(k) {}
+
+  void NextTile() {}
+
+  // Of rows row .. row + kRows with the columns of kGroups groups from `weight` on.
+  template <int kRows, int kGroups>
+  LAYERSKIP_FN void Dot(int64_t row, const W* weight, F32x16 (&y)[kRows][kGroups]) {
+    DotTile(SingleProducts<T, W, kRows, kGroups>{x_ + row * k_, k_, weight}, k_, weight, y);
+  }
+
+ private:
+  const float* x_;
+  int64_t k_;
+};
+
+#if defined(LAYERSKIP_AVX512_BF16)
+#include "pairs.inl"
+#endif
+
+// Rule 1 on rows of x, as one thread computes it.
+template <class T, class W>
+struct LinearTask {
+  const float* x;
+  int64_t rows, k;
+  const W* weight;
+  const T* bias;
+  int64_t n;
+  bool round;
+  float* out;
+
+  const W* Group(int64_t group) const { return weight + group * GroupSize<W>(k); }
+
+  // Rows are dealt with in blocks, so that they stay in the second-level cache beside the weights of a tile.
+  void Run(int64_t group_begin, int64_t group_end) const {
+    for (int64_t first = 0; first < rows; first += kPassesPerBlock * kRowsPerPass)
+      RunBlock(first, Min(kPassesPerBlock * kRowsPerPass, rows - first), group_begin, group_end);
+  }
+
+  void RunBlock(int64_t first, int64_t count, int64_t group_begin, int64_t group_end) const {
+    Operands<T, W> operands(x + first * k, count, k);
+    const int64_t groups_at_once = GroupsPerPass(Min(count, kRowsPerPass));
+    for (int64_t group = group_begin; group < group_end; group += groups_at_once) {
+      operands.NextTile();
+      for (int64_t row = 0; row < count; row += kRowsPerPass) {
+        WithConstant<kRowsPerPass>(Min(kRowsPerPass, count - row), [&](auto r) {
+          constexpr int kRows = decltype(r)::value;
+          WithConstant<GroupsPerPass(kRows)>(Min(groups_at_once, group_end - group), [&](auto g) {
+            constexpr int kGroups = decltype(g)::value;
+            F32x16 y[kRows][kGroups];
+            operands.template Dot<kRows, kGroups>(row, Group(group), y);
+            Finish(first + row, group, y);
+          });
+        });
       }
     }
   }
-}
 
-template <class T, class W>
-void LinearOf(const float* x, int64_t rows, int64_t k, const void* weight, const void* bias, int64_t n,
-              int64_t group_begin, int64_t group_end, bool round, float* out) {
-  const int64_t groups_at_once = GroupsPerPass(Min(rows, kRowsPerPass));
-  for (int64_t group = group_begin; group < group_end;) {
-    const int64_t groups = Min(groups_at_once, group_end - group);
-    for (int64_t row = 0; row < rows; row += kRowsPerPass) {
-      const int64_t rows_now = Min(kRowsPerPass, rows - row);
-      WithConstant<kRowsPerPass>(rows_now, [&](auto r) {
-        constexpr int kRows = decltype(r)::value;
-        WithConstant<GroupsPerPass(kRows)>(groups, [&](auto g) {
-          constexpr int kGroups = decltype(g)::value;
-          LinearTile<T, W, kRows, kGroups>(x + row * k, k, static_cast<const W*>(weight), static_cast<const T*>(bias),
-                                           n, group, round, out + row * n);
-        });
-      });
+  // What is done to the dot products of rows from `row` on and groups of columns from `group` on.
+  template <int kRows, int kGroups>
+  LAYERSKIP_FN void Finish(int64_t row, int64_t group, const F32x16 (&y)[kRows][kGroups]) const {
+    for (int g = 0; g < kGroups; ++g) {
+      const int64_t column = (group + g) * kGroup, columns = Min(kGroup, n - column);
+      for (int r = 0; r < kRows; ++r) {
+        F32x16 value = y[r][g];
+        if (bias != nullptr) value = Add(value, LoadFirst(bias + column, columns));
+        if (round) value = RoundLanes<T>(value);
+        float* to = out + (row + r) * n + column;
+        if (columns == kGroup) {
+          Store(to, value);
+        } else {
+          StoreFirst(to, value, columns);
+        }
+      }
     }
-    group += groups;
   }
-}
+};
 
 template <class T>
 void Linear(const float* x, int64_t rows, int64_t k, WeightView weight, const void* bias, int64_t n,
             int64_t group_begin, int64_t group_end, bool round, float* out) {
+  const T* b = static_cast<const T*>(bias);
   if (weight.is_int8) {
-    LinearOf<T, int8_t>(x, rows, k, weight.data, bias, n, group_begin, group_end, round, out);
+    const auto* w = static_cast<const int8_t*>(weight.data);
+    LinearTask<T, int8_t>{x, rows, k, w, b, n, round, out}.Run(group_begin, group_end);
   } else {
-    LinearOf<T, T>(x, rows, k, weight.data, bias, n, group_begin, group_end, round, out);
+    const auto* w = static_cast<const T*>(weight.data);
+    LinearTask<T, T>{x, rows, k, w, b, n, round, out}.Run(group_begin, group_end);
   }
 }
 
@@ -688,7 +779,11 @@ constexpr Kernels Table() {
           AttendChunk<T>, MergeChunks<T>, Argmax,     GumbelAll, AddGumbel,      DivideAll,  ExpFrom};
 }
 
+#if defined(LAYERSKIP_AVX512_BF16)
+constexpr Kernels kTables[] = {Table<BFloat16>()};  // the others gain nothing
+#else
 constexpr Kernels kTables[kNumDtypes] = {Table<BFloat16>(), Table<Float16>(), Table<float>()};
+#endif
 
 }  // namespace
 }  // namespace layerskip

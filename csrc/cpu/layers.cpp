@@ -7,10 +7,13 @@ namespace layerskip {
 namespace {
 
 constexpr int64_t kRowsPerAttentionTask = 16;
-constexpr int64_t kGroupsPerPiece = 4;  // what one pass over the weights keeps in registers
 constexpr int64_t kFewRows = 4;
 
 int64_t Groups(int64_t n) { return (n + kGroup - 1) / kGroup; }
+
+// Groups of columns that a thread takes at a time: with few rows what one pass over the weights keeps in registers,
+// with more twice as many, because each piece prepares its rows anew.
+int64_t PieceGroups(int64_t rows) { return rows <= kFewRows ? 4 : 8; }
 
 // Few rows are normed by every thread for itself, which takes less time than to wait for one another. How many rows of
 // room NormRows needs for `rows` of them or fewer.
@@ -90,7 +93,7 @@ void NormQkvRopeAppend(Team& team, const Kernels& kernels, const Shape& shape, c
     int64_t bias_at, size;
     float* out;
   } parts[] = {{w.wq, 0, q_size, ws.q}, {w.wk, q_size, kv_size, ws.k}, {w.wv, q_size + kv_size, kv_size, ws.v}};
-  team.ForEach(Groups(q_size) + 2 * Groups(kv_size), kGroupsPerPiece, [&](int64_t begin, int64_t end) {
+  team.ForEach(Groups(q_size) + 2 * Groups(kv_size), PieceGroups(rows), [&](int64_t begin, int64_t end) {
     for (const auto& part : parts) {
       const int64_t groups = Groups(part.size), first = std::max<int64_t>(begin, 0), last = std::min(end, groups);
       if (first < last)
@@ -151,7 +154,7 @@ void PagedAttention(Team& team, const Kernels& kernels, const Shape& shape, int6
 
 void LinearResidual(Team& team, const Kernels& kernels, int64_t rows, const float* input, int64_t input_size,
                     WeightView weight, const void* bias, int64_t output_size, float* projected, float* x) {
-  team.ForEach(Groups(output_size), kGroupsPerPiece, [&](int64_t begin, int64_t end) {
+  team.ForEach(Groups(output_size), PieceGroups(rows), [&](int64_t begin, int64_t end) {
     kernels.linear(input, rows, input_size, weight, bias, output_size, begin, end, true, projected);
     const int64_t column = begin * kGroup, columns = std::min(end * kGroup, output_size) - column;
     for (int64_t r = 0; r < rows; ++r) {
@@ -167,7 +170,7 @@ void NormGateUpSilu(Team& team, const Kernels& kernels, const Shape& shape, cons
                     WeightView w_up, float eps, int64_t rows, Workspace& ws) {
   const int64_t hidden = shape.hidden_size, size = shape.intermediate_size;
   const float* normed = NormRows(team, kernels, norm, hidden, eps, rows, ws.hidden, ws.normed);
-  team.ForEach(Groups(size), kGroupsPerPiece, [&](int64_t begin, int64_t end) {
+  team.ForEach(Groups(size), PieceGroups(rows), [&](int64_t begin, int64_t end) {
     kernels.linear(normed, rows, hidden, w_up, nullptr, size, begin, end, true, ws.up);
     kernels.linear(normed, rows, hidden, w_gate, nullptr, size, begin, end, true, ws.gate);
     const int64_t column = begin * kGroup, columns = std::min(end * kGroup, size) - column;
@@ -191,7 +194,7 @@ Head::Head(const void* norm, WeightView weight, int64_t hidden_size, int64_t voc
 void Head::Run(Team& team, const Kernels& kernels, const float* hidden) {
   const auto rows = static_cast<int64_t>(tokens.size());
   const float* normed = NormRows(team, kernels, norm_, hidden_size_, eps_, rows, hidden, normed_);
-  team.ForEach(Groups(vocab_size_), kGroupsPerPiece, [&](int64_t begin, int64_t end) {
+  team.ForEach(Groups(vocab_size_), PieceGroups(rows), [&](int64_t begin, int64_t end) {
     kernels.linear(normed, rows, hidden_size_, weight_, nullptr, vocab_size_, begin, end, false, logits_);
     const int64_t column = begin * kGroup, columns = std::min(end * kGroup, vocab_size_) - column;
     for (int64_t r = 0; r < rows; ++r) {

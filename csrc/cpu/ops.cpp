@@ -65,7 +65,8 @@ Tensor pack_weight(const Tensor& weight) {
   const int64_t n = weight.size(0), k = weight.size(1) - (is_int8 ? kScaleRows : 0);
   TORCH_CHECK_VALUE(k >= 0, "an int8 weight holds ", kScaleRows, " bytes of scales in each row; use quantize_int8");
   const int64_t groups = (n + kGroup - 1) / kGroup;
-  Tensor packed = at::empty({groups, weight.size(1), kGroup}, dtype);
+  Tensor packed = empty_huge(groups * weight.size(1) * kGroup * weight.element_size()).view(dtype);
+  packed = packed.view({groups, weight.size(1), kGroup});
   const WeightView view{weight.const_data_ptr(), is_int8};
   InParallel([&](Team& team) {
     team.ForEach(groups, 64,

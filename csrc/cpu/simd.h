@@ -1,7 +1,8 @@
 // Sixteen fp32 lanes, written once per instruction set. Everything above this file is the same source for all.
 //
 // A translation unit defines one of LAYERSKIP_AVX512, LAYERSKIP_AVX2 or LAYERSKIP_PORTABLE before including it
-// and keeps its own copy (anonymous namespace), so that no line compiled for one set is linked into another.
+// (LAYERSKIP_AVX512_BF16 in addition to the first: pairs.inl) and keeps its own copy (anonymous namespace), so that no
+// line compiled for one set is linked into another.
 #pragma once
 
 #if !defined(LAYERSKIP_PORTABLE)
@@ -41,14 +42,16 @@ LAYERSKIP_FN F32x16 Load(const Float16* p) {
   return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
 }
 
-LAYERSKIP_FN F32x16 LoadPacked(const BFloat16* p) {
-  const __m512i words = _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-  const __m512i shifts = _mm512_set_epi32(0, 0, 0, 0, 0, 0, 0, 0, 16, 16, 16, 16, 16, 16, 16, 16);
-  const __m512i shifted = _mm512_sllv_epi32(words, shifts);
-  return {_mm512_castsi512_ps(_mm512_and_si512(shifted, _mm512_set1_epi32(static_cast<int>(0xffff0000u))))};
+// The upper and the lower halves of sixteen 32-bit words.
+LAYERSKIP_FN F32x16 LoadUpper(const BFloat16* p) {
+  const __m512i upper = _mm512_and_si512(_mm512_loadu_si512(p), _mm512_set1_epi32(static_cast<int>(0xffff0000u)));
+  return {_mm512_castsi512_ps(upper)};
+}
+LAYERSKIP_FN F32x16 LoadLower(const BFloat16* p) {
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_loadu_si512(p), 16))};
 }
 
-LAYERSKIP_FN F32x16 LoadPacked(const int8_t* p) {
+LAYERSKIP_FN F32x16 Load(const int8_t* p) {
   const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
   return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes))};
 }
@@ -87,17 +90,23 @@ LAYERSKIP_FN F32x16 Load(const Float16* p) {
   return {_mm256_cvtph_ps(_mm_loadu_si128(halves)), _mm256_cvtph_ps(_mm_loadu_si128(halves + 1))};
 }
 
-LAYERSKIP_FN F32x16 LoadPacked(const BFloat16* p) {
+LAYERSKIP_FN __m256 UpperHalves(const BFloat16* p) {
   const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-  const __m256i high = _mm256_and_si256(words, _mm256_set1_epi32(static_cast<int>(0xffff0000u)));
-  return {_mm256_castsi256_ps(_mm256_slli_epi32(words, 16)), _mm256_castsi256_ps(high)};
+  return _mm256_castsi256_ps(_mm256_and_si256(words, _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
 }
+LAYERSKIP_FN __m256 LowerHalves(const BFloat16* p) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), 16));
+}
+
+// The upper and the lower halves of sixteen 32-bit words.
+LAYERSKIP_FN F32x16 LoadUpper(const BFloat16* p) { return {UpperHalves(p), UpperHalves(p + kLanes)}; }
+LAYERSKIP_FN F32x16 LoadLower(const BFloat16* p) { return {LowerHalves(p), LowerHalves(p + kLanes)}; }
 
 LAYERSKIP_FN __m256 WidenInt8(const int8_t* p) {
   return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
 }
 
-LAYERSKIP_FN F32x16 LoadPacked(const int8_t* p) { return {WidenInt8(p), WidenInt8(p + 8)}; }
+LAYERSKIP_FN F32x16 Load(const int8_t* p) { return {WidenInt8(p), WidenInt8(p + 8)}; }
 
 #elif defined(LAYERSKIP_PORTABLE)
 
@@ -127,19 +136,20 @@ LAYERSKIP_FN F32x16 Add(F32x16 a, F32x16 b) {
 LAYERSKIP_FN F32x16 Mul(F32x16 a, F32x16 b) {
   return Lanes([&](int i) { return a.v[i] * b.v[i]; });
 }
-LAYERSKIP_FN F32x16 LoadPacked(const BFloat16* p) {
-  return Lanes([=](int i) { return ToFloat(p[i < 8 ? 2 * i : 2 * (i - 8) + 1]); });
+// The upper and the lower halves of sixteen 32-bit words.
+LAYERSKIP_FN F32x16 LoadUpper(const BFloat16* p) {
+  return Lanes([=](int i) { return ToFloat(p[2 * i + 1]); });
 }
-LAYERSKIP_FN F32x16 LoadPacked(const int8_t* p) {
+LAYERSKIP_FN F32x16 LoadLower(const BFloat16* p) {
+  return Lanes([=](int i) { return ToFloat(p[2 * i]); });
+}
+LAYERSKIP_FN F32x16 Load(const int8_t* p) {
   return Lanes([=](int i) { return static_cast<float>(p[i]); });
 }
 
 #else
 #error "define LAYERSKIP_AVX512, LAYERSKIP_AVX2 or LAYERSKIP_PORTABLE"
 #endif
-
-LAYERSKIP_FN F32x16 LoadPacked(const float* p) { return Load(p); }
-LAYERSKIP_FN F32x16 LoadPacked(const Float16* p) { return Load(p); }
 
 // acc + a * b for operands of dtype T. Products of 16-bit operands are exact in fp32, so there one fused
 // operation gives the bits of two; fp32 operands need both roundings.

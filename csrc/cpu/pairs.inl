@@ -1,0 +1,216 @@
+// Rule 1's products of bf16 numbers two at a time, for kernels.inl: vdpbf16ps adds the products of both halves of a
+// 32-bit word to a sum, the upper one first, and rounds after each, as two fused multiply-adds would. But it takes
+// subnormal numbers for zeros. No sum is subnormal where every product is a multiple of the least normal number; that
+// is watched, and where it does not hold a tile is computed again, one product at a time.
+//
+// A part of kernels.inl, whose namespaces it is in.
+
+// Segments of whole cache lines: then no product is left over that would have to be computed alone.
+template <class W>
+LAYERSKIP_FN bool PairsFit(int64_t k) {
+  return k % (kSegments * kLineInputs<W>) == 0;
+}
+
+// The magnitudes of bf16 numbers as patterns shifted left by one, less one, so that zero becomes the largest.
+LAYERSKIP_FN __m512i Magnitudes(__m512i numbers) {
+  return _mm512_sub_epi16(_mm512_add_epi16(numbers, numbers), _mm512_set1_epi16(1));
+}
+
+// The exponent field of the smallest number that is not zero.
+LAYERSKIP_FN int ExponentOf(__m512i magnitudes) {
+  const __m256i half = _mm256_min_epu16(_mm512_castsi512_si256(magnitudes), _mm512_extracti64x4_epi64(magnitudes, 1));
+  const __m128i quarter = _mm_min_epu16(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+  return (_mm_extract_epi16(_mm_minpos_epu16(quarter), 0) + 1) >> 8;
+}
+
+// sums + both products of each word.
+LAYERSKIP_FN F32x16 AddPairs(F32x16 sums, __m512i a, __m512i b) {
+  return {_mm512_dpbf16_ps(sums.v, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b))};
+}
+
+// The least exponent field that normal numbers may have whose products with numbers of exponent field `other` or more
+// are multiples of 2^-126: the last bit of a number with exponent field a is worth 2^(a - 134). 256: none may.
+LAYERSKIP_FN int LeastExponent(int other) { return other < 1 ? 256 : static_cast<int>(Max(1, 2 * 134 - 126 - other)); }
+
+// Memory of a thread's own.
+class PairBuffer {
+ public:
+  PairBuffer() = default;
+  PairBuffer(const PairBuffer&) = delete;
+  ~PairBuffer() { delete[] words_; }
+
+  // Room for `size` words; what was in it is lost.
+  uint32_t* Words(int64_t size) {
+    if (size > size_) {
+      delete[] words_;
+      words_ = new uint32_t[size];
+      size_ = size;
+    }
+    return words_;
+  }
+
+ private:
+  uint32_t* words_ = nullptr;
+  int64_t size_ = 0;
+};
+
+// The upper halves of 32 fp32 values as 16 words.
+LAYERSKIP_FN __m512i PairsOf(__m512i low, __m512i high) {
+  alignas(64) static constexpr uint16_t kUpperHalves[32] = {3,  1,  7,  5,  11, 9,  15, 13, 19, 17, 23,
+                                                            21, 27, 25, 31, 29, 35, 33, 39, 37, 43, 41,
+                                                            47, 45, 51, 49, 55, 53, 59, 57, 63, 61};
+  return _mm512_permutex2var_epi16(low, _mm512_load_si512(kUpperHalves), high);
+}
+
+// n fp32 values that are bf16 numbers (n even) -> n / 2 words of two; returns the exponent field of the smallest.
+int MakePairs(const float* x, int64_t n, uint32_t* words) {
+  __m512i least = _mm512_set1_epi16(-1);
+  int64_t i = 0;
+  for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
+    const __m512i pairs = PairsOf(_mm512_loadu_si512(x + i), _mm512_loadu_si512(x + i + kLanes));
+    least = _mm512_min_epu16(least, Magnitudes(pairs));
+    _mm512_storeu_si512(words + i / 2, pairs);
+  }
+  if (i < n) {
+    const uint32_t values = (1u << (n - i)) - 1, pairs_left = (1u << (n - i) / 2) - 1;
+    const __m512i low = _mm512_maskz_loadu_epi32(static_cast<__mmask16>(values), x + i);
+    const __m512i high = _mm512_maskz_loadu_epi32(static_cast<__mmask16>(values >> kLanes), x + i + kLanes);
+    const __m512i pairs = PairsOf(low, high);
+    least = _mm512_min_epu16(least, Magnitudes(pairs));
+    _mm512_mask_storeu_epi32(words + i / 2, static_cast<__mmask16>(pairs_left), pairs);
+  }
+  return ExponentOf(least);
+}
+
+// The pairs of a cache line of weights, for 16 columns each.
+LAYERSKIP_FN void LoadPairs(const BFloat16* line, __m512i (&pairs)[1]) { pairs[0] = _mm512_loadu_si512(line); }
+
+// int8 -> bf16 by looking up both bytes of 0..127; the sign goes into the upper one.
+struct Int8Tables {
+  constexpr Int8Tables() {
+    for (int number = 1; number < 128; ++number) {
+      int exponent = 0;
+      while (number >> (exponent + 1)) ++exponent;
+      const int bits = ((127 + exponent) << 7) | ((number << (7 - exponent)) & 0x7f);
+      lower[number] = static_cast<uint8_t>(bits & 0xff);
+      upper[number] = static_cast<uint8_t>(bits >> 8);
+    }
+    // Unpacking reads the lower and the upper halves of each eight bytes into one vector each: columns 4 l .. 4 l + 3
+    // of inputs 1, 0 (a pair) from the lower, of inputs 3, 2 from the upper half of lane l.
+    for (int lane = 0; lane < 4; ++lane)
+      for (int half = 0; half < 2; ++half)
+        for (int i = 0; i < 8; ++i)
+          order[16 * lane + 8 * half + i] = static_cast<uint8_t>(16 * (2 * half + 1 - i % 2) + 4 * lane + i / 2);
+  }
+  uint8_t lower[128] = {}, upper[128] = {}, order[64] = {};
+};
+
+LAYERSKIP_FN __m512i LookUp(const uint8_t* table, __m512i indices) {
+  return _mm512_permutex2var_epi8(_mm512_loadu_si512(table), indices, _mm512_loadu_si512(table + 64));
+}
+
+LAYERSKIP_FN void LoadPairs(const int8_t* line, __m512i (&pairs)[2]) {
+  alignas(64) static constexpr Int8Tables kTable;
+  const __m512i bytes = _mm512_permutexvar_epi8(_mm512_loadu_si512(kTable.order), _mm512_loadu_si512(line));
+  const __m512i magnitudes = _mm512_abs_epi8(bytes);
+  const __m512i signs = _mm512_and_si512(bytes, _mm512_set1_epi8(-128));
+  const __m512i lower = LookUp(kTable.lower, magnitudes);
+  const __m512i upper = _mm512_or_si512(LookUp(kTable.upper, magnitudes), signs);
+  pairs[0] = _mm512_unpacklo_epi8(lower, upper);
+  pairs[1] = _mm512_unpackhi_epi8(lower, upper);
+}
+
+template <class W, int kRows, int kGroups, bool kWatch>
+struct PairProducts {
+  static constexpr bool kWholeLines = true;
+  const uint32_t* x;
+  int64_t k;
+  const W* weight;
+  __m512i least_magnitude;
+
+  // `tiny`: not zero where a weight was smaller.
+  LAYERSKIP_FN void FoldLine(int64_t i, F32x16 (&acc)[kRows][kGroups], uint32_t& tiny) const {
+    constexpr int kPairs = kLineInputs<W> / 2;
+    const uint32_t* x_i = x + (i >> 1);
+    const int64_t stride = k >> 1;
+    __m512i w[kGroups][kPairs];
+#pragma GCC unroll 4
+    for (int g = 0; g < kGroups; ++g) LoadPairs(weight + g * GroupSize<W>(k) + i * kGroup, w[g]);
+    if constexpr (kWatch) {
+      __m512i least = Magnitudes(w[0][0]);
+      for (int g = 1; g < kGroups; ++g) least = _mm512_min_epu16(least, Magnitudes(w[g][0]));
+      tiny |= _mm512_cmplt_epu16_mask(least, least_magnitude);
+    }
+#pragma GCC unroll 2
+    for (int p = 0; p < kPairs; ++p) {
+#pragma GCC unroll 12
+      for (int r = 0; r < kRows; ++r) {
+        const __m512i x_r = _mm512_set1_epi32(static_cast<int>(x_i[r * stride + p]));
+#pragma GCC unroll 4
+        for (int g = 0; g < kGroups; ++g) acc[r][g] = AddPairs(acc[r][g], x_r, w[g][p]);
+      }
+    }
+  }
+};
+
+// The rows of a block for kernels.inl's LinearTask.
+template <class W>
+class Operands<BFloat16, W> {
+ public:
+  Operands(const float* x, int64_t rows, int64_t k) : x_(x), k_(k) {
+    // Few rows wait for bf16 weights however they are multiplied, and their x need not be paired first (docs/log.md).
+    if (!PairsFit<W>(k) || (kPaired<W> && rows <= kFewRows)) return;
+    static thread_local PairBuffer buffer;
+    uint32_t* pairs = buffer.Words(rows * k / 2);
+    least_exponent_ = LeastExponent(MakePairs(x, rows * k, pairs));
+    pairs_ = pairs;
+  }
+
+  void NextTile() { weights_ = kPaired<W> ? kUnknown : Judged(least_exponent_ > kOfInteger); }
+
+  template <int kRows, int kGroups>
+  void Dot(int64_t row, const W* weight, F32x16 (&y)[kRows][kGroups]) {
+    if (pairs_ != nullptr && weights_ != kTiny) DotPairs(row, weight, y);
+    if (pairs_ == nullptr || weights_ == kTiny) DotSingly(row, weight, y);
+  }
+
+ private:
+  enum Weights { kUnknown, kFine, kTiny };
+  static constexpr int kOfInteger = 127, kFewRows = 4;
+
+  static Weights Judged(bool tiny) { return tiny ? kTiny : kFine; }
+
+  // A tile's weights are watched in the first of its passes, and in one of fewer rows.
+  template <int kRows, int kGroups>
+  LAYERSKIP_FN void DotPairs(int64_t row, const W* weight, F32x16 (&y)[kRows][kGroups]) {
+    const uint32_t* x = pairs_ + row * k_ / 2;
+    const auto least = _mm512_set1_epi16(static_cast<int16_t>(Min(least_exponent_ << 8, 0xffff) - 1));
+    if constexpr (kPaired<W>) {
+      if (kRows < kRowsPerPass || weights_ == kUnknown) {
+        weights_ = Judged(DotTile(PairProducts<W, kRows, kGroups, true>{x, k_, weight, least}, k_, weight, y) != 0);
+        return;
+      }
+    }
+    if constexpr (!kPaired<W> || kRows == kRowsPerPass)
+      DotTile(PairProducts<W, kRows, kGroups, false>{x, k_, weight, least}, k_, weight, y);
+  }
+
+  // From row `kFirst` of the tile on, a few rows at a time.
+  template <int kFirst = 0, int kRows, int kGroups>
+  LAYERSKIP_FN void DotSingly(int64_t row, const W* weight, F32x16 (&y)[kRows][kGroups]) {
+    constexpr int kSome = kRows - kFirst < kFewRows ? kRows - kFirst : kFewRows;
+    DotFew(row + kFirst, weight, *reinterpret_cast<F32x16(*)[kSome][kGroups]>(&y[kFirst]));
+    if constexpr (kFirst + kSome < kRows) DotSingly<kFirst + kSome>(row, weight, y);
+  }
+
+  template <int kRows, int kGroups>
+  void DotFew(int64_t row, const W* weight, F32x16 (&y)[kRows][kGroups]) {
+    DotTile(SingleProducts<BFloat16, W, kRows, kGroups>{x_ + row * k_, k_, weight}, k_, weight, y);
+  }
+
+  const float* x_;
+  int64_t k_;
+  const uint32_t* pairs_ = nullptr;
+  int least_exponent_ = 256;  // of weights that go with these x
+  Weights weights_ = kUnknown;
+};
