@@ -263,14 +263,16 @@ def _roofline(args: argparse.Namespace) -> int:
 
 def _draft_vocab(args: argparse.Namespace) -> int:
     from layerskip_kernels.datasets import human_eval_prompts
-    from layerskip_kernels.draft_vocab import most_frequent_tokens, write_draft_vocab
+    from layerskip_kernels.draft_vocab import most_frequent_tokens, texts_written, write_draft_vocab
     from layerskip_kernels.loading import read_checkpoint
 
-    tokenizer = read_checkpoint(args.model).tokenizer
-    if tokenizer is None:
+    checkpoint = read_checkpoint(args.model)
+    if checkpoint.tokenizer is None:
         raise ValueError("this model came without a tokenizer, so there is nothing to count tokens with")
-    texts = [read_text(path) for path in args.corpus] or [text for _, text in human_eval_prompts()]
-    write_draft_vocab(Path(args.output), most_frequent_tokens(tokenizer, texts, args.size))
+    texts = [text for path in args.corpus for text in texts_written(path, read_text(path))]
+    texts = texts or [text for _, text in human_eval_prompts()]
+    ids = most_frequent_tokens(checkpoint.tokenizer, texts, args.size, checkpoint.config.eos_token_ids)
+    write_draft_vocab(Path(args.output), ids)
     print(f"{args.size} token ids written to {args.output}; use them with --draft-vocab {args.output}")
     return 0
 
@@ -356,7 +358,7 @@ def _parser() -> argparse.ArgumentParser:
     roofline.add_argument("--plot", metavar="FILE", help="draw it as well, to a .png, .svg or .pdf (needs matplotlib)")
 
     vocab = add_command(commands, "draft-vocab", _draft_vocab, "count the most frequent tokens of some texts")
-    vocab.add_argument("corpus", nargs="*", metavar="FILE", help="text files (default: the HumanEval problems)")
+    vocab.add_argument("corpus", nargs="*", metavar="FILE", help="texts; of .jsonl, completions (default: HumanEval)")
     vocab.add_argument("--size", type=positive, default=8192, metavar="N", help="how many tokens (default: 8192)")
     vocab.add_argument("--output", required=True, metavar="FILE", help="where the list goes, as JSON")
     vocab.add_argument("--model", metavar="M", help="whose tokenizer counts (default: SmolLM2-135M-Instruct)")
