@@ -221,11 +221,15 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _demo(args: argparse.Namespace) -> int:
-    from layerskip_kernels.demo import demo
+    from layerskip_kernels.demo import demo, shipped_prompts
+    from layerskip_kernels.loading import shipped_checkpoints
 
-    config = generation_config(args)
-    prompts = human_eval(args.num_prompts)
-    return 0 if demo(load(args), prompts, config) else 1
+    config, equal = generation_config(args), True
+    human_eval(args.num_prompts)  # says what is wrong with the number
+    for name in [args.model] if args.model else shipped_checkpoints():
+        args.model = name
+        equal &= demo(load(args), shipped_prompts(name, args.num_prompts), config)
+    return 0 if equal else 1
 
 
 def _bench(args: argparse.Namespace) -> int:
@@ -327,8 +331,9 @@ def _parser() -> argparse.ArgumentParser:
     add_model_options(verify)
     add_sampling_options(verify)
 
-    demo = add_command(commands, "demo", _demo, "both ways of decoding side by side, on HumanEval prompts")
-    demo.add_argument("--num-prompts", type=positive, default=5, metavar="N", help="of HumanEval (default: 5)")
+    demo = add_command(commands, "demo", _demo, "both ways of decoding side by side: the shipped checkpoints, or --model")
+    demo.add_argument("--num-prompts", type=positive, default=5, metavar="N", help="for each (default: 5)")
+    add_model_options(demo)
     add_exit_option(demo)
 
     bench = add_command(commands, "bench", _bench, "time drafting and verification against plain decoding")
