@@ -331,7 +331,9 @@ def _parser() -> argparse.ArgumentParser:
     add_model_options(verify)
     add_sampling_options(verify)
 
-    demo = add_command(commands, "demo", _demo, "both ways of decoding side by side: the shipped checkpoints, or --model")
+    demo = add_command(
+        commands, "demo", _demo, "both ways of decoding side by side: the shipped checkpoints, or --model"
+    )
     demo.add_argument("--num-prompts", type=positive, default=5, metavar="N", help="for each (default: 5)")
     add_model_options(demo)
     add_exit_option(demo)

@@ -10,9 +10,7 @@ from layerskip_kernels.tokenizer import Tokenizer
 __all__ = ["most_frequent_tokens", "read_draft_vocab", "texts_written", "write_draft_vocab"]
 
 
-def most_frequent_tokens(
-    tokenizer: Tokenizer, texts: Iterable[str], size: int, ends: Iterable[int] = ()
-) -> list[int]:
+def most_frequent_tokens(tokenizer: Tokenizer, texts: Iterable[str], size: int, ends: Iterable[int] = ()) -> list[int]:
     """The ``size`` most frequent token ids of some texts, ascending; among equals the lower id.
 
     ``ends``: what ends a text, in the list whatever the texts hold. Where these have fewer different tokens, the

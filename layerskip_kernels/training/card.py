@@ -125,19 +125,23 @@ def _machine(report: dict[str, Any]) -> str:
 
 def _ablation(variants: dict[str, tuple[Path, Path]]) -> str:
     """Exact match and what became of the drafts, for each variant of a training."""
-    rows = ["| trained with | exact match | acceptance | tokens per verification | speed-up |", "|---|---|---|---|---|"]
+    rows = [
+        "| trained with | utterances | exact match | acceptance | tokens per verification | speed-up |",
+        "|---|---|---|---|---|---|",
+    ]
     for name, (scored, swept) in variants.items():
         scores, report = _read(scored), _read(swept)
         rows.append(
-            f"| {name} | {scores['exact_match']:.1%} | {scores['acceptance_rate']:.1%} | "
+            f"| {name} | {scores['count']} | {scores['exact_match']:.1%} | {scores['acceptance_rate']:.1%} | "
             f"{scores['tokens_per_cycle']:.2f} | {report['results'][0]['speedup']:.2f}x |"
         )
     result, used = report["results"][0], report["machine"]["settings"]
     lead = (
         "The same training with neither, one or both of layer dropout and the early-exit loss. `layerskip parse-eval`: "
-        f"the first {scores['count']} utterances of the test split, with drafts of exit {result['exit_layer']}, "
-        f"{result['num_speculations']} at a time, of any token; `layerskip sweep`, on {used['prompts']} of them with "
-        "the model's draft vocabulary: speed-up.\n\n"
+        f"the first utterances of the test split, with drafts of exit {result['exit_layer']}, "
+        f"{result['num_speculations']} at a time, of any token. `layerskip sweep`: speed-up on the first "
+        f"{used['prompts']} of them, {report['machine']['threads']} thread(s), {used['rounds']} round(s), drafts of "
+        f"{used['draft_vocab']} tokens.\n\n"
     )
     return lead + "\n".join(rows)
 
