@@ -113,7 +113,7 @@ def _swept(report: dict[str, Any]) -> str:
     vocab = "" if used["draft_vocab"] is None else f", drafts from {used['draft_vocab']} tokens"
     lead = (
         f"`layerskip sweep`: {used['prompts']} prompts, at most {used['max_new_tokens']} tokens each{vocab}, all equal "
-        f"to those of plain decoding, which wrote {used['plain_tokens_per_second']:.0f} tokens/s on {_machine(report)}. "
+        f"to plain decoding's, which wrote {used['plain_tokens_per_second']:.0f} tokens/s on {_machine(report)}. "
         f"Times are medians of {used['rounds']} rounds in turn.\n\n"
     )
     return lead + "\n".join(rows)
