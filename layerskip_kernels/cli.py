@@ -221,11 +221,15 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _demo(args: argparse.Namespace) -> int:
-    from layerskip_kernels.demo import demo
+    from layerskip_kernels.demo import demo, shipped_prompts
+    from layerskip_kernels.loading import shipped_checkpoints
 
-    config = generation_config(args)
-    prompts = human_eval(args.num_prompts)
-    return 0 if demo(load(args), prompts, config) else 1
+    config, equal = generation_config(args), True
+    human_eval(args.num_prompts)  # says what is wrong with the number
+    for name in [args.model] if args.model else shipped_checkpoints():
+        args.model = name
+        equal &= demo(load(args), shipped_prompts(name, args.num_prompts), config)
+    return 0 if equal else 1
 
 
 def _bench(args: argparse.Namespace) -> int:
@@ -263,14 +267,16 @@ def _roofline(args: argparse.Namespace) -> int:
 
 def _draft_vocab(args: argparse.Namespace) -> int:
     from layerskip_kernels.datasets import human_eval_prompts
-    from layerskip_kernels.draft_vocab import most_frequent_tokens, write_draft_vocab
+    from layerskip_kernels.draft_vocab import most_frequent_tokens, texts_written, write_draft_vocab
     from layerskip_kernels.loading import read_checkpoint
 
-    tokenizer = read_checkpoint(args.model).tokenizer
-    if tokenizer is None:
+    checkpoint = read_checkpoint(args.model)
+    if checkpoint.tokenizer is None:
         raise ValueError("this model came without a tokenizer, so there is nothing to count tokens with")
-    texts = [read_text(path) for path in args.corpus] or [text for _, text in human_eval_prompts()]
-    write_draft_vocab(Path(args.output), most_frequent_tokens(tokenizer, texts, args.size))
+    texts = [text for path in args.corpus for text in texts_written(path, read_text(path))]
+    texts = texts or [text for _, text in human_eval_prompts()]
+    ids = most_frequent_tokens(checkpoint.tokenizer, texts, args.size, checkpoint.config.eos_token_ids)
+    write_draft_vocab(Path(args.output), ids)
     print(f"{args.size} token ids written to {args.output}; use them with --draft-vocab {args.output}")
     return 0
 
@@ -325,8 +331,11 @@ def _parser() -> argparse.ArgumentParser:
     add_model_options(verify)
     add_sampling_options(verify)
 
-    demo = add_command(commands, "demo", _demo, "both ways of decoding side by side, on HumanEval prompts")
-    demo.add_argument("--num-prompts", type=positive, default=5, metavar="N", help="of HumanEval (default: 5)")
+    demo = add_command(
+        commands, "demo", _demo, "both ways of decoding side by side: the shipped checkpoints, or --model"
+    )
+    demo.add_argument("--num-prompts", type=positive, default=5, metavar="N", help="for each (default: 5)")
+    add_model_options(demo)
     add_exit_option(demo)
 
     bench = add_command(commands, "bench", _bench, "time drafting and verification against plain decoding")
@@ -356,7 +365,7 @@ def _parser() -> argparse.ArgumentParser:
     roofline.add_argument("--plot", metavar="FILE", help="draw it as well, to a .png, .svg or .pdf (needs matplotlib)")
 
     vocab = add_command(commands, "draft-vocab", _draft_vocab, "count the most frequent tokens of some texts")
-    vocab.add_argument("corpus", nargs="*", metavar="FILE", help="text files (default: the HumanEval problems)")
+    vocab.add_argument("corpus", nargs="*", metavar="FILE", help="texts; of .jsonl, completions (default: HumanEval)")
     vocab.add_argument("--size", type=positive, default=8192, metavar="N", help="how many tokens (default: 8192)")
     vocab.add_argument("--output", required=True, metavar="FILE", help="where the list goes, as JSON")
     vocab.add_argument("--model", metavar="M", help="whose tokenizer counts (default: SmolLM2-135M-Instruct)")

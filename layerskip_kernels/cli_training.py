@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, get_args
 
@@ -36,6 +38,7 @@ def add_commands(commands: Any) -> None:
 
     score = add_command(commands, "parse-eval", _parse_eval, "count a model's exact parses, and its accepted drafts")
     score.add_argument("data", metavar="TEST.jsonl", help="what parse-data wrote")
+    score.add_argument("--json", metavar="PATH", help="write the figures there")
     score.add_argument("--limit", type=positive, metavar="N", help="only the first N utterances")
     score.add_argument("--strategy", choices=get_args(Strategy), default=GenerationConfig().strategy)
     add_exit_option(score)
@@ -55,7 +58,10 @@ def _parse_eval(args: argparse.Namespace) -> int:
     from layerskip_kernels.training.parse_eval import evaluate_parses, read_examples
 
     examples = read_examples(Path(args.data), args.limit)
-    print(evaluate_parses(load(args), examples, generation_config(args)))
+    scores = evaluate_parses(load(args), examples, generation_config(args))
+    print(scores)
+    if args.json:
+        Path(args.json).write_text(json.dumps(asdict(scores)) + "\n", encoding="utf-8")
     return 0
 
 

@@ -11,15 +11,20 @@ __all__ = ["human_eval_problems", "human_eval_prompts", "human_eval_solutions", 
 def human_eval_prompts(n: int | None = None) -> list[tuple[str, str]]:
     """The first ``n`` (None: all 164) HumanEval problems as (task_id, prompt), in the file's order.
 
+    Without the line break at the end: a vocabulary has it in one token with the indentation that follows, so that a
+    break by itself says something else, such as that the text is over.
     Raises ValueError for ``n`` out of range, and FileNotFoundError saying what to install when the package
     ``human-eval`` is not there.
     """
-    return [(problem["task_id"], problem["prompt"]) for problem in human_eval_problems(n)]
+    return [(problem["task_id"], problem["prompt"].rstrip()) for problem in human_eval_problems(n)]
 
 
 def human_eval_solutions(n: int | None = None) -> list[tuple[str, str]]:
-    """The same problems as (prompt, canonical solution)."""
-    return [(problem["prompt"], problem["canonical_solution"]) for problem in human_eval_problems(n)]
+    """The same problems as (prompt, what follows it up to the end of the canonical solution)."""
+    return [
+        (prompt, problem["prompt"][len(prompt) :] + problem["canonical_solution"])
+        for (_, prompt), problem in zip(human_eval_prompts(n), human_eval_problems(n), strict=True)
+    ]
 
 
 def human_eval_problems(n: int | None = None) -> list[dict[str, str]]:

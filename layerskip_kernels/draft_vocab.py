@@ -2,25 +2,43 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from layerskip_kernels.tokenizer import Tokenizer
 
-__all__ = ["most_frequent_tokens", "read_draft_vocab", "write_draft_vocab"]
+__all__ = ["most_frequent_tokens", "read_draft_vocab", "texts_written", "write_draft_vocab"]
 
 
-def most_frequent_tokens(tokenizer: Tokenizer, texts: Iterable[str], size: int) -> list[int]:
+def most_frequent_tokens(tokenizer: Tokenizer, texts: Iterable[str], size: int, ends: Iterable[int] = ()) -> list[int]:
     """The ``size`` most frequent token ids of some texts, ascending; among equals the lower id.
 
-    Where the texts have fewer different tokens, the lowest other ids follow: a byte-pair vocabulary numbers its
-    tokens by how early, and so how often, they were merged. Raises ValueError for a size outside the vocabulary.
+    ``ends``: what ends a text, in the list whatever the texts hold. Where these have fewer different tokens, the
+    lowest other ids follow: a byte-pair vocabulary numbers its tokens by how early, and so how often, they were
+    merged. Raises ValueError for a size outside the vocabulary.
     """
     if not 1 <= size <= tokenizer.vocab_size:
         raise ValueError(f"size must be in 1..{tokenizer.vocab_size}, the tokenizer's vocabulary, got {size}")
     counts = Counter(token for text in texts for token in tokenizer.encode(text))
-    by_frequency = sorted(range(tokenizer.vocab_size), key=lambda token: (-counts[token], token))
+    last = set(ends)
+    by_frequency = sorted(range(tokenizer.vocab_size), key=lambda token: (token not in last, -counts[token], token))
     return sorted(by_frequency[:size])
+
+
+def texts_written(name: str, contents: str) -> Iterator[str]:
+    """What a model writes according to a file: each line's "completion" or "text" of one named .jsonl, else all of it.
+
+    Raises ValueError naming the line that has neither.
+    """
+    if not name.endswith(".jsonl"):
+        yield contents
+        return
+    for number, line in enumerate(contents.splitlines(), 1):
+        try:
+            record = json.loads(line)
+            yield record["completion"] if "completion" in record else record["text"]
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f'{name}:{number} must be an object with a "completion" or a "text"') from error
 
 
 def write_draft_vocab(path: Path, token_ids: Iterable[int]) -> None:

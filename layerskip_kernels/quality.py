@@ -92,7 +92,8 @@ def pass_at_1(model: Model, num_problems: int, max_new_tokens: int = 384) -> dic
     outcomes: Counter[str] = Counter()
     passed = 0
     for problem in tqdm(problems, desc="pass@1", unit="problem"):
-        program = problem["prompt"] + completion(model, problem["prompt"], max_new_tokens)
+        prompt = problem["prompt"].rstrip()  # as in human_eval_prompts
+        program = prompt + completion(model, prompt, max_new_tokens)
         outcome = run_tests(program, problem["test"], problem["entry_point"])
         outcomes[outcome.reason] += 1
         passed += outcome.passed

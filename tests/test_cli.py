@@ -19,6 +19,7 @@ from layerskip_kernels import (
     GenerationConfig,
     Model,
     cli_options,
+    demo,
     doctor,
     generate,
     load_model,
@@ -27,6 +28,7 @@ from layerskip_kernels import (
 )
 from layerskip_kernels.cli import main
 from layerskip_kernels.datasets import human_eval_prompts
+from layerskip_kernels.demo import shipped_prompts
 from layerskip_kernels.doctor import diagnose
 from layerskip_kernels.loading import DTYPES
 from layerskip_kernels.verify import compare, same_bytes
@@ -288,24 +290,30 @@ def test_verify_says_what_differs_where(tiny, capsys, spoiled):
 def test_demo_shows_both_ways(tiny, capsys):
     assert main(["demo", "--num-prompts", "2", "--max-new-tokens", "5", "--threads", "1"]) == 0
     out = capsys.readouterr().out
-    rows = [line for line in out.splitlines() if line.startswith("HumanEval/")]
-    assert [row.split()[0] for row in rows] == ["HumanEval/0", "HumanEval/1"]
+    rows = [line for line in out.splitlines() if line.endswith("equal")]
+    assert [row[:14].strip() for row in rows] == ["HumanEval/0", "HumanEval/1", "utterance 1", "utterance 2"]
     assert all(row.split()[-3:] == ["equal"] * 3 for row in rows)
-    assert "not trained for early exit" in out
-    assert "median" in out
-    [(_, prompt)] = human_eval_prompts(1)
-    [expected] = generate(tiny, [prompt], GenerationConfig("autoregressive", max_new_tokens=5))
-    assert prompt + tiny.tokenizer.decode(expected.token_ids) in out
+    assert out.count("median") == 2
+    for _, prompt in (human_eval_prompts(1)[0], shipped_prompts("smollm2-135m-parse", 1)[0]):
+        [expected] = generate(tiny, [prompt], GenerationConfig("autoregressive", max_new_tokens=5))
+        assert prompt + tiny.tokenizer.decode(expected.token_ids) in out
+
+
+def test_demo_says_so_where_drafting_is_slower(tiny, capsys, monkeypatch):
+    for speed_up, said in ((0.9, True), (1.1, False)):
+        monkeypatch.setattr(demo.Row, "speed_up", speed_up)
+        assert main(["demo", "--model", "any", "--num-prompts", "1", "--max-new-tokens", "3"]) == 0
+        assert ("speculation costs" in capsys.readouterr().out) is said
 
 
 def test_demo_fails_where_something_differs(tiny, capsys, spoiled):
-    assert main(["demo", "--num-prompts", "1", "--max-new-tokens", "5"]) == 1
+    assert main(["demo", "--model", "any", "--num-prompts", "1", "--max-new-tokens", "5"]) == 1
     [row] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("HumanEval/")]
     assert row.split()[-3:] == ["DIFFER" if what == spoiled else "equal" for what in ("tokens", "logits", "kv")]
 
 
 def test_demo_of_a_single_token_has_no_speed(tiny, capsys):
-    assert main(["demo", "--num-prompts", "1", "--max-new-tokens", "1"]) == 0
+    assert main(["demo", "--model", "any", "--num-prompts", "1", "--max-new-tokens", "1"]) == 0
     [row] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("HumanEval/")]
     assert row.split() == ["HumanEval/0", "-", "-", "-", "-", "equal", "equal", "equal"]
 

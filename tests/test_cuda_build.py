@@ -32,7 +32,7 @@ needs_nvcc = pytest.mark.skipif(HOME is None, reason="needs nvcc: make cuda-chec
         ((2, 14), "13.0", (13, 0), None),
         ((2, 13), "12.8", (12, 4), None),
         ((2, 13), None, (13, 0), "without CUDA"),
-        ((2, 12), "13.0", (13, 0), r"torch is older than 2\.13"),
+        ((2, 10), "13.0", (13, 0), r"torch is older than 2\.11"),
         ((2, 13), "13.0", None, "install the CUDA 13 toolkit"),
         ((2, 13), "12.8", (13, 0), r"nvcc is of CUDA 13\.0, torch of CUDA 12\.8"),
     ],

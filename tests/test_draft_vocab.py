@@ -5,7 +5,7 @@ import json
 import pytest
 
 from layerskip_kernels.cli import main
-from layerskip_kernels.draft_vocab import most_frequent_tokens, read_draft_vocab, write_draft_vocab
+from layerskip_kernels.draft_vocab import most_frequent_tokens, read_draft_vocab, texts_written, write_draft_vocab
 
 
 class Words:
@@ -21,6 +21,19 @@ def test_the_most_frequent_come_first_and_the_lower_of_equals():
     assert most_frequent_tokens(Words(), ["9", "95", "3377"], 1) == [3]
     assert most_frequent_tokens(Words(), ["9", "95", "3377"], 3) == [3, 7, 9]
     assert most_frequent_tokens(Words(), ["9", "95", "3377"], 6) == [0, 1, 3, 5, 7, 9]
+
+
+def test_what_ends_a_text_is_always_there():
+    assert most_frequent_tokens(Words(), ["9", "95", "3377"], 2, ends=[8]) == [3, 8]
+
+
+def test_what_is_written_to_jsonl_is_counted():
+    lines = '{"prompt": "12", "completion": "34"}\n{"text": "5"}\n'
+    assert list(texts_written("a.jsonl", lines)) == ["34", "5"]
+    assert list(texts_written("a.txt", lines)) == [lines]
+    for line in ('{"prompt": "12"}', "[]", "{"):
+        with pytest.raises(ValueError, match=r"a\.jsonl:1 must be"):
+            list(texts_written("a.jsonl", line))
 
 
 @pytest.mark.parametrize("size", [0, 11])

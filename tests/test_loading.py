@@ -892,5 +892,6 @@ def test_human_eval():
     assert [task_id for task_id, _ in prompts] == [f"HumanEval/{i}" for i in range(164)]
     assert "def has_close_elements(" in prompts[0][1]
     assert human_eval_prompts(3) == prompts[:3]
+    assert all(prompt == prompt.rstrip() for _, prompt in prompts)
     with pytest.raises(ValueError, match=r"n must be in 1\.\.164"):
         human_eval_prompts(0)

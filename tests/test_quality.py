@@ -11,7 +11,7 @@ from test_cli import error_of, one_thread, tiny  # noqa: F401
 
 from layerskip_kernels import Draft, Generation, Model, load_model, prefill, quality, verify_step
 from layerskip_kernels.cli import main
-from layerskip_kernels.datasets import human_eval_problems, human_eval_solutions
+from layerskip_kernels.datasets import human_eval_solutions
 from layerskip_kernels.quality import completion, pass_at_1, perplexities, solution_texts, texts_of
 from layerskip_kernels.reference import LAYER_WEIGHTS, MODEL_WEIGHTS
 
@@ -86,10 +86,10 @@ def test_a_completion_ends_where_something_else_begins(monkeypatch):
 
 
 def test_pass_at_1_counts_the_solved(monkeypatch):
-    solutions = {problem["prompt"]: problem["canonical_solution"] for problem in human_eval_problems(3)}
-    second = human_eval_problems(3)[1]["prompt"]
+    solutions = dict(human_eval_solutions(3))
+    second = human_eval_solutions(3)[1][0]
     monkeypatch.setattr(
-        quality, "completion", lambda _, prompt, __: "    pass\n" if prompt == second else solutions[prompt]
+        quality, "completion", lambda _, prompt, __: "\n    pass\n" if prompt == second else solutions[prompt]
     )
     found = pass_at_1(tiny_model(), 3)
     assert (found["problems"], found["passed"], found["pass_at_1"]) == (3, 2, 2 / 3)

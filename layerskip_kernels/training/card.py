@@ -1,8 +1,10 @@
 """The card of a trained checkpoint: README.md beside its weights, every figure measured or read from the logs.
 
     python -m layerskip_kernels.training.card MODEL CONFIG.yaml [CONFIG.yaml ...] [--sources corpus/sources.json]
+        [--sweep sweep.json] [--ablation NAME=parse-eval.json,sweep.json ...] [--notes notes.md]
 
-MODEL: the folder to describe. CONFIG: the trainings it went through, in order, the last its own.
+MODEL: the folder to describe. CONFIG: the trainings it went through, in order, the last its own. The .json files are
+what `layerskip sweep --json` and `layerskip parse-eval --json` wrote.
 """
 
 import argparse
@@ -27,20 +29,37 @@ NUM_PROMPTS, NEW_TOKENS, DRAFTS = 40, 64, (4, 6)
 PAUSE_SECONDS = 900  # a longer gap in the log is a training that was away
 
 
-def write_card(folder: Path, config_paths: list[Path], sources: Path | None, prompts: list[str]) -> str:
-    """Measure the model of ``folder`` on the prompts and write its README.md; returns the text."""
+def write_card(
+    folder: Path,
+    config_paths: list[Path],
+    sources: Path | None,
+    prompts: list[str],
+    sweep: Path | None = None,
+    ablation: dict[str, tuple[Path, Path]] | None = None,
+    notes: str = "",
+) -> str:
+    """Measure the model of ``folder`` on the prompts and write its README.md; returns the text.
+
+    ``sweep``: a report to take the drafts' figures from, instead of measuring acceptance alone. ``ablation``: for each
+    variant the figures of its parses and a sweep of it. ``notes``: a last section, as it is.
+    """
     model = load_model(folder)
     configs = [read_config(path) for path in config_paths]
-    parts = [
-        f"# {configs[-1].name}\n\n{_summary(model)}",
-        "## Drafts\n\n" + _drafts(model, configs[-1].eval_exits, prompts),
-        "## Training\n\n" + "\n\n".join(map(_training, configs, config_paths)),
-    ]
+    drafts = _drafts(model, configs[-1].eval_exits, prompts) if sweep is None else _swept(_read(sweep))
+    parts = [f"# {configs[-1].name}\n\n{_summary(model)}", "## Drafts\n\n" + drafts]
+    if ablation:
+        parts.append("## Ablation\n\n" + _ablation(ablation))
+    parts.append("## Training\n\n" + "\n\n".join(map(_training, configs, config_paths)))
     if sources is not None:
-        parts.append("## Data\n\n" + _data(json.loads(sources.read_text(encoding="utf-8"))))
-    text = "\n\n".join([*parts, "## Licence\n\nApache-2.0. The texts it learnt from keep their own licences."]) + "\n"
+        parts.append("## Data\n\n" + _data(_read(sources)))
+    licence = "## Licence\n\nApache-2.0. The texts it learnt from keep their own licences."
+    text = "\n\n".join([*parts, *filter(None, [notes.strip()]), licence]) + "\n"
     (folder / "README.md").write_text(text, encoding="utf-8")
     return text
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def acceptance(model: Model, prompts: list[str], exit_layer: int, drafts: int) -> dict[str, float]:
@@ -83,12 +102,57 @@ def _drafts(model: Model, exits: list[int], prompts: list[str]) -> str:
     return lead + "\n".join(rows) + tail
 
 
+def _swept(report: dict[str, Any]) -> str:
+    used = report["machine"]["settings"]
+    rows = ["| exit layer | drafts | acceptance | tokens per verification | speed-up |", "|---|---|---|---|---|"]
+    for r in report["results"]:
+        rows.append(
+            f"| {r['exit_layer']} of {used['num_layers']} | {r['num_speculations']} | {r['acceptance_rate']:.1%} | "
+            f"{r['tokens_per_cycle']:.2f} | {r['speedup']:.2f}x |"
+        )
+    vocab = "" if used["draft_vocab"] is None else f", drafts from {used['draft_vocab']} tokens"
+    lead = (
+        f"`layerskip sweep`: {used['prompts']} prompts, at most {used['max_new_tokens']} tokens each{vocab}, all equal "
+        f"to plain decoding's, which wrote {used['plain_tokens_per_second']:.0f} tokens/s on {_machine(report)}. "
+        f"Times are medians of {used['rounds']} rounds in turn.\n\n"
+    )
+    return lead + "\n".join(rows)
+
+
+def _machine(report: dict[str, Any]) -> str:
+    return f"{report['machine']['cpu']}, {report['machine']['threads']} threads"
+
+
+def _ablation(variants: dict[str, tuple[Path, Path]]) -> str:
+    """Exact match and what became of the drafts, for each variant of a training."""
+    rows = [
+        "| trained with | utterances | exact match | acceptance | tokens per verification | speed-up |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, (scored, swept) in variants.items():
+        scores, report = _read(scored), _read(swept)
+        rows.append(
+            f"| {name} | {scores['count']} | {scores['exact_match']:.1%} | {scores['acceptance_rate']:.1%} | "
+            f"{scores['tokens_per_cycle']:.2f} | {report['results'][0]['speedup']:.2f}x |"
+        )
+    result, used = report["results"][0], report["machine"]["settings"]
+    lead = (
+        "The same training with neither, one or both of layer dropout and the early-exit loss. `layerskip parse-eval`: "
+        f"the first utterances of the test split, with drafts of exit {result['exit_layer']}, "
+        f"{result['num_speculations']} at a time, of any token. `layerskip sweep`: speed-up on the first "
+        f"{used['prompts']} of them, {report['machine']['threads']} thread(s), {used['rounds']} round(s), drafts of "
+        f"{used['draft_vocab']} tokens.\n\n"
+    )
+    return lead + "\n".join(rows)
+
+
 def _training(config: TrainingConfig, path: Path) -> str:
     entries = [json.loads(line) for line in (Path(config.output_dir) / "metrics.jsonl").read_text().splitlines()]
     steps = max(entry["step"] for entry in entries)
+    device = next((entry["device"] for entry in entries if "device" in entry), "an unnamed device")
     rows = config.training.get("per_device_train_batch_size", 8) * config.training.get("gradient_accumulation_steps", 1)
     lines = [f"{config.name}: {steps} steps of {rows} rows of at most {config.data.sequence_length} tokens"]
-    lines[0] += f", {_hours(entries):.1f} hours of wall time on {usable_cores()} cores that did other work as well."
+    lines[0] += f", {_seconds(entries) / 60:.1f} minutes of wall time on {device}: `layerskip train {path.name}`."
     evaluated = [entry for entry in entries if "eval_loss" in entry]
     if evaluated:
         lines.append(f"\nValidation text after step {evaluated[-1]['step']}:\n\n{_exits(evaluated[-1])}")
@@ -96,10 +160,10 @@ def _training(config: TrainingConfig, path: Path) -> str:
     return "\n".join(lines)
 
 
-def _hours(entries: list[dict[str, Any]]) -> float:
+def _seconds(entries: list[dict[str, Any]]) -> float:
     times = [entry["time"] for entry in entries if "time" in entry]
     gaps = [after - before for before, after in pairwise(times)]
-    return sum(gap for gap in gaps if gap < PAUSE_SECONDS) / 3600
+    return sum(gap for gap in gaps if gap < PAUSE_SECONDS)
 
 
 def _exits(entry: dict[str, float]) -> str:
@@ -125,15 +189,28 @@ def _data(sources: dict[str, dict[str, Any]]) -> str:
     return lead + "\n".join(f"- **{licence}**: {', '.join(names)}" for licence, names in by_licence.items())
 
 
+def _variant(text: str) -> tuple[str, tuple[Path, Path]]:
+    name, _, paths = text.partition("=")
+    scored, _, swept = paths.partition(",")
+    return name, (Path(scored), Path(swept))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure a trained checkpoint and write its card.")
     parser.add_argument("model", type=Path)
     parser.add_argument("configs", type=Path, nargs="+", metavar="CONFIG.yaml")
     parser.add_argument("--sources", type=Path, help="the sources.json of its corpus")
+    parser.add_argument("--sweep", type=Path, metavar="SWEEP.json", help="figures of `layerskip sweep --json`")
+    parser.add_argument(
+        "--ablation", type=_variant, action="append", default=[], metavar="NAME=SCORES.json,SWEEP.json",
+        help="a variant of the training: figures of `layerskip parse-eval --json` and of a sweep",
+    )  # fmt: skip
+    parser.add_argument("--notes", type=Path, metavar="NOTES.md", help="a section to add")
     args = parser.parse_args()
     torch.set_num_threads(usable_cores())
-    prompts = [prompt for _, prompt in human_eval_prompts(NUM_PROMPTS)]
-    print(write_card(args.model, args.configs, args.sources, prompts))
+    prompts = [prompt for _, prompt in human_eval_prompts(NUM_PROMPTS)] if args.sweep is None else []
+    notes = args.notes.read_text(encoding="utf-8") if args.notes else ""
+    print(write_card(args.model, args.configs, args.sources, prompts, args.sweep, dict(args.ablation), notes))
 
 
 if __name__ == "__main__":

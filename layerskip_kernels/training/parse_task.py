@@ -12,6 +12,7 @@ import hashlib
 import json
 import random
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -19,7 +20,7 @@ from pathlib import Path
 from layerskip_kernels.training.parse_grammar import AFTER, BEFORE, INTENTS, NESTED, SLOTS
 from layerskip_kernels.training.parse_values import RULES
 
-__all__ = ["SPLITS", "Example", "Node", "draw_example", "slot_values", "split_of", "write_parse_data"]
+__all__ = ["SPLITS", "Example", "Node", "draw_example", "draw_examples", "slot_values", "split_of", "write_parse_data"]
 
 SPLITS = {"train": 0.7, "validation": 0.1, "test": 0.2}  # each split's share of the slot values
 PROMPT_END = " =>"
@@ -65,13 +66,19 @@ def write_parse_data(folder: Path, sizes: dict[str, int], seed: int = 0) -> None
     """Write SPLIT.jsonl ({"prompt", "completion"} a line) with ``sizes[SPLIT]`` different utterances each."""
     folder.mkdir(parents=True, exist_ok=True)
     for split, size in sizes.items():
-        draws, seen = random.Random(f"{seed} {split}"), set[str]()
         with (folder / f"{split}.jsonl").open("w", encoding="utf-8") as file:
-            while len(seen) < size:
-                example = draw_example(draws, split)
-                if example.utterance not in seen:
-                    seen.add(example.utterance)
-                    file.write(json.dumps({"prompt": example.prompt, "completion": example.completion}) + "\n")
+            for example in draw_examples(split, size, seed):
+                file.write(json.dumps({"prompt": example.prompt, "completion": example.completion}) + "\n")
+
+
+def draw_examples(split: str, size: int, seed: int = 0) -> Iterator[Example]:
+    """The first ``size`` examples of a split, no utterance twice."""
+    draws, seen = random.Random(f"{seed} {split}"), set[str]()
+    while len(seen) < size:
+        example = draw_example(draws, split)
+        if example.utterance not in seen:
+            seen.add(example.utterance)
+            yield example
 
 
 def split_of(value: str) -> str:
