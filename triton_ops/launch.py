@@ -6,9 +6,10 @@ Grids follow from the sizes and the number of rows alone, so that a step can be 
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 
-from .contract import INTERPRETED
+from .contract import INTERPRETED, SEGMENTS
 
 __all__ = ["OPTIONS", "blocks", "columns_of", "exact_products", "rows_per_program", "streaming"]
 
@@ -18,7 +19,7 @@ OPTIONS = {"enable_fp_fusion": False}
 MAX_ROWS = 8  # rows that share a program's weights; more make more programs, which read them again
 # Columns of a tile, and how many steps of weights are on their way to a thread while one is used, by rows a program.
 CONFIGS: dict[str, tuple[int, dict[int, int]]] = {
-    "norm_qkv_rope_append": (16, {1: 8, 2: 4, 4: 4, 8: 2}),
+    "norm_qkv_rope_append": (16, {1: 8, 2: 4, 4: 4, 8: 4}),
     "out_residual": (16, {1: 8, 2: 8, 4: 4, 8: 4}),
     "norm_gate_up_silu": (32, {1: 4, 2: 4, 4: 4, 8: 2}),
     "norm_head_argmax": (32, {1: 4, 2: 4, 4: 4, 8: 2}),
@@ -45,14 +46,19 @@ def columns_of(op: str) -> int:
     return CONFIGS[op][0]
 
 
+def threads_per_warp() -> int:
+    """32, or 64 on AMD's data-centre GPUs; the interpreter has no warps."""
+    return 32 if INTERPRETED else triton.runtime.driver.active.get_current_target().warp_size
+
+
 def streaming(op: str, num_rows: int, tiles: int, weight: Tensor) -> dict[str, Any]:
     """The compile-time arguments and options of a kernel built on ``contract.dot``, with ``tiles`` tiles a program.
 
-    A thread for each segment and column of a tile.
+    A thread for each segment and column of a tile: with more, they would load fewer bytes at once.
     """
     rows, (columns, ahead_by_rows) = rows_per_program(num_rows), CONFIGS[op]
     ahead = 1 if INTERPRETED else ahead_by_rows[rows]
     return dict(
         ROWS=rows, TILES=tiles, C=columns, AHEAD=ahead, EVEN=weight.size(1) % ahead == 0,
-        FMA=exact_products(weight.dtype), num_warps=columns // 4, **OPTIONS,
+        FMA=exact_products(weight.dtype), num_warps=SEGMENTS * columns // threads_per_warp(), **OPTIONS,
     )  # fmt: skip
