@@ -1,8 +1,8 @@
 """What a compiled Triton kernel is made of, read from its assembly: arithmetic, loads, registers. Text in, numbers out.
 
 NVIDIA: PTX for the arithmetic (ptxas adds none of its own under --fmad=false, but for the expansions of div.rn and
-sqrt.rn), cuobjdump for registers and stack, SASS for loops. AMD: the amdgcn assembly, where IEEE divisions and roots are
-expanded already: each has a known number of multiply-adds, which are taken off.
+sqrt.rn), cuobjdump for registers and stack, SASS for loops. AMD: the amdgcn assembly, where IEEE divisions and roots
+are expanded already: each has a known number of multiply-adds, which are taken off.
 """
 
 from __future__ import annotations
@@ -146,7 +146,9 @@ def weight_layout(ttgir: str) -> WeightLoad:
         for place in product(*map(range, lanes)) for i, j, k in product(*map(range, each))
     ]  # fmt: skip
     sectors = {element * size // 32 for element in elements}
-    return WeightLoad(min(16, each[2] * size), prod(each) * times * size, len(set(elements)) * size / (32 * len(sectors)))
+    return WeightLoad(
+        min(16, each[2] * size), prod(each) * times * size, len(set(elements)) * size / (32 * len(sectors))
+    )
 
 
 # ---- AMD ----
@@ -154,7 +156,7 @@ def weight_layout(ttgir: str) -> WeightLoad:
 # Beyond what divides and takes roots as IEEE wants it, nothing may approximate.
 AMD_FORBIDDEN = {
     "an approximation": r"v_(?:exp|log|sin|cos|rsq)_(?:legacy_)?f(?:16|32)\S*",
-    "an atomic on floats": r"(?:global|flat|buffer|ds)_(?:pk_)?(?:atomic_)?(?:pk_)?(?:add|min|max)_(?:rtn_)?\S*f(?:16|32|64)\S*",
+    "an atomic on floats": r"(?:global|flat|buffer|ds)_\S*(?:add|min|max)_(?:rtn_)?\S*f(?:16|32|64)\S*",
 }
 DIVISION, ROOT = 5, 2  # multiply-adds in LLVM's expansion of an IEEE division (v_div_fmas apart) and square root
 WIDE_DIVISION = "0x5f7ffffc"  # a literal of the division of 64-bit integers, which has v_rcp_f32 and two v_fma, too

@@ -24,11 +24,10 @@ from triton.runtime.jit import JITFunction
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from triton_ops import steps  # noqa: E402
-from triton_ops.graphs import table_width  # noqa: E402
-from triton_ops.packing import num_steps  # noqa: E402
-
-from layerskip_kernels.config import ModelConfig  # noqa: E402
+from layerskip_kernels.config import ModelConfig
+from triton_ops import steps
+from triton_ops.graphs import table_width
+from triton_ops.packing import num_steps
 
 PAGE_SIZE = 16
 EXIT_LAYER = 2
@@ -150,7 +149,7 @@ def meta_cache(config: ModelConfig, dtype: torch.dtype, positions: int, pages: i
 
 
 def record(config: ModelConfig, dtype: torch.dtype, step: Step) -> list[Launch]:
-    """The launches of a step, compiled for the process's target. Raises RuntimeError if it would wait for the device."""
+    """The launches of a step, compiled for the process's target. Raises RuntimeError if it waits for the device."""
     llama, cache = meta_model(config, dtype), meta_cache(config, dtype, step.context + step.rows)
     tokens, positions = (torch.empty(step.rows, dtype=torch.int64, device="meta") for _ in range(2))
     launches: list[Launch] = []
@@ -203,7 +202,9 @@ def activation_bytes(launch: Launch) -> int:
         width = (a["num_heads"] + 2 * a["num_kv_heads"]) * 2 * a["HALF_HEAD"]
         return a["T"] * (a["steps"] * 64 * 4 + width * a["q_ptr"].element_size())
     if launch.name == "_attend_kernel":
-        return 0 if not a["ONE_CHUNK"] else a["q_ptr"].size(0) * a["num_heads"] * a["K"] * (a["q_ptr"].element_size() + 4)
+        return (
+            0 if not a["ONE_CHUNK"] else a["q_ptr"].size(0) * a["num_heads"] * a["K"] * (a["q_ptr"].element_size() + 4)
+        )
     if launch.name == "_linear_residual_kernel":
         size = a["hidden_ptr"].element_size()
         rows = a["T"] * (a["steps"] * 64 * 4 + (2 + bool(a["KEEP"])) * a["N"] * size)

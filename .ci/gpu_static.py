@@ -14,13 +14,15 @@ import multiprocessing
 import os
 import sys
 import tempfile
+from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / ".ci")]
 SHAPES = ("llama3.2-1b", "llama2-7b", "llama3-8b")
-STEPS = (("decode", 1), ("draft", 1), ("verify", 7), ("decode", 4), ("decode", 16))
+STEPS = (("decode", 1), ("draft", 1), ("verify", 7), ("decode", 4), ("decode", 8), ("decode", 16))
 LATENCY = 0.7e-6  # seconds from a load to its data in a busy memory system: assumed, not measured
 TOLERANCE = 0.02  # bytes of a step beside the count on paper
 MAX_PER_LAYER, MAX_BESIDES = 6, 4
@@ -91,7 +93,7 @@ def resident_programs(limits: Limits, threads: int, registers: int, shared: int)
 
 
 def arithmetic_problems(name: str, dtype: str, written: int, ir: int, assembly: int, contractible: int) -> list[str]:
-    """Multiply-adds: as many as the source has (``written`` is 0 or not; ``ir`` counts them unrolled), where allowed."""
+    """Multiply-adds: those of the source (``written``; ``ir`` counts them unrolled) and no more, where allowed."""
     problems = []
     if contractible:
         problems.append(f"{contractible} operations that LLVM may contract or reorder")
@@ -167,11 +169,24 @@ def examine(target: str, shape: str, dtype: str, launch: Any, folder: Path) -> K
         load = asm.weight_layout(compiled.asm["ttgir"])
         kernel.widths, kernel.sectors = narrow or {load.bytes_at_once: 1}, load.sector_use
         kernel.problems += load_problems(kernel.widths, kernel.sectors)
-        kernel.loop_bytes = arguments["AHEAD"] * arguments["TILES"] * load.bytes_of_thread * limits.warp
+        kernel.loop_bytes = streamed_by_loop(loop, arguments, load.bytes_of_thread * limits.warp)
         at_a_time = min(resident, -(-launch.programs // gpu.multiprocessors))
         kernel.in_flight = at_a_time * threads * load.bytes_of_thread * arguments["AHEAD"] * arguments["TILES"]
         kernel.wanted = round(gpu.bandwidth * 1e9 / gpu.multiprocessors * LATENCY)
     return kernel
+
+
+def streamed_by_loop(loop: dict[str, int], arguments: dict[str, Any], bytes_of_warp: int) -> int:
+    """Weight bytes that a warp uses up in one pass through the loop, which may have been unrolled; 0 if unknown."""
+    products = loop.get("FFMA" if arguments["FMA"] else "FMUL", 0)
+    return products // (8 * arguments["ROWS"]) * bytes_of_warp
+
+
+def loop_work(kernel: Kernel, num_bytes: int) -> dict[str, float]:
+    """Instructions of warps that stream so many bytes of weights: in all, multiply-adds, loads of memory."""
+    times = num_bytes / kernel.loop_bytes if kernel.loop_bytes else 0
+    return {"instructions": times * sum(kernel.loop.values()), "multiply_adds": times * kernel.loop.get("FFMA", 0),
+            "loads": times * kernel.loop.get("LDG", 0)}  # fmt: skip
 
 
 def paper_bytes(config: Any, gpu: Any, step: Any, dtype: Any) -> int:
@@ -188,6 +203,15 @@ def paper_bytes(config: Any, gpu: Any, step: Any, dtype: Any) -> int:
     return layers * roofline.layer_bytes(config, dtype, positions) + roofline.head_bytes(config, dtype)
 
 
+def count_problems(moved: int, paper: int, in_layers: int, layers: int, besides: int) -> list[str]:
+    problems = []
+    if in_layers > MAX_PER_LAYER * layers or besides > MAX_BESIDES:
+        problems.append(f"{in_layers} launches in {layers} layers and {besides} besides")
+    if abs(moved - paper) > TOLERANCE * paper:
+        problems.append(f"{moved} bytes, {paper} on paper")
+    return problems
+
+
 def count_step(config: Any, gpu: Any, step: Any, dtype: Any, launches: list[Any]) -> dict[str, Any]:
     """Launches and bytes of a step, as launched and on paper; weights that 8 more rows read again are counted apart."""
     from gpu_compile import EXIT_LAYER, activation_bytes, kv_bytes, weight_bytes
@@ -202,11 +226,7 @@ def count_step(config: Any, gpu: Any, step: Any, dtype: Any, launches: list[Any]
                  if launch.name == "_attend_kernel")  # fmt: skip
     moved = sum(weight_bytes(la) + kv_bytes(la, positions) + activation_bytes(la) for la in launches) - again
     paper = paper_bytes(config, gpu, step, dtype)
-    problems = []
-    if len(launches) - besides > MAX_PER_LAYER * layers or besides > MAX_BESIDES:
-        problems.append(f"{len(launches) - besides} launches in {layers} layers and {besides} besides")
-    if abs(moved - paper) > TOLERANCE * paper:
-        problems.append(f"{moved} bytes, {paper} on paper")
+    problems = count_problems(moved, paper, len(launches) - besides, layers, besides)
     return {"kind": step.kind, "rows": step.rows, "layers": layers, "launches": len(launches), "besides": besides,
             "bytes": moved, "again": again, "paper": paper, "problems": problems}  # fmt: skip
 
@@ -226,12 +246,14 @@ def check_target(job: tuple[str, list[tuple[str, str, str, int]]]) -> dict[str, 
         for shape, dtype, kind, rows in cases:
             step = gpu_compile.Step(kind, rows)
             launches = gpu_compile.record(CONFIGS[shape], gpu_compile.DTYPES[dtype], step)
+            work = Counter[str]()
             for launch in launches:
                 key = f"{launch.compiled.hash} {launch.grid}" if launch.name in STREAMING else launch.compiled.hash
                 if key not in kernels:
                     kernels[key] = examine(target, shape, dtype, launch, Path(folder))
+                work.update(loop_work(kernels[key], gpu_compile.weight_bytes(launch)))
             counts = count_step(CONFIGS[shape], GPUS[LIMITS[target].gpu], step, gpu_compile.DTYPES[dtype], launches)
-            plans.append({"target": target, "shape": shape, "dtype": dtype, **counts})
+            plans.append({"target": target, "shape": shape, "dtype": dtype, **counts, **work})
     return {"kernels": [asdict(kernel) for kernel in kernels.values()], "plans": plans}
 
 
@@ -276,11 +298,16 @@ def main() -> int:
     parser.add_argument("--target", action="append", choices=tuple(LIMITS), help="default: all")
     parser.add_argument("--case", action="append", help="shape,dtype,kind,rows; default: the whole grid")
     parser.add_argument("--json", type=Path, help="write everything that was found")
+    parser.add_argument("--markdown", action="store_true", help="print the tables of docs/performance.md, too")
     args = parser.parse_args()
     cases = [(*case.split(",")[:3], int(case.split(",")[3])) for case in args.case or ()] or whole_grid()
     report = check(args.target or list(LIMITS), cases)
     if args.json:
         args.json.write_text(json.dumps(report, indent=1))
+    if args.markdown:
+        import gpu_paper
+
+        print(gpu_paper.as_markdown(report), end="\n\n")
     print(as_text(report))
     failures = sum(bool(entry["problems"]) for key in report for entry in report[key])
     print(f"\n{len(report['kernels'])} kernels and {len(report['plans'])} steps for "
