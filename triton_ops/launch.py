@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .contract import INTERPRETED, SEGMENTS
 
-__all__ = ["OPTIONS", "blocks", "columns_of", "exact_products", "rows_per_program", "streaming"]
+__all__ = ["OPTIONS", "all_registers", "blocks", "columns_of", "exact_products", "rows_per_program", "streaming"]
 
 # Never contract a multiply and an add: the contract says where fma may stand.
 OPTIONS = {"enable_fp_fusion": False}
@@ -49,6 +49,12 @@ def columns_of(op: str) -> int:
 def threads_per_warp() -> int:
     """32, or 64 on AMD's data-centre GPUs; the interpreter has no warps."""
     return 32 if INTERPRETED else triton.runtime.driver.active.get_current_target().warp_size
+
+
+def all_registers() -> dict[str, int]:
+    """For kernels that ptxas would rather let spill than take a resident program away."""
+    nvidia = not INTERPRETED and triton.runtime.driver.active.get_current_target().backend == "cuda"
+    return {"maxnreg": 255} if nvidia else {}
 
 
 def streaming(op: str, num_rows: int, tiles: int, weight: Tensor) -> dict[str, Any]:
