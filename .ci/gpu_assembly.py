@@ -49,9 +49,12 @@ def ptx_forbidden(ptx: str) -> list[str]:
 
 
 def ptx_multiply_adds(ptx: str) -> int:
-    """Floating-point multiply-adds; one on two numbers counts twice."""
+    """Floating-point multiply-adds; one on two numbers counts twice. A bf16 sum or product is none: sm_80 has no other
+    instruction for them than a multiply-add with the factor 1 or the summand -0, which rounds once and the same way."""
     ops = [op for op in ptx_instructions(ptx) if re.fullmatch(r"(?:fma|mad)\.(?:\S*\.)?b?f(?:16|32|64)(?:x2)?", op)]
-    return sum(1 + op.endswith("x2") for op in ops)
+    one, zero = (set(re.findall(rf"mov\.[bu]16\s+(%rs\d+), {bits};", ptx)) for bits in ("0x3F80", "0x8000"))
+    plain = re.findall(r"fma\.rn\.bf16\s+%rs\d+, %rs\d+, (%rs\d+), (%rs\d+);", ptx)
+    return sum(1 + op.endswith("x2") for op in ops) - sum(factor in one or summand in zero for factor, summand in plain)
 
 
 def ptx_weight_loads(ptx: str) -> Counter[int]:

@@ -127,6 +127,13 @@ def test_what_is_allowed_passes():
     assert asm.ptx_weight_loads(PTX) == {16: 1}
 
 
+def test_a_bf16_sum_on_sm_80_is_no_multiply_add():
+    ptx = "    mov.b16  %rs9, 0x3F80;\n    mov.b16  %rs8, 0x8000;\n    fma.rn.bf16  %rs1, %rs2, %rs9, %rs4;\n"
+    assert asm.ptx_multiply_adds(ptx) == 0
+    assert asm.ptx_multiply_adds(ptx + "    fma.rn.bf16  %rs1, %rs2, %rs3, %rs8;\n") == 0
+    assert asm.ptx_multiply_adds(ptx + "    fma.rn.bf16  %rs1, %rs2, %rs3, %rs4;\n") == 1
+
+
 @pytest.mark.parametrize(
     "line",
     [

@@ -11,13 +11,15 @@ from torch import Tensor
 
 from .contract import INTERPRETED, SEGMENTS
 
-__all__ = ["OPTIONS", "all_registers", "blocks", "columns_of", "exact_products", "rows_per_program", "streaming"]
+__all__ = ["OPTIONS", "blocks", "columns_of", "exact_products", "rows_per_program", "streaming"]
 
 # Never contract a multiply and an add: the contract says where fma may stand.
-OPTIONS = {"enable_fp_fusion": False}
+OPTIONS: dict[str, Any] = {"enable_fp_fusion": False}
 
+MAX_REGISTERS = 255  # of a thread
 MAX_ROWS = 8  # rows that share a program's weights; more make more programs, which read them again
-# Columns of a tile, and how many steps of weights are on their way to a thread while one is used, by rows a program.
+# Columns of a tile, and by rows a program: how many steps of 16-bit weights are on their way to a thread while one is
+# used (half as many of fp32 weights).
 CONFIGS: dict[str, tuple[int, dict[int, int]]] = {
     "norm_qkv_rope_append": (16, {1: 8, 2: 4, 4: 4, 8: 4}),
     "out_residual": (16, {1: 8, 2: 8, 4: 4, 8: 4}),
@@ -51,10 +53,8 @@ def threads_per_warp() -> int:
     return 32 if INTERPRETED else triton.runtime.driver.active.get_current_target().warp_size
 
 
-def all_registers() -> dict[str, int]:
-    """For kernels that ptxas would rather let spill than take a resident program away."""
-    nvidia = not INTERPRETED and triton.runtime.driver.active.get_current_target().backend == "cuda"
-    return {"maxnreg": 255} if nvidia else {}
+def on_nvidia() -> bool:
+    return not INTERPRETED and triton.runtime.driver.active.get_current_target().backend == "cuda"
 
 
 def streaming(op: str, num_rows: int, tiles: int, weight: Tensor) -> dict[str, Any]:
@@ -63,8 +63,14 @@ def streaming(op: str, num_rows: int, tiles: int, weight: Tensor) -> dict[str, A
     A thread for each segment and column of a tile: with more, they would load fewer bytes at once.
     """
     rows, (columns, ahead_by_rows) = rows_per_program(num_rows), CONFIGS[op]
-    ahead = 1 if INTERPRETED else ahead_by_rows[rows]
+    ahead = 1 if INTERPRETED else max(1, ahead_by_rows[rows] * 2 // weight.element_size())
+    threads = SEGMENTS * columns
+    options = dict(OPTIONS)
+    # ptxas would rather spill than take a resident program away. Programs of few threads are no more than two or three
+    # a multiprocessor anyway; of the larger ones those in bf16 do not spill.
+    if on_nvidia() and (threads <= 128 or weight.dtype != torch.bfloat16):
+        options["maxnreg"] = MAX_REGISTERS
     return dict(
         ROWS=rows, TILES=tiles, C=columns, AHEAD=ahead, EVEN=weight.size(1) % ahead == 0,
-        FMA=exact_products(weight.dtype), num_warps=SEGMENTS * columns // threads_per_warp(), **OPTIONS,
+        FMA=exact_products(weight.dtype), num_warps=threads // threads_per_warp(), **options,
     )  # fmt: skip

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .contract import device_function, dot, packed_offsets, rounded, row_pointers, to_dtype
-from .launch import all_registers, blocks, streaming
+from .launch import blocks, streaming
 
 __all__ = ["norm_qkv_rope_append", "qkv_rope_append"]
 
@@ -100,7 +100,7 @@ def qkv_rope_append(
     _qkv_rope_append_kernel[grid](
         x, wq, wk, wv, q if qkv_bias is None else qkv_bias, cos, sin, positions, slots, q, k_pages, v_pages,
         x.stride(0), num_rows, wq.size(1), num_heads, num_kv_heads, head_dim // 2, num_pages, page_size,
-        HAS_BIAS=qkv_bias is not None, **options, **all_registers(),
+        HAS_BIAS=qkv_bias is not None, **options,
     )  # fmt: skip
 
 
