@@ -15,7 +15,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := $(shell find csrc -type f)
 CPP := $(filter %.h %.inl %.cpp %.cu %.cuh,$(SOURCES) $(wildcard tests/cpp/*))
 
-.PHONY: help demo test bench fuzz sanitize cuda-check gpu-check lint format docs wheel clean
+.PHONY: help demo test bench fuzz sanitize cuda-check gpu-static gpu-check lint format docs wheel clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -29,6 +29,9 @@ test: .venv/built  ## the whole test suite
 
 cuda-check: .venv/built .venv/nvcc  ## compile and link csrc/cuda with nvcc: no GPU, any torch, no warnings, no spills
 	$(call building,$(BIN)/python .ci/cuda_check.py)
+
+gpu-static: .venv/built  ## compile the Triton kernels for four GPUs at real shapes, read and count them: no GPU (minutes)
+	$(BIN)/python .ci/gpu_static.py
 
 # Each writes benchmarks/results/<name>.json; the report puts them together.
 BENCHMARKS := peers bench_steps bench_cycle bench_generate bench_engine bench_draft_vocab bench_perplexity bench_memory

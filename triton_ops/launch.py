@@ -6,19 +6,22 @@ Grids follow from the sizes and the number of rows alone, so that a step can be 
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 
-from .contract import INTERPRETED
+from .contract import INTERPRETED, SEGMENTS
 
 __all__ = ["OPTIONS", "blocks", "columns_of", "exact_products", "rows_per_program", "streaming"]
 
 # Never contract a multiply and an add: the contract says where fma may stand.
-OPTIONS = {"enable_fp_fusion": False}
+OPTIONS: dict[str, Any] = {"enable_fp_fusion": False}
 
+MAX_REGISTERS = 255  # of a thread
 MAX_ROWS = 8  # rows that share a program's weights; more make more programs, which read them again
-# Columns of a tile, and how many steps of weights are on their way to a thread while one is used, by rows a program.
+# Columns of a tile, and by rows a program: how many steps of 16-bit weights are on their way to a thread while one is
+# used (half as many of fp32 weights).
 CONFIGS: dict[str, tuple[int, dict[int, int]]] = {
-    "norm_qkv_rope_append": (16, {1: 8, 2: 4, 4: 4, 8: 2}),
+    "norm_qkv_rope_append": (16, {1: 8, 2: 4, 4: 4, 8: 4}),
     "out_residual": (16, {1: 8, 2: 8, 4: 4, 8: 4}),
     "norm_gate_up_silu": (32, {1: 4, 2: 4, 4: 4, 8: 2}),
     "norm_head_argmax": (32, {1: 4, 2: 4, 4: 4, 8: 2}),
@@ -45,14 +48,29 @@ def columns_of(op: str) -> int:
     return CONFIGS[op][0]
 
 
+def threads_per_warp() -> int:
+    """32, or 64 on AMD's data-centre GPUs; the interpreter has no warps."""
+    return 32 if INTERPRETED else triton.runtime.driver.active.get_current_target().warp_size
+
+
+def on_nvidia() -> bool:
+    return not INTERPRETED and triton.runtime.driver.active.get_current_target().backend == "cuda"
+
+
 def streaming(op: str, num_rows: int, tiles: int, weight: Tensor) -> dict[str, Any]:
     """The compile-time arguments and options of a kernel built on ``contract.dot``, with ``tiles`` tiles a program.
 
-    A thread for each segment and column of a tile.
+    A thread for each segment and column of a tile: with more, they would load fewer bytes at once.
     """
     rows, (columns, ahead_by_rows) = rows_per_program(num_rows), CONFIGS[op]
-    ahead = 1 if INTERPRETED else ahead_by_rows[rows]
+    ahead = 1 if INTERPRETED else max(1, ahead_by_rows[rows] * 2 // weight.element_size())
+    threads = SEGMENTS * columns
+    options = dict(OPTIONS)
+    # ptxas would rather spill than take a resident program away. Programs of few threads are no more than two or three
+    # a multiprocessor anyway; of the larger ones those in bf16 do not spill.
+    if on_nvidia() and (threads <= 128 or weight.dtype != torch.bfloat16):
+        options["maxnreg"] = MAX_REGISTERS
     return dict(
         ROWS=rows, TILES=tiles, C=columns, AHEAD=ahead, EVEN=weight.size(1) % ahead == 0,
-        FMA=exact_products(weight.dtype), num_warps=columns // 4, **OPTIONS,
+        FMA=exact_products(weight.dtype), num_warps=threads // threads_per_warp(), **options,
     )  # fmt: skip

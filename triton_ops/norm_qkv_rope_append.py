@@ -11,10 +11,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .contract import dot, packed_offsets, rounded, row_pointers, to_dtype
+from .contract import device_function, dot, packed_offsets, rounded, row_pointers, to_dtype
 from .launch import blocks, streaming
 
 __all__ = ["norm_qkv_rope_append", "qkv_rope_append"]
+
+
+@device_function
+def _store_pair(target, step, a, b, mask):
+    """a at target, b a step further."""
+    dtype: tl.constexpr = target.dtype.scalar.element_ty
+    tl.store(target, to_dtype(a, dtype), mask=mask)
+    tl.store(target + step, to_dtype(b, dtype), mask=mask)
 
 
 @triton.jit
@@ -64,21 +72,17 @@ def _qkv_rope_append_kernel(
             cos = tl.load(cos_ptr + position * HALF_HEAD + d, mask=inside, other=0.0)
             sin = tl.load(sin_ptr + position * HALF_HEAD + d, mask=inside, other=0.0)
             a, b = a * cos - b * sin, b * cos + a * sin
+        # Each stores for itself: Triton's passes for AMD fail on pointers that leave a branch.
         if is_q:
-            target = q_ptr + (row * num_heads + head) * K + d
-            step = HALF_HEAD
+            _store_pair(q_ptr + (row * num_heads + head) * K + d, HALF_HEAD, a, b, mask)
         else:
             slot = tl.load(slots_ptr + row, mask=row < T, other=-1).to(tl.int32)
             mask = mask & (slot >= 0) & (slot < num_pages * S)
             page_head = (slot // S).to(tl.int64) * num_kv_heads + head
             if is_v:
-                target = v_ptr + (page_head * S + slot % S) * K + d
-                step = HALF_HEAD
+                _store_pair(v_ptr + (page_head * S + slot % S) * K + d, HALF_HEAD, a, b, mask)
             else:
-                target = k_ptr + (page_head * K + d) * S + slot % S
-                step = HALF_HEAD * S
-        tl.store(target, to_dtype(a, dtype), mask=mask)
-        tl.store(target + step, to_dtype(b, dtype), mask=mask)
+                _store_pair(k_ptr + (page_head * K + d) * S + slot % S, HALF_HEAD * S, a, b, mask)
 
 
 def qkv_rope_append(

@@ -1,0 +1,208 @@
+"""What a compiled Triton kernel is made of, read from its assembly: arithmetic, loads, registers. Text in, numbers out.
+
+NVIDIA: PTX for the arithmetic (ptxas adds none of its own under --fmad=false, but for the expansions of div.rn and
+sqrt.rn), cuobjdump for registers and stack, SASS for loops. AMD: the amdgcn assembly, where IEEE divisions and roots
+are expanded already: each has a known number of multiply-adds, which are taken off.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections import Counter
+from dataclasses import dataclass
+from itertools import product
+from math import prod
+from pathlib import Path
+
+import triton
+
+NVIDIA = Path(triton.__file__).parent / "backends/nvidia/bin"
+
+# ---- NVIDIA ----
+
+PTX_FORBIDDEN = {
+    "an approximation": r"\S*\.approx\S*|(?:ex2|lg2|rcp|rsqrt|sin|cos|tanh)\.\S+",
+    "denormals flushed to zero": r"\S+\.ftz\S*",
+    "div.full": r"div\.full\S*",
+    "a division or root that is not rounded to nearest": r"(?:div|sqrt)\.(?!rn\b)(?:\S*\.)?f(?:16|32|64)\b",
+    "an atomic on floats": r"(?:atom|red)\.\S*\.b?f(?:16|32|64)\S*",
+    "a conversion to 16 bits that is not rounded to nearest": r"cvt\.(?!rn\b)\S*\bb?f16(?:x2)?\.f32\S*",
+}
+
+
+def ptx_instructions(ptx: str) -> list[str]:
+    """Opcodes with their suffixes; no comments, labels, directives or predicates."""
+    lines = (re.sub(r"//.*", "", line).strip() for line in ptx.splitlines())
+    return re.findall(r"^(?:@!?%\w+\s+)?([a-z]\w*(?:[.:]+\w+)*)", "\n".join(lines), re.MULTILINE)
+
+
+def ptx_forbidden(ptx: str) -> list[str]:
+    """Instructions that the contract forbids everywhere, each with what is wrong with it."""
+    found = Counter(
+        f"{what}: {op}"
+        for op in ptx_instructions(ptx)
+        for what, pattern in PTX_FORBIDDEN.items()
+        if re.fullmatch(pattern, op) or re.match(pattern + "$", op)
+    )
+    return [f"{text} ({count} times)" for text, count in found.items()]
+
+
+def ptx_multiply_adds(ptx: str) -> int:
+    """Floating-point multiply-adds; one on two numbers counts twice. A bf16 sum or product is none: sm_80 has no other
+    instruction for them than a multiply-add with the factor 1 or the summand -0, which rounds once and the same way."""
+    ops = [op for op in ptx_instructions(ptx) if re.fullmatch(r"(?:fma|mad)\.(?:\S*\.)?b?f(?:16|32|64)(?:x2)?", op)]
+    one, zero = (set(re.findall(rf"mov\.[bu]16\s+(%rs\d+), {bits};", ptx)) for bits in ("0x3F80", "0x8000"))
+    plain = re.findall(r"fma\.rn\.bf16\s+%rs\d+, %rs\d+, (%rs\d+), (%rs\d+);", ptx)
+    return sum(1 + op.endswith("x2") for op in ops) - sum(factor in one or summand in zero for factor, summand in plain)
+
+
+def ptx_weight_loads(ptx: str) -> Counter[int]:
+    """Bytes a thread loads at once, of the loads that leave the caches first: how kernels read weights."""
+    widths: Counter[int] = Counter()
+    for op in ptx_instructions(ptx):
+        if match := re.fullmatch(r"ld\.global\S*evict_first\S*?(?:\.v(\d))?\.[bsuf](\d+)", op):
+            widths[int(match[1] or 1) * int(match[2]) // 8] += 1
+    return widths
+
+
+def llvm_multiply_adds(llir: str) -> int:
+    """fma calls in LLVM's IR, as the kernel's source has them (unrolled); vectors count by their length."""
+    calls = re.findall(r"call \S*(?:<\d+ x float> |float )@llvm\.fma\.(?:v(\d+))?f32", llir)
+    return sum(int(width or 1) for width in calls)
+
+
+def llvm_may_contract(llir: str) -> int:
+    """Additions and multiplications that LLVM may contract, reorder or approximate."""
+    return len(re.findall(r"= f(?:add|mul|sub|div) (?:\w+ )*(?:fast|contract|reassoc|arcp|afn)\b", llir))
+
+
+def nvidia_resources(cubin: Path) -> dict[str, int]:
+    """Registers, stack and local bytes a thread, shared bytes a program. Raises ValueError if cuobjdump says else."""
+    said = _run("cuobjdump", "-res-usage", str(cubin))
+    return parse_resources(said)
+
+
+def parse_resources(said: str) -> dict[str, int]:
+    found = {name.lower(): int(value) for name, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", said)}
+    if set(found) != {"reg", "stack", "shared", "local"}:
+        raise ValueError(f"cannot read what cuobjdump says: {said!r}")
+    return found
+
+
+def disassemble(cubin: Path) -> str:
+    return _run("nvdisasm", "-c", str(cubin))
+
+
+def sass_loops(sass: str) -> list[Counter[str]]:
+    """The instructions of every loop (a branch back), by opcode."""
+    lines = [line for line in sass.splitlines() if re.match(r"\s+/\*[0-9a-f]{4,}\*/|\.L_", line)]
+    labels = {match[1]: i for i, line in enumerate(lines) if (match := re.match(r"(\.L_x_\d+):", line))}
+    loops = []
+    for i, line in enumerate(lines):
+        match = re.search(r"\bBRA\S* (?:\S+, )?`\((\.L_x_\d+)\)", line)
+        if match and labels.get(match[1], i) < i - 1:
+            loops.append(Counter(filter(None, map(_sass_opcode, lines[labels[match[1]] : i + 1]))))
+    return loops
+
+
+def _sass_opcode(line: str) -> str | None:
+    match = re.match(r"\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?([A-Z]\w*)", line)
+    return match[1] if match else None
+
+
+def _run(tool: str, *arguments: str) -> str:
+    return subprocess.run([NVIDIA / tool, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+# ---- how threads share a weight load: Triton's GPU dialect, for both ----
+
+
+@dataclass(frozen=True)
+class WeightLoad:
+    """A load of packed weights: bytes a thread loads at once and in all, and the used share of the 32-byte sectors that
+    a warp touches."""
+
+    bytes_at_once: int
+    bytes_of_thread: int
+    sector_use: float
+
+
+def weight_layout(ttgir: str) -> WeightLoad:
+    """The loads of tiles [C, 8, 8] (triton_ops/packing.py). Raises ValueError unless all have one layout."""
+    loads = set(re.findall(
+        r"(?:tt\.load|buffer_load) .*: tensor<(\d\d+)x8x8x(?:!tt\.ptr<)?b?f(16|32)>?, (#blocked\d*)>", ttgir
+    ))  # fmt: skip
+    if len(loads) != 1:
+        raise ValueError(f"weight loads of {len(loads)} kinds: {sorted(loads)}")
+    columns, bits, name = loads.pop()
+    found = re.search(rf"^{name} = #ttg\.blocked<{{(.*)}}>", ttgir, re.MULTILINE)
+    if not found:
+        raise ValueError(f"no layout {name}")
+    layout = {key: [int(n) for n in values.split(", ")] for key, values in re.findall(r"(\w+) = \[(.*?)\]", found[1])}
+    each, lanes, warps = layout["sizePerThread"], layout["threadsPerWarp"], layout["warpsPerCTA"]
+    times = prod(-(-size // prod(part)) for size, *part in zip((int(columns), 8, 8), each, lanes, warps, strict=True))
+    size = int(bits) // 8
+    elements = [
+        (place[0] * each[0] + i) // 16 * 1024 + (place[0] * each[0] + i) % 16 * 8
+        + (place[1] * each[1] + j) * 128 + place[2] * each[2] + k
+        for place in product(*map(range, lanes)) for i, j, k in product(*map(range, each))
+    ]  # fmt: skip
+    sectors = {element * size // 32 for element in elements}
+    return WeightLoad(
+        min(16, each[2] * size), prod(each) * times * size, len(set(elements)) * size / (32 * len(sectors))
+    )
+
+
+# ---- AMD ----
+
+# Beyond what divides and takes roots as IEEE wants it, nothing may approximate.
+AMD_FORBIDDEN = {
+    "an approximation": r"v_(?:exp|log|sin|cos|rsq)_(?:legacy_)?f(?:16|32)\S*",
+    "an atomic on floats": r"(?:global|flat|buffer|ds)_\S*(?:add|min|max)_(?:rtn_)?\S*f(?:16|32|64)\S*",
+}
+DIVISION, ROOT = 5, 2  # multiply-adds in LLVM's expansion of an IEEE division (v_div_fmas apart) and square root
+WIDE_DIVISION = "0x5f7ffffc"  # a literal of the division of 64-bit integers, which has v_rcp_f32 and two v_fma, too
+
+
+def amd_instructions(text: str) -> list[str]:
+    lines = (re.sub(r";.*", "", line) for line in text.splitlines())
+    return re.findall(r"^\s+([vsgfbd]\w*_\w+)\b", "\n".join(lines), re.MULTILINE)
+
+
+def amd_forbidden(text: str) -> list[str]:
+    ops = amd_instructions(text)
+    found = Counter(
+        f"{what}: {op}" for op in ops for what, pattern in AMD_FORBIDDEN.items() if re.fullmatch(pattern, op)
+    )
+    said = [f"{text} ({count} times)" for text, count in found.items()]
+    reciprocals = sum(op.startswith("v_rcp_f32") for op in ops)
+    divisions = sum(op.startswith("v_div_fixup_f32") for op in ops)
+    if reciprocals != divisions + text.count(WIDE_DIVISION):
+        said.append(f"an approximation: {reciprocals} v_rcp_f32 for {divisions} IEEE divisions")
+    if not re.search(r"\.amdhsa_float_denorm_mode_32 3\b", text):
+        said.append("denormals flushed to zero")
+    return said
+
+
+def amd_multiply_adds(text: str) -> int:
+    """Floating-point multiply-adds (a packed one counts twice) beyond those of IEEE divisions and roots."""
+    ops = amd_instructions(text)
+    single = sum(bool(re.match(r"v_(?:fma|fmac|fmamk|fmaak|mac|mad|fma_mix)_(?:legacy_)?f(?:16|32)", op)) for op in ops)
+    packed = sum(bool(re.match(r"v_(?:pk_fma|dot2\w*)_f\w*", op)) for op in ops)
+    divisions = sum(op.startswith("v_div_fixup_f32") for op in ops)
+    roots = sum(op.startswith("v_sqrt_f32") for op in ops)
+    return single + 2 * packed - DIVISION * divisions - ROOT * roots - 2 * text.count(WIDE_DIVISION)
+
+
+def amd_resources(text: str) -> dict[str, int]:
+    """Registers, spills and scratch bytes a thread, waves a SIMD. Raises ValueError where the assembly names none."""
+    patterns = {
+        "reg": r"\.vgpr_count:\s+(\d+)", "stack": r"\.private_segment_fixed_size:\s+(\d+)",
+        "local": r"\.vgpr_spill_count:\s+(\d+)", "sgpr_spills": r"\.sgpr_spill_count:\s+(\d+)",
+        "waves": r"; Occupancy: (\d+)",
+    }  # fmt: skip
+    found = {name: re.search(pattern, text) for name, pattern in patterns.items()}
+    if not all(found.values()):
+        raise ValueError(f"the assembly does not say {[name for name, match in found.items() if not match]}")
+    return {name: int(match[1]) for name, match in found.items() if match}
