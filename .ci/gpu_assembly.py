@@ -30,6 +30,8 @@ PTX_FORBIDDEN = {
     "a conversion to 16 bits that is not rounded to nearest": r"cvt\.(?!rn\b)\S*\bb?f16(?:x2)?\.f32\S*",
 }
 
+BF16_ONE, BF16_ZERO = "0x3F80|16256|1065369472", "0x8000|-32768|-2147450880"  # 1 and -0, alone and in pairs
+
 
 def ptx_instructions(ptx: str) -> list[str]:
     """Opcodes with their suffixes; no comments, labels, directives or predicates."""
@@ -52,9 +54,12 @@ def ptx_multiply_adds(ptx: str) -> int:
     """Floating-point multiply-adds; one on two numbers counts twice. A bf16 sum or product is none: sm_80 has no other
     instruction for them than a multiply-add with the factor 1 or the summand -0, which rounds once and the same way."""
     ops = [op for op in ptx_instructions(ptx) if re.fullmatch(r"(?:fma|mad)\.(?:\S*\.)?b?f(?:16|32|64)(?:x2)?", op)]
-    one, zero = (set(re.findall(rf"mov\.[bu]16\s+(%rs\d+), {bits};", ptx)) for bits in ("0x3F80", "0x8000"))
-    plain = re.findall(r"fma\.rn\.bf16\s+%rs\d+, %rs\d+, (%rs\d+), (%rs\d+);", ptx)
-    return sum(1 + op.endswith("x2") for op in ops) - sum(factor in one or summand in zero for factor, summand in plain)
+    one, zero = (
+        set(re.findall(rf"mov\.[bu](?:16|32)\s+(%rs?\d+), (?:{bits});", ptx)) for bits in (BF16_ONE, BF16_ZERO)
+    )
+    bf16 = re.findall(r"fma\.rn\.bf16(x2)?\s+%rs?\d+, %rs?\d+, (%rs?\d+), (%rs?\d+);", ptx)
+    single = sum(1 + bool(pair) for pair, factor, summand in bf16 if factor in one or summand in zero)
+    return sum(1 + op.endswith("x2") for op in ops) - single
 
 
 def ptx_weight_loads(ptx: str) -> Counter[int]:

@@ -132,6 +132,9 @@ def test_a_bf16_sum_on_sm_80_is_no_multiply_add():
     assert asm.ptx_multiply_adds(ptx) == 0
     assert asm.ptx_multiply_adds(ptx + "    fma.rn.bf16  %rs1, %rs2, %rs3, %rs8;\n") == 0
     assert asm.ptx_multiply_adds(ptx + "    fma.rn.bf16  %rs1, %rs2, %rs3, %rs4;\n") == 1
+    pair = "    mov.b32  %r9, -2147450880;\n    fma.rn.bf16x2  %r1, %r2, %r3, %r9;\n"
+    assert asm.ptx_multiply_adds(pair) == 0
+    assert asm.ptx_multiply_adds(pair + "    fma.rn.bf16x2  %r1, %r2, %r3, %r4;\n") == 2
 
 
 @pytest.mark.parametrize(
