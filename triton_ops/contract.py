@@ -165,13 +165,15 @@ def _tree8(partials):
 def packed_offsets(n, steps):
     """Where column n of a packed weight begins (triton_ops/packing.py), plus its segments and its first eight k.
 
-    n int32 [C], inside the padded columns -> int64 [C, 8, 8]. Columns come first, so that the threads of a warp hold
-    columns of one segment: they share their x, and their weights are neighbours.
+    n int32 [C], inside the padded columns -> int64 [C, 8, 8]. The threads of a warp are to hold columns of one segment:
+    they share their x, and their weights are neighbours. Triton lays threads along the most contiguous dimension first,
+    and where two are equal its versions differ, so columns are said to be more contiguous than segments. Loads are as
+    wide as k is contiguous; nothing else asks.
     """
     segment = tl.arange(0, 8)[None, :, None]
     k = tl.arange(0, 8)[None, None, :]
     column = (n // 16).to(tl.int64) * (steps * 1024) + n % 16 * 8
-    return column[:, None, None] + segment * 128 + k
+    return tl.max_contiguous(column[:, None, None] + segment * 128 + k, [2, 1, 8])
 
 
 @device_function
