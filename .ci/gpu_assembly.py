@@ -125,12 +125,13 @@ def _run(tool: str, *arguments: str) -> str:
 
 @dataclass(frozen=True)
 class WeightLoad:
-    """A load of packed weights: bytes a thread loads at once and in all, and the used share of the 32-byte sectors that
-    a warp touches."""
+    """A load of packed weights: bytes a thread loads at once and in all, the used share of the 32-byte sectors that a
+    warp touches, and whether a warp has all of a tile's columns that it has threads for before a second segment."""
 
     bytes_at_once: int
     bytes_of_thread: int
     sector_use: float
+    columns_first: bool
 
 
 def weight_layout(ttgir: str) -> WeightLoad:
@@ -155,7 +156,10 @@ def weight_layout(ttgir: str) -> WeightLoad:
     ]  # fmt: skip
     sectors = {element * size // 32 for element in elements}
     return WeightLoad(
-        min(16, each[2] * size), prod(each) * times * size, len(set(elements)) * size / (32 * len(sectors))
+        min(16, each[2] * size),
+        prod(each) * times * size,
+        len(set(elements)) * size / (32 * len(sectors)),
+        lanes[0] * each[0] >= min(int(columns), prod(lanes) // lanes[2]),
     )
 
 

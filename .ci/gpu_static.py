@@ -119,10 +119,12 @@ def resource_problems(limits: Limits, registers: int, spilled: int, shared: int,
     return problems
 
 
-def load_problems(widths: dict[int, int], sectors: float) -> list[str]:
+def load_problems(widths: dict[int, int], sectors: float, columns_first: bool) -> list[str]:
     problems = [f"weight loads of {width} bytes a thread, not 16" for width in widths if width != 16]
     if not widths:
         problems.append("no weight load was found")
+    if not columns_first:
+        problems.append("a warp holds several segments of few columns, so that it loads x many times over")
     if sectors < 1:
         problems.append(f"a warp's weight load uses {sectors:.0%} of the sectors that it touches")
     return problems
@@ -170,7 +172,7 @@ def examine(target: str, shape: str, dtype: str, launch: Any, folder: Path) -> K
         gpu = GPUS[limits.gpu]
         load = asm.weight_layout(compiled.asm["ttgir"])
         kernel.widths, kernel.sectors = narrow or {load.bytes_at_once: 1}, load.sector_use
-        kernel.problems += load_problems(kernel.widths, kernel.sectors)
+        kernel.problems += load_problems(kernel.widths, kernel.sectors, load.columns_first)
         kernel.loop_bytes = streamed_by_loop(loop, arguments, load.bytes_of_thread * limits.warp)
         at_a_time = min(resident, -(-launch.programs // gpu.multiprocessors))
         kernel.in_flight = at_a_time * threads * load.bytes_of_thread * arguments["AHEAD"] * arguments["TILES"]

@@ -191,25 +191,27 @@ def test_resident_programs(threads, registers, shared, resident):
     assert gpu_static.resident_programs(gpu_static.LIMITS["sm_90"], threads, registers, shared) == resident
 
 
-LAYOUT = """#blocked = #ttg.blocked<{{sizePerThread = [1, 1, {each}], threadsPerWarp = [{lanes}], warpsPerCTA = [4, 1, 1], order = [2, 1, 0]}}>
+LAYOUT = """#blocked = #ttg.blocked<{{sizePerThread = [1, 1, {each}], threadsPerWarp = [{lanes}], warpsPerCTA = [{warps}], order = [2, 1, 0]}}>
     %w = tt.load %p, %m evictionPolicy = evict_first : tensor<16x8x8x!tt.ptr<{dtype}>, #blocked> loc(#loc)
     %x = tt.load %q : tensor<1x8x8x!tt.ptr<f32>, #blocked> loc(#loc)
 """  # noqa: E501
 
 
 @pytest.mark.parametrize(
-    ("each", "lanes", "dtype", "expected"),
+    ("each", "lanes", "warps", "dtype", "expected"),
     [
-        (8, "4, 8, 1", "bf16", (16, 16, 1.0)),
-        (8, "4, 8, 1", "f32", (16, 32, 1.0)),
-        (4, "2, 8, 2", "bf16", (8, 16, 1.0)),
-        (2, "4, 8, 1", "bf16", (4, 16, 0.25)),
+        (8, "16, 2, 1", "1, 4, 1", "bf16", (16, 16, 1.0, True)),
+        (8, "16, 2, 1", "1, 4, 1", "f32", (16, 32, 1.0, True)),
+        (8, "4, 8, 1", "4, 1, 1", "bf16", (16, 16, 1.0, False)),
+        (4, "16, 1, 2", "1, 4, 1", "bf16", (8, 16, 1.0, True)),
+        (2, "16, 2, 1", "1, 4, 1", "bf16", (4, 16, 0.25, True)),
     ],
 )
-def test_a_warps_weight_load(each, lanes, dtype, expected):
-    load = asm.weight_layout(LAYOUT.format(each=each, lanes=lanes, dtype=dtype))
-    assert (load.bytes_at_once, load.bytes_of_thread, load.sector_use) == expected
-    assert bool(gpu_static.load_problems({load.bytes_at_once: 1}, load.sector_use)) == (expected[0] != 16)
+def test_a_warps_weight_load(each, lanes, warps, dtype, expected):
+    load = asm.weight_layout(LAYOUT.format(each=each, lanes=lanes, warps=warps, dtype=dtype))
+    assert (load.bytes_at_once, load.bytes_of_thread, load.sector_use, load.columns_first) == expected
+    problems = gpu_static.load_problems({load.bytes_at_once: 1}, load.sector_use, load.columns_first)
+    assert bool(problems) == (expected[0] != 16 or not expected[3])
 
 
 AMD = """

@@ -22,7 +22,7 @@ MAX_ROWS = 8  # rows that share a program's weights; more make more programs, wh
 # used (half as many of fp32 weights).
 CONFIGS: dict[str, tuple[int, dict[int, int]]] = {
     "norm_qkv_rope_append": (16, {1: 8, 2: 4, 4: 4, 8: 4}),
-    "out_residual": (16, {1: 8, 2: 8, 4: 4, 8: 2}),
+    "out_residual": (16, {1: 8, 2: 8, 4: 4, 8: 4}),
     "norm_gate_up_silu": (32, {1: 4, 2: 4, 4: 4, 8: 2}),
     "norm_head_argmax": (32, {1: 4, 2: 4, 4: 4, 8: 2}),
     "linear": (32, {1: 4, 2: 4, 4: 4, 8: 2}),
