@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import shutil
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import mkdtemp
 from time import perf_counter
 from typing import Literal
 
@@ -51,8 +53,9 @@ class Places:
         self.cache = cache
         self.stats = Stats()
         self._preemption = preemption
-        # Removed with this object, whatever is left in it.
-        self._folder = None if swap_dir is None else TemporaryDirectory(prefix="layerskip-swap-", dir=swap_dir)
+        self._folder = None if swap_dir is None else Path(mkdtemp(prefix="layerskip-swap-", dir=swap_dir))
+        if self._folder is not None:  # removed with this object, whatever is left in it
+            weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
         self._recompute_seconds = recompute_seconds
         self._rate = self.FIRST_RATE
         slots = self.cache.pool.num_pages * self.cache.pool.page_size
@@ -96,7 +99,7 @@ class Places:
         assert sequence is not None
         length, start = self.cache.length(sequence), perf_counter()
         try:
-            path = None if self._folder is None else Path(self._folder.name, f"{request.id}.kv")
+            path = None if self._folder is None else self._folder / f"{request.id}.kv"
             request.swapped = self.cache.swap_out(sequence, path)
         except OUT_OF_ROOM:
             self.stats.swap_errors += 1
