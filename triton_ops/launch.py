@@ -32,6 +32,7 @@ CONFIGS: dict[str, tuple[int, dict[int, int]]] = {
 # Where ptxas, to keep one more program resident, lets bf16 kernels of so many rows spill, unless it is told that they
 # may have all registers. (In the other dtypes it is told always. Where it does not spill, being told makes it worse.)
 SPILLING = {"norm_qkv_rope_append": (1, 2, 4, 8), "out_residual": (1,)}
+SPILLING_BEFORE_SM_90 = {"out_residual": (8,)}
 
 
 def rows_per_program(num_rows: int) -> int:
@@ -58,8 +59,16 @@ def threads_per_warp() -> int:
     return 32 if INTERPRETED else triton.runtime.driver.active.get_current_target().warp_size
 
 
-def on_nvidia() -> bool:
-    return not INTERPRETED and triton.runtime.driver.active.get_current_target().backend == "cuda"
+def needs_all_registers(op: str, rows: int, dtype: torch.dtype) -> bool:
+    """Whether ptxas must be told of a thread's registers lest it spill some: what it spares by itself differs by GPU."""
+    if INTERPRETED:
+        return False
+    target = triton.runtime.driver.active.get_current_target()
+    if target.backend != "cuda":
+        return False
+    before_sm_90 = SPILLING_BEFORE_SM_90.get(op, ()) if target.arch < 90 else ()
+    spilling = (*SPILLING.get(op, ()), *before_sm_90)
+    return dtype != torch.bfloat16 or rows in spilling
 
 
 def streaming(op: str, num_rows: int, tiles: int, weight: Tensor) -> dict[str, Any]:
@@ -71,7 +80,7 @@ def streaming(op: str, num_rows: int, tiles: int, weight: Tensor) -> dict[str, A
     ahead = 1 if INTERPRETED else max(1, ahead_by_rows[rows] * 2 // weight.element_size())
     threads = SEGMENTS * columns
     options = dict(OPTIONS)
-    if on_nvidia() and (weight.dtype != torch.bfloat16 or rows in SPILLING.get(op, ())):
+    if needs_all_registers(op, rows, weight.dtype):
         options["maxnreg"] = MAX_REGISTERS
     return dict(
         ROWS=rows, TILES=tiles, C=columns, AHEAD=ahead, EVEN=weight.size(1) % ahead == 0,
