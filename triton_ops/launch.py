@@ -60,7 +60,7 @@ def threads_per_warp() -> int:
 
 
 def needs_all_registers(op: str, rows: int, dtype: torch.dtype) -> bool:
-    """Whether ptxas must be told of a thread's registers lest it spill some: what it spares by itself differs by GPU."""
+    """Whether ptxas must be told of a thread's registers lest it spill some: what it spares by itself differs."""
     if INTERPRETED:
         return False
     target = triton.runtime.driver.active.get_current_target()
