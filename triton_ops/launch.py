@@ -1,4 +1,4 @@
-"""How the kernels that stream weights are launched: rows and columns a program, warps, stages.
+"""How the kernels that stream weights are launched: rows and columns a program, warps, registers, steps ahead.
 
 Grids follow from the sizes and the number of rows alone, so that a step can be captured in a CUDA graph.
 """

@@ -132,7 +132,6 @@ class DraftPlan:
         self, llama: Llama, cache: Cache, num_drafts: list[int], max_drafts: int, head_size: int
     ) -> None:  # fmt: skip
         shape = llama.shape(cache)
-        self.num_drafts = num_drafts
         self.moves = []
         for i in range(max(num_drafts, default=0)):
             rows = [int(count > i) for count in num_drafts]
