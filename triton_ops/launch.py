@@ -32,7 +32,7 @@ CONFIGS: dict[str, tuple[int, dict[int, int]]] = {
 # Where ptxas, to keep one more program resident, lets bf16 kernels of so many rows spill, unless it is told that they
 # may have all registers. (In the other dtypes it is told always. Where it does not spill, being told makes it worse.)
 SPILLING = {"norm_qkv_rope_append": (1, 2, 4, 8), "out_residual": (1,)}
-SPILLING_BEFORE_SM_90 = {"out_residual": (8,)}
+SPILLING_BEFORE_SM_90 = {"out_residual": (8,)}  # with half the steps ahead, too
 
 
 def rows_per_program(num_rows: int) -> int:
@@ -59,6 +59,13 @@ def threads_per_warp() -> int:
     return 32 if INTERPRETED else triton.runtime.driver.active.get_current_target().warp_size
 
 
+def before_sm_90() -> bool:
+    if INTERPRETED:
+        return False
+    target = triton.runtime.driver.active.get_current_target()
+    return target.backend == "cuda" and target.arch < 90
+
+
 def needs_all_registers(op: str, rows: int, dtype: torch.dtype) -> bool:
     """Whether ptxas must be told of a thread's registers lest it spill some: what it spares by itself differs."""
     if INTERPRETED:
@@ -66,8 +73,7 @@ def needs_all_registers(op: str, rows: int, dtype: torch.dtype) -> bool:
     target = triton.runtime.driver.active.get_current_target()
     if target.backend != "cuda":
         return False
-    before_sm_90 = SPILLING_BEFORE_SM_90.get(op, ()) if target.arch < 90 else ()
-    spilling = (*SPILLING.get(op, ()), *before_sm_90)
+    spilling = (*SPILLING.get(op, ()), *(SPILLING_BEFORE_SM_90.get(op, ()) if before_sm_90() else ()))
     return dtype != torch.bfloat16 or rows in spilling
 
 
@@ -78,6 +84,8 @@ def streaming(op: str, num_rows: int, tiles: int, weight: Tensor) -> dict[str, A
     """
     rows, (columns, ahead_by_rows) = rows_per_program(num_rows), CONFIGS[op]
     ahead = 1 if INTERPRETED else max(1, ahead_by_rows[rows] * 2 // weight.element_size())
+    if before_sm_90() and rows in SPILLING_BEFORE_SM_90.get(op, ()):
+        ahead = max(1, ahead // 2)
     threads = SEGMENTS * columns
     options = dict(OPTIONS)
     if needs_all_registers(op, rows, weight.dtype):
