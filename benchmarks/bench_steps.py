@@ -3,9 +3,10 @@
 On SmolLM2-135M-Instruct in bf16. Rows: ``verify_step`` of hand-made drafts, all of whose rows pass all layers; the
 drafts are the model's own tokens, so their logits must be those of plain decoding. Context: one row after so many
 positions of random K and V. Overhead: ``generate`` on a model of as many layers, but next to no arithmetic, with one
-thread: what is left is Python, dispatch and the checks.
+thread, less what its layers take: what is left is Python, dispatch and the checks.
 """
 
+from collections.abc import Callable
 from time import perf_counter
 from typing import Any
 
@@ -133,21 +134,50 @@ def context_result(model: Model, context: int, timings: dict[str, Timing], limit
 
 
 def overhead(model: Model, step_seconds: float, rounds: int) -> dict[str, Any]:
-    """Seconds per token of the narrow model's ``generate``, in this process, right after the steps."""
+    """Seconds per token of the narrow model's ``generate`` outside its layers, in this process, after the steps."""
     narrow = narrow_model(model.config.num_layers)
     config = GenerationConfig("autoregressive", max_new_tokens=NARROW_TOKENS, eos_token_ids=())
 
-    def run() -> float:
+    def tokens() -> float:
         times: list[float] = []
         generate(narrow, [[1, 2, 3]], config, on_tokens=lambda *_: times.append(perf_counter()))
         return (times[-1] - times[0]) / (NARROW_TOKENS - 1)
 
+    candidates = {
+        "tokens": Candidate(tokens, seconds=float),
+        "all layers": Candidate(narrow_calls(narrow, 0), seconds=float),
+        "no layers": Candidate(narrow_calls(narrow, narrow.config.num_layers), seconds=float),
+    }
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    timings = interleave({"narrow": Candidate(run, seconds=float)}, rounds)
+    timings = interleave(candidates, rounds)
     torch.set_num_threads(threads)
-    timing = timings["narrow"]
-    return {**described(timing), "fraction_of_step": timing.median / step_seconds}
+    layers = timings["all layers"].median - timings["no layers"].median
+    outside = timings["tokens"].median - layers
+    return {
+        **described(timings["tokens"]),
+        "layers_s": layers,
+        "outside_s": outside,
+        "fraction_of_step": outside / step_seconds,
+    }
+
+
+def narrow_calls(narrow: Model, depth: int) -> Callable[[], float]:
+    """Seconds of the backend's verify_step, with one row that has passed ``depth`` layers already."""
+    cache, [sequence] = filled_cache(narrow, NARROW_TOKENS, 1, room=1)
+    cache.hidden.zero_()
+    cache.pool.append([sequence.id], [1])
+    row = torch.tensor([1]), torch.tensor([NARROW_TOKENS]), torch.tensor([depth], dtype=torch.int32)
+    given = *row, torch.tensor([0, 1], dtype=torch.int32), torch.tensor([0])
+    table = torch.from_numpy(cache.pool.block_table([sequence.id]))
+
+    def run() -> float:
+        start = perf_counter()
+        for _ in range(NARROW_TOKENS):
+            narrow.ops.verify_step(narrow.weights, *cache.tensors, *given, table, *narrow.sizes)
+        return (perf_counter() - start) / NARROW_TOKENS
+
+    return run
 
 
 # ---- the fixed order ----

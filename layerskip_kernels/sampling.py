@@ -151,6 +151,8 @@ def judge_drafts(
 
     Overwrites num_accepted and next_tokens int64 [B] of the sequences that have a sampler.
     """
+    if not any(samplers):
+        return
     counts = draft.num_tokens.tolist()  # negative: a chunk of a prompt, with no logits
     first_rows = torch.tensor([0, *(max(0, count + 1) for count in counts)]).cumsum(0).tolist()
     judged = [

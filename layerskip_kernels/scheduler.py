@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as ListLike
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from layerskip_kernels.costs import Wish
 from layerskip_kernels.errors import CacheFull
@@ -48,7 +49,7 @@ class Plan:
     def without_drafts(self) -> Plan:
         return Plan(self.requests, [min(count, 0) for count in self.counts], self.rows)
 
-    @property
+    @cached_property
     def decoding(self) -> list[int]:
         """The places of those that have gained tokens and may draft; the others bring in their prompts."""
         return [
@@ -146,8 +147,9 @@ class Scheduler:
 
     def make_room(self, plan: Plan) -> Plan:
         """The plan, or what is left of it when pages run short: first drafts go, then the newest requests wait."""
-        if self._pages_needed(plan) > self.cache.num_free_pages:
-            plan = plan.without_drafts()
+        if self._pages_needed(plan) <= self.cache.num_free_pages:
+            return plan
+        plan = plan.without_drafts()
         while (needed := self._pages_needed(plan)) > (free := self.cache.num_free_pages):
             if len(self.running) == 1:
                 message = f"{needed} pages are needed and {free} are free: others than this engine hold the rest"

@@ -190,7 +190,7 @@ def verify_step(model: Model, cache: PagedKVCache, draft: Draft, samplers: Sampl
     """
     sequences = draft.sequences
     with _rollback_on_error(cache, sequences):
-        wanted = [len(s.tokens) + int(n) for s, n in zip(sequences, draft.num_tokens, strict=True)]
+        wanted = [len(s.tokens) + n for s, n in zip(sequences, draft.num_tokens.tolist(), strict=True)]
         for sequence, length in zip(sequences, wanted, strict=True):
             if length > cache.max_positions:
                 raise ValueError(
@@ -204,7 +204,8 @@ def verify_step(model: Model, cache: PagedKVCache, draft: Draft, samplers: Sampl
             model.weights, *cache.tensors, *positions, draft.num_tokens, block_table, *model.sizes
         )
         num_accepted, next_tokens, drafted = model.ops.to_host(num_accepted, next_tokens, draft.tokens)
-        draft = replace(draft, tokens=drafted)
+        if drafted is not draft.tokens:
+            draft = replace(draft, tokens=drafted)
         if samplers is not None:
             (logits,) = model.ops.to_host(logits)
             judge_drafts(model.ops, draft, logits, samplers, num_accepted, next_tokens)

@@ -39,6 +39,19 @@ def test_given_weights_replace_the_formula() -> None:
     assert loss.normalised(6, 0, 10) == pytest.approx({1: 0.25, 2: 0.125, 5: 0.625})
 
 
+def test_draft_steps_leave_out_the_whole_model() -> None:
+    loss = EarlyExitLoss(weights={2: 0.5, 3: 0.25, 6: 1.25}, draft_steps=2)
+    assert loss.normalised(6, 0, 10) == loss.normalised(6, 3, 10) == pytest.approx({1: 0.25, 2: 0.125, 5: 0.625})
+    for step in (1, 2, 4, 5):
+        assert loss.normalised(6, step, 10) == pytest.approx({1: 0.5 / 0.75, 2: 0.25 / 0.75})
+
+
+@pytest.mark.parametrize("weights", [None, {6: 1.0}])
+def test_draft_steps_need_an_exit_to_draft_with(weights: dict[int, float] | None) -> None:
+    with pytest.raises(ValueError, match=r"early_exit.draft_steps .* needs early_exit.weights"):
+        EarlyExitLoss(weights=weights, draft_steps=1)
+
+
 @pytest.mark.parametrize("weights", [{2: 1.0}, {2: 1.0, 6: 0.0}, {7: 1.0, 6: 1.0}])
 def test_given_weights_must_name_exits_and_the_whole_model(weights: dict[int, float]) -> None:
     with pytest.raises(ValueError, match=r"early_exit.weights must name exits in 1\.\.6, the whole model"):
@@ -46,7 +59,8 @@ def test_given_weights_must_name_exits_and_the_whole_model(weights: dict[int, fl
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("scale", -1.0), ("curriculum", "random"), ("rotation", 0), ("distillation", 1.5)]
+    ("field", "value"),
+    [("scale", -1.0), ("curriculum", "random"), ("rotation", 0), ("distillation", 1.5), ("draft_steps", -1)],
 )
 def test_bad_settings_name_the_field(field: str, value: object) -> None:
     with pytest.raises(ValueError, match=f"early_exit.{field}.*{value}"):

@@ -8,6 +8,7 @@ import yaml
 
 from layerskip_kernels.training.dropout import LayerDropout
 from layerskip_kernels.training.early_exit import EarlyExitLoss
+from layerskip_kernels.training.heads import Transplant
 
 __all__ = ["DataConfig", "LoraSettings", "ModelSource", "TrainingConfig", "read_config"]
 
@@ -53,7 +54,8 @@ class LoraSettings:
     """Low-rank adapters on the linear layers ``targets``; everything else stays as it was.
 
     ``early_layers``: how many of the first layers have adapters of ``early_rank`` and ``early_alpha`` instead: those
-    that draft have more to learn, since their exit is to say what the whole model says.
+    that draft have more to learn, since their exit is to say what the whole model says. ``transplants``: heads of
+    deeper layers that theirs start as; see ``heads.py``.
     """
 
     rank: int = 16
@@ -64,6 +66,10 @@ class LoraSettings:
     targets: list[str] = field(
         default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     )
+    transplants: list[Transplant] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "transplants", [_built(Transplant, t, "lora.transplants") for t in self.transplants])
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,9 @@ class EarlyExitLoss:
     ``scale``: e_scale of e(l). ``curriculum``: all exits always (``none``), every ``rotation``-th, moved on each step
     (``rotational``), or from the last layer down, one more every T / (2 L) steps (``gradual``). ``weights``: instead of
     e(l), exit_layer -> weight for the exits named, the last layer included (others have none). ``distillation``: the
-    share of an exit's target that is the last layer's prediction; the rest is the text.
+    share of an exit's target that is the last layer's prediction; the rest is the text. ``draft_steps``: after each
+    step of the whole model, so many that run only as far as the last exit below it and learn from the text alone: a
+    step of 4 of 30 layers costs a fraction of a whole one, and the layers that draft have the most to learn.
     """
 
     scale: float = 1.0
@@ -28,6 +30,7 @@ class EarlyExitLoss:
     rotation: int = 1
     weights: dict[int, float] | None = None
     distillation: float = 0.0
+    draft_steps: int = 0
 
     def __post_init__(self) -> None:
         if self.scale < 0.0:
@@ -38,6 +41,11 @@ class EarlyExitLoss:
             raise ValueError(f"early_exit.rotation must be at least 1, got {self.rotation}")
         if not 0.0 <= self.distillation <= 1.0:
             raise ValueError(f"early_exit.distillation must be in [0, 1], got {self.distillation}")
+        if self.draft_steps < 0 or (self.draft_steps and len(self.weights or {}) < 2):
+            raise ValueError(
+                f"early_exit.draft_steps must be at least 0 and needs early_exit.weights that name an exit below the "
+                f"whole model, got {self.draft_steps}"
+            )
         for exit_layer, weight in (self.weights or {}).items():
             if exit_layer < 1 or weight < 0.0:
                 raise ValueError(
@@ -45,11 +53,15 @@ class EarlyExitLoss:
                 )
 
     def normalised(self, num_layers: int, step: int, num_steps: int) -> dict[int, float]:
-        """e~(t, l) of the layers that count at this step, by layer; they sum to 1 and the last is always there."""
+        """e~(t, l) of the layers that count at this step, by layer; they sum to 1.
+
+        The last layer always counts, but for ``draft_steps``.
+        """
+        last = step % (self.draft_steps + 1) == 0
         chosen = {
             layer: self._weight(layer, num_layers)
             for layer in range(num_layers)
-            if layer == num_layers - 1 or self._enabled(layer, num_layers, step, num_steps)
+            if (last if layer == num_layers - 1 else self._enabled(layer, num_layers, step, num_steps))
         }
         total = sum(chosen.values())
         return {layer: weight / total for layer, weight in chosen.items() if weight > 0.0}

@@ -20,8 +20,8 @@ IGNORED = -100  # the label of a position that no loss counts
 class ExitPlan:
     """What one forward pass does.
 
-    ``weights``: layer -> e~(t, l), the last layer among them. ``dropped``: bool [L, B], the samples that skip each
-    layer (None: none). ``residual_scale``: what each layer's contribution is multiplied by (None: 1).
+    ``weights``: layer -> e~(t, l); the layers above the last of them do not run. ``dropped``: bool [L, B], the samples
+    that skip each layer (None: none). ``residual_scale``: what each layer's contribution is multiplied by (None: 1).
     """
 
     weights: dict[int, float]
@@ -91,7 +91,7 @@ class LayerSkipLlama(LlamaForCausalLM):
         rotary = self.model.rotary_emb(x, position_ids=position_ids)
         kept = [None] * len(self.model.layers) if plan.dropped is None else _kept_rows(plan.dropped, x.device)
         states = []
-        for index in range(len(self.model.layers)):
+        for index in range(max(plan.weights) + 1):
             x = self._run_layer(index, x, mask, rotary, plan, kept[index])
             if index in plan.weights:
                 states.append(x.flatten(0, 1).index_select(0, learnt))

@@ -18,6 +18,7 @@ from transformers import LlamaConfig, TrainingArguments, set_seed
 from layerskip_kernels.loading import locate, read_checkpoint
 from layerskip_kernels.training.config import LoraSettings, TrainingConfig
 from layerskip_kernels.training.export import export_adapter, export_model
+from layerskip_kernels.training.heads import transplant_heads
 from layerskip_kernels.training.model import LayerSkipLlama
 from layerskip_kernels.training.text_data import (
     END_OF_TEXT,
@@ -171,7 +172,9 @@ def _with_adapters(model: LayerSkipLlama, lora: LoraSettings) -> nn.Module:
         target_modules=lora.targets,
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(model, settings)
+    adapted = get_peft_model(model, settings)
+    transplant_heads(adapted, lora.transplants)
+    return adapted
 
 
 def _dataset(

@@ -64,7 +64,8 @@ class LayerSkipTrainer(Trainer):
         plan = ExitPlan({self.num_layers - 1: 1.0}, rows_per_chunk=self._rows_per_chunk)
         if self.early_exit is not None:
             plan.weights = self.early_exit.normalised(self.num_layers, step, self.state.max_steps)
-            plan.distillation = self.early_exit.distillation
+            if self.num_layers - 1 in plan.weights:  # else there is no teacher
+                plan.distillation = self.early_exit.distillation
         if self.layer_dropout is not None:
             probabilities = self.layer_dropout.probabilities(self.num_layers, step, self.state.max_steps)
             plan.dropped = dropped_samples(self.layer_dropout, probabilities, step, rows)
