@@ -29,7 +29,7 @@ from layerskip_kernels.bench import prefilled, prompt_tokens, verify_bytes
 
 ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 48)
 CONTEXTS = (100, 1024, 2048, 4096)
-PROMPT, NARROW_TOKENS = 100, 64
+PROMPT, NARROW_TOKENS, WARM = 100, 64, 3
 Opened = tuple[PagedKVCache, Sequence]
 
 
@@ -59,8 +59,19 @@ def hand_made(sequence: Sequence, tokens: list[int]) -> Draft:
 
 
 def verifying(model: Model, cache: PagedKVCache, sequence: Sequence, tokens: list[int]) -> Candidate:
+    """One step after WARM like it that are not timed: as in decoding, its threads are awake and its code is near."""
     draft = hand_made(sequence, tokens)
-    return Candidate(lambda: verify_step(model, cache, draft), restore=lambda: cache.rollback([sequence]))
+
+    def restore() -> None:
+        cache.rollback([sequence])
+
+    def prepare() -> tuple[()]:
+        for _ in range(WARM):
+            verify_step(model, cache, draft)
+            restore()
+        return ()
+
+    return Candidate(lambda: verify_step(model, cache, draft), prepare, restore)
 
 
 # ---- rows ----
@@ -199,7 +210,7 @@ def free_order_candidates(model: Model, drafts: list[int]) -> dict[str, Candidat
 
         def prepare() -> tuple[()]:
             set_free_order(True)
-            return ()
+            return step.prepare()
 
         def restore() -> None:
             set_free_order(False)
