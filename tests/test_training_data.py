@@ -21,6 +21,7 @@ from layerskip_kernels.training.python_corpus import (
 from layerskip_kernels.training.text_data import (
     END_OF_TEXT,
     Collator,
+    SimilarLengths,
     packed_rows,
     prompt_rows,
     read_texts,
@@ -160,3 +161,16 @@ def test_the_configs_that_are_shipped_are_valid(path: Path) -> None:
     layers = config.model.sizes["num_hidden_layers"] if config.model.sizes else 30
     if config.early_exit is not None:
         assert sum(config.early_exit.normalised(layers, 0, 100).values()) == pytest.approx(1.0)
+
+
+def test_batches_of_similar_lengths_come_in_random_order() -> None:
+    lengths = torch.randint(5, 60, (100,), generator=torch.Generator().manual_seed(0)).tolist()
+    sampler = SimilarLengths(lengths, run=8, seed=3)
+    first = list(sampler)
+    assert sorted(first) == list(range(100)) and list(sampler) == first
+    runs = [[lengths[i] for i in first[start : start + 8]] for start in range(0, 96, 8)]
+    assert all(max(run) - min(run) <= 10 for run in runs)  # of 55
+    middles = [run[4] for run in runs]
+    assert middles != sorted(middles) and middles != sorted(middles, reverse=True)
+    sampler.set_epoch(1)
+    assert sorted(sampler) == list(range(100)) and list(sampler) != first

@@ -149,15 +149,12 @@ constexpr int GroupsPerPass(int64_t) { return 1; }
 constexpr int64_t kPassesPerBlock = 8;
 
 // Weights are fetched ahead of the arithmetic, because a pass over them is too slow or too fast for the processor's own
-// prefetching: with few rows into the second-level cache, which has more requests on their way at a time, with more
-// rows, which take longer over each weight, into the first (docs/log.md).
+// prefetching: into the second-level cache, which has more requests on their way at a time, and with more rows, which
+// take longer over each weight, from there into the first (docs/log.md).
 template <int kRows>
 LAYERSKIP_FN void FetchAhead(const void* weights) {
-  if constexpr (kRows <= 2) {
-    __builtin_prefetch(static_cast<const char*>(weights) + 4096, 0, 2);
-  } else {
-    __builtin_prefetch(static_cast<const char*>(weights) + 2048, 0, 3);
-  }
+  __builtin_prefetch(static_cast<const char*>(weights) + 4096, 0, 2);
+  if constexpr (kRows > 2) __builtin_prefetch(static_cast<const char*>(weights) + 1024, 0, 3);
 }
 
 // The sum of p(first), ... in a balanced tree of adjacent pairs.

@@ -16,12 +16,14 @@ __all__ = ["DataConfig", "LoraSettings", "ModelSource", "TrainingConfig", "read_
 @dataclass(frozen=True, slots=True)
 class DataConfig:
     """``train``, ``validation``: files, as ``text_data`` reads them. ``sequence_length``: tokens a row, at most.
-    ``validation_rows``: how many rows an evaluation looks at (the first ones)."""
+    ``validation_rows``: how many rows an evaluation looks at (the first ones). ``similar_lengths``: the rows of a batch
+    are about as long as each other, so that little of it is padding."""
 
     train: list[str]
     validation: list[str] = field(default_factory=list)
     sequence_length: int = 512
     validation_rows: int = 256
+    similar_lengths: bool = False
 
     def __post_init__(self) -> None:
         if not self.train:

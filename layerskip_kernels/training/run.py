@@ -104,6 +104,7 @@ def build_trainer(config: TrainingConfig) -> LayerSkipTrainer:
         layer_dropout=config.layer_dropout,
         early_exit=config.early_exit,
         eval_exits=tuple(config.eval_exits),
+        similar_lengths=config.data.similar_lengths,
     )
 
 

@@ -16,10 +16,14 @@ import tokenizers
 import torch
 from datasets.arrow_writer import ArrowWriter
 from torch import Tensor
+from torch.utils.data import Sampler
 
 from layerskip_kernels.training.model import IGNORED
 
-__all__ = ["END_OF_TEXT", "Collator", "as_dataset", "packed_rows", "prompt_rows", "read_texts", "train_tokenizer"]
+__all__ = [
+    "END_OF_TEXT", "Collator", "SimilarLengths", "as_dataset", "packed_rows", "prompt_rows", "read_texts",
+    "train_tokenizer",
+]  # fmt: skip
 
 END_OF_TEXT = "<|endoftext|>"
 TEXTS_AT_ONCE = 1024  # tokenised together, on all cores
@@ -110,6 +114,31 @@ def as_dataset(rows: Iterable[dict[str, list[int]]], path: Path) -> datasets.Dat
         writer.finalize()
         unfinished.rename(path)
     return datasets.Dataset.from_file(str(path))
+
+
+class SimilarLengths(Sampler[int]):
+    """The places of rows of ``lengths``, in runs of ``run`` about as long as each other; the runs in random order.
+
+    A function of seed and epoch. Not Trainer's ``group_by_length``, which goes through 50 batches at a time from long
+    to short: the weights then follow the lengths (docs/log.md).
+    """
+
+    def __init__(self, lengths: list[int], run: int, seed: int = 0) -> None:
+        self.lengths, self.run, self.seed, self.epoch = torch.tensor(lengths), run, seed, 0
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        draws = torch.Generator().manual_seed(self.seed + self.epoch)
+        shuffled = torch.randperm(len(self), generator=draws)
+        runs = shuffled[self.lengths[shuffled].argsort(stable=True)].split(self.run)
+        whole = len(self) // self.run
+        for i in [*torch.randperm(whole, generator=draws).tolist(), *range(whole, len(runs))]:
+            yield from runs[i].tolist()
 
 
 class Collator:

@@ -20,6 +20,7 @@ from layerskip_kernels.machine import usable_cores
 from layerskip_kernels.training.dropout import LayerDropout, dropped_samples
 from layerskip_kernels.training.early_exit import EarlyExitLoss
 from layerskip_kernels.training.model import ExitPlan
+from layerskip_kernels.training.text_data import SimilarLengths
 
 __all__ = ["LayerSkipTrainer", "MarkComplete", "MetricsFile", "SaveOnSignal", "last_checkpoint"]
 
@@ -30,7 +31,8 @@ class LayerSkipTrainer(Trainer):
     """``Trainer`` for a ``LayerSkipLlama``, or for one with LoRA adapters around it.
 
     ``layer_dropout``, ``early_exit``: the recipe (None: without it). ``eval_exits``: the exit layers that evaluation
-    looks at, beside the last. Steps are optimizer steps, of ``args.max_steps``.
+    looks at, beside the last. ``similar_lengths``: batches of rows about as long as each other. Steps are optimizer
+    steps, of ``args.max_steps``.
     """
 
     def __init__(
@@ -39,8 +41,10 @@ class LayerSkipTrainer(Trainer):
         layer_dropout: LayerDropout | None = None,
         early_exit: EarlyExitLoss | None = None,
         eval_exits: tuple[int, ...] = (),
+        similar_lengths: bool = False,
         **kwargs: Any,
     ) -> None:
+        self.similar_lengths = similar_lengths
         super().__init__(*args, **kwargs)
         self.layer_dropout = layer_dropout
         self.early_exit = early_exit
@@ -58,6 +62,12 @@ class LayerSkipTrainer(Trainer):
         """A GPU wants larger pieces: up to 2^25 logits (128 MiB) at once, one launch each instead of many."""
         at_least = ExitPlan.rows_per_chunk
         return at_least if self.args.device.type == "cpu" else max(at_least, 2**25 // self._model.config.vocab_size)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        if not self.similar_lengths:
+            return super()._get_train_sampler(train_dataset)
+        lengths = [len(row) for row in (train_dataset or self.train_dataset)["input_ids"]]
+        return SimilarLengths(lengths, self.args.train_batch_size * self.args.world_size, self.args.seed)
 
     def plan(self, step: int, rows: int) -> ExitPlan:
         """What the forward pass of ``rows`` samples does at ``step``."""
