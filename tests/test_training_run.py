@@ -95,14 +95,15 @@ def test_the_recipe_makes_drafts_acceptable(tmp_path: Path) -> None:
 def test_interrupted_and_resumed_is_never_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bit for bit: weights, moments of the optimizer, and the losses on the way."""
     steps = {"max_steps": 12, "logging_steps": 1, "seed": 3}
+    recipe = {**RECIPE, "early_exit": {**RECIPE["early_exit"], "draft_steps": 2}}
     folders = {name: tmp_path / name for name in ("whole", "parts")}
     for folder in folders.values():
         folder.mkdir()
-    whole = read_config(write_config(folders["whole"], **RECIPE, training={**steps, "save_steps": 12}))
+    whole = read_config(write_config(folders["whole"], **recipe, training={**steps, "save_steps": 12}))
     train(whole)
 
     # the moment at which the first SIGTERM comes, and a kill that leaves half a checkpoint behind
-    parts = read_config(write_config(folders["parts"], **RECIPE, training={**steps, "save_steps": 12}))
+    parts = read_config(write_config(folders["parts"], **recipe, training={**steps, "save_steps": 12}))
     terminate_at(5, monkeypatch)
     assert train(parts) is None
     assert last_checkpoint(Path(parts.output_dir)).name == "checkpoint-5"
@@ -172,6 +173,14 @@ def test_a_grown_model_starts_as_the_one_it_grew_from(tmp_path: Path) -> None:
     wider = {**grown, "sizes": {**grown["sizes"], "hidden_size": 48}}
     with pytest.raises(ValueError, match=r"model.grown_from: model.embed_tokens.weight is \[\d+, 32\] there"):
         build_trainer(read_config(write_config(tmp_path, model=wider)))
+
+
+def test_draft_steps_learn_from_the_text_alone(tmp_path: Path) -> None:
+    recipe = {"early_exit": {"weights": {1: 1.0, 6: 1.0}, "distillation": 0.5, "draft_steps": 2}}
+    trainer = build_trainer(read_config(write_config(tmp_path, **recipe)))
+    plans = [trainer.plan(step, rows=8) for step in range(4)]
+    assert [plan.weights for plan in plans] == [{0: 0.5, 5: 0.5}, {0: 1.0}, {0: 1.0}, {0: 0.5, 5: 0.5}]
+    assert [plan.distillation for plan in plans] == [0.5, 0.0, 0.0, 0.5]
 
 
 def test_evaluation_drops_nothing(tmp_path: Path) -> None:
