@@ -57,7 +57,8 @@ class LoraSettings:
 
     ``early_layers``: how many of the first layers have adapters of ``early_rank`` and ``early_alpha`` instead: those
     that draft have more to learn, since their exit is to say what the whole model says. ``transplants``: heads of
-    deeper layers that theirs start as; see ``heads.py``.
+    deeper layers that theirs start as; see ``heads.py``. ``grown_from``: the folder of trained adapters of the same
+    ranks that these start as instead.
     """
 
     rank: int = 16
@@ -69,6 +70,7 @@ class LoraSettings:
         default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     )
     transplants: list[Transplant] = field(default_factory=list)
+    grown_from: str | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "transplants", [_built(Transplant, t, "lora.transplants") for t in self.transplants])
@@ -140,6 +142,9 @@ def _with_paths(config: TrainingConfig, folder: Path) -> TrainingConfig:
         train=[absolute(path) for path in config.data.train],
         validation=[absolute(path) for path in config.data.validation],
     )
-    grown_from = config.model.grown_from and absolute(config.model.grown_from)
-    model = replace(config.model, grown_from=grown_from)
-    return replace(config, data=data, model=model, output_dir=absolute(config.output_dir))
+    model, lora = config.model, config.lora
+    if model.grown_from is not None:
+        model = replace(model, grown_from=absolute(model.grown_from))
+    if lora is not None and lora.grown_from is not None:
+        lora = replace(lora, grown_from=absolute(lora.grown_from))
+    return replace(config, data=data, model=model, lora=lora, output_dir=absolute(config.output_dir))

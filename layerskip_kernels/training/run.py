@@ -11,10 +11,12 @@ from typing import Any
 import datasets
 import tokenizers
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
+from safetensors.torch import load_file
 from torch import nn
 from transformers import LlamaConfig, TrainingArguments, set_seed
 
+from layerskip_kernels.adapter import ADAPTER_WEIGHTS
 from layerskip_kernels.loading import locate, read_checkpoint
 from layerskip_kernels.training.config import LoraSettings, TrainingConfig
 from layerskip_kernels.training.export import export_adapter, export_model
@@ -174,7 +176,12 @@ def _with_adapters(model: LayerSkipLlama, lora: LoraSettings) -> nn.Module:
         task_type="CAUSAL_LM",
     )
     adapted = get_peft_model(model, settings)
-    transplant_heads(adapted, lora.transplants)
+    if lora.grown_from is None:
+        transplant_heads(adapted, lora.transplants)
+    else:
+        loaded: Any = set_peft_model_state_dict(adapted, load_file(Path(lora.grown_from) / ADAPTER_WEIGHTS))
+        if loaded.unexpected_keys:
+            raise ValueError(f"lora.grown_from: the adapters in {lora.grown_from} are for other layers")
     return adapted
 
 

@@ -66,7 +66,8 @@ class LayerSkipTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         if not self.similar_lengths:
             return super()._get_train_sampler(train_dataset)
-        lengths = [len(row) for row in (train_dataset or self.train_dataset)["input_ids"]]
+        dataset: Any = self.train_dataset if train_dataset is None else train_dataset
+        lengths = [len(row) for row in dataset["input_ids"]]
         return SimilarLengths(lengths, self.args.train_batch_size * self.args.world_size, self.args.seed)
 
     def plan(self, step: int, rows: int) -> ExitPlan:
