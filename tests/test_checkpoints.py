@@ -33,12 +33,17 @@ def test_weights_are_small(name: str, file: str, most: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "config"), [(CODE, "tiny-code"), (PARSE, "smollm2-parse-drafts"), (PARSE, "smollm2-parse")]
+    ("name", "config", "device"),
+    [
+        (CODE, "tiny-code", "NVIDIA H200"),
+        (PARSE, "smollm2-parse-drafts", "1 CPU cores"),
+        (PARSE, "smollm2-parse", "1 CPU cores"),
+    ],
 )
-def test_a_card_names_its_commands_and_the_config_that_trained_the_weights(name: str, config: str) -> None:
+def test_a_card_names_its_commands_and_the_config_that_trained_the_weights(name: str, config: str, device: str) -> None:
     card = (SHIPPED / name / "README.md").read_text(encoding="utf-8")
     assert (CONFIGS / f"{config}.yaml").read_text(encoding="utf-8").strip() in card
-    for words in ("`layerskip sweep`", f"`layerskip train {config}.yaml`", "of wall time on ", "## Licence"):
+    for words in ("`layerskip sweep`", f"`layerskip train {config}.yaml`", f"of wall time on {device}", "## Licence"):
         assert words in card
 
 

@@ -46,10 +46,15 @@ def test_draft_steps_leave_out_the_whole_model() -> None:
         assert loss.normalised(6, step, 10) == pytest.approx({1: 0.5 / 0.75, 2: 0.25 / 0.75})
 
 
-@pytest.mark.parametrize("weights", [None, {6: 1.0}])
+@pytest.mark.parametrize("weights", [None, {6: 1.0}, {2: 0.0, 6: 1.0}])
 def test_draft_steps_need_an_exit_to_draft_with(weights: dict[int, float] | None) -> None:
     with pytest.raises(ValueError, match=r"early_exit.draft_steps .* needs early_exit.weights"):
         EarlyExitLoss(weights=weights, draft_steps=1)
+
+
+def test_draft_steps_go_with_no_curriculum() -> None:
+    with pytest.raises(ValueError, match=r"early_exit.draft_steps .* no curriculum"):
+        EarlyExitLoss(weights={2: 1.0, 6: 1.0}, draft_steps=1, curriculum="gradual")
 
 
 @pytest.mark.parametrize("weights", [{2: 1.0}, {2: 1.0, 6: 0.0}, {7: 1.0, 6: 1.0}])

@@ -1,7 +1,6 @@
 """The engine in random walks: prefixes, forks, evictions, swaps, chunks, cancelling, failures and foreign pages, all in
 one cache, and every request that ends has the bits that plain decoding gives it alone. ``make fuzz`` walks further."""
 
-import os
 import tempfile
 from collections import Counter
 from functools import cache
@@ -10,14 +9,14 @@ from random import Random
 
 import torch
 from conftest import cache_for, threads, tiny_model
-from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from random_walks import MOST_STEPS, walk
 
 from layerskip_kernels import CacheFull, Draft, Engine, GenerationConfig, make_sampler, verify_step
 from layerskip_kernels.errors import SwapError
 
-STEPS = int(os.environ.get("LAYERSKIP_FUZZ_STEPS", "20000")) // 10
+STEPS = MOST_STEPS // 10
 STEPS_PER_WALK = 50
 MODEL = tiny_model(torch.float32, num_layers=2)
 LONGEST_PROMPT, LONGEST_TEXT = 12, 16
@@ -239,16 +238,6 @@ class EngineMachine(RuleBasedStateMachine):
 
 
 def test_random_walks():
-    walks = -(-STEPS * 5 // (4 * STEPS_PER_WALK))  # some end early
-    run_state_machine_as_test(
-        EngineMachine,
-        settings=settings(
-            max_examples=walks, stateful_step_count=STEPS_PER_WALK, deadline=None, print_blob=True,
-            suppress_health_check=list(HealthCheck),
-        ),
-    )  # fmt: skip
-    print(dict(taken))
-    assert taken["steps"] >= STEPS
     seen = "add add_samples cancel cancelled copies error evictions hits hold length preemptions stream "
     seen += "swap_errors swapped_in"
-    assert all(taken[what] >= STEPS / 1000 for what in seen.split()), taken
+    walk(EngineMachine, taken, STEPS, STEPS_PER_WALK, seen)

@@ -1,7 +1,6 @@
 """The cache with its tensors in random walks: whatever was shared, copied, evicted, swapped and cut, each sequence
 reads back the K and V of its own tokens. ``make fuzz`` walks further."""
 
-import os
 import tempfile
 from collections import Counter
 from functools import lru_cache
@@ -11,13 +10,13 @@ from types import SimpleNamespace
 
 import torch
 from conftest import tiny_model
-from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from random_walks import MOST_STEPS, walk
 
 from layerskip_kernels import CacheFull, PagedKVCache, SwapError
 
-STEPS = int(os.environ.get("LAYERSKIP_FUZZ_STEPS", "20000")) // 10
+STEPS = MOST_STEPS // 10
 STEPS_PER_WALK = 80
 SALTS = [None, "", "tenant"]
 MODEL = tiny_model(torch.float32)
@@ -168,15 +167,5 @@ class CacheMachine(RuleBasedStateMachine):
 
 
 def test_random_walks():
-    walks = -(-STEPS * 5 // (4 * STEPS_PER_WALK))  # some end early
-    run_state_machine_as_test(
-        CacheMachine,
-        settings=settings(
-            max_examples=walks, stateful_step_count=STEPS_PER_WALK, deadline=None, print_blob=True,
-            suppress_health_check=list(HealthCheck),
-        ),
-    )  # fmt: skip
-    print(dict(taken))
-    assert taken["steps"] >= STEPS
     moves = "add add_known copies evictions fork free full grow hits swap_out swapped_in truncate"
-    assert all(taken[move] >= STEPS / 1000 for move in moves.split()), taken
+    walk(CacheMachine, taken, STEPS, STEPS_PER_WALK, moves)

@@ -4,23 +4,20 @@
 fails, and a line that reproduces it.
 """
 
-import os
 from collections import Counter
 from random import Random
 
-from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
     initialize,
     invariant,
     rule,
-    run_state_machine_as_test,
 )
 from layerskip_kernels._kv import CacheFull, PagePool
+from random_walks import MOST_STEPS, walk
 from test_page_pool import assert_raises_unchanged
 
-STEPS = int(os.environ.get("LAYERSKIP_FUZZ_STEPS", "20000"))
 STEPS_PER_WALK = 80
 SALTS = [None, b"", b"tenant"]
 taken = Counter()  # steps of all walks, by name
@@ -453,16 +450,6 @@ class PagePoolMachine(RuleBasedStateMachine):
 
 
 def test_random_walks():
-    walks = -(-STEPS * 5 // (4 * STEPS_PER_WALK))  # some end early
-    run_state_machine_as_test(
-        PagePoolMachine,
-        settings=settings(
-            max_examples=walks, stateful_step_count=STEPS_PER_WALK, deadline=None, print_blob=True,
-            suppress_health_check=list(HealthCheck),
-        ),
-    )  # fmt: skip
-    print(dict(taken))
-    assert taken["steps"] >= STEPS
     moves = "add_sequence append commit copies decode evictions fork free_sequence hits publish raise_rows refused "
     moves += "rollback swap_in swap_out truncate"
-    assert all(taken[move] >= STEPS / 1000 for move in moves.split()), taken
+    walk(PagePoolMachine, taken, MOST_STEPS, STEPS_PER_WALK, moves)

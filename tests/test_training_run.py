@@ -249,7 +249,10 @@ def test_adapters_load_as_they_were_trained(tmp_path: Path) -> None:
     torch.testing.assert_close(next_logits(folder, tokens), theirs, rtol=1e-4, atol=1e-4)
     assert (next_logits(base, tokens) - theirs).abs().max() > 0.1  # the adapters are what made the difference
 
-    changes["lora"]["grown_from"] = str(folder)
+    changes["lora"] |= {"grown_from": str(folder), "transplants": [{"head": [1, 0], "to": [0, 0]}]}
+    with pytest.raises(ValueError, match="transplants or grown_from, not both"):
+        read_config(write_config(tmp_path, **changes))
+    del changes["lora"]["transplants"]
     grown = build_trainer(read_config(write_config(tmp_path, **changes, output_dir="grown")))
     assert grown.evaluate()["eval_loss"] == pytest.approx(trained.evaluate()["eval_loss"], rel=1e-4)
 

@@ -74,6 +74,8 @@ class LoraSettings:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "transplants", [_built(Transplant, t, "lora.transplants") for t in self.transplants])
+        if self.transplants and self.grown_from is not None:
+            raise ValueError("lora must have transplants or grown_from, not both: trained adapters have the heads")
 
 
 @dataclass(frozen=True, slots=True)

@@ -41,10 +41,11 @@ class EarlyExitLoss:
             raise ValueError(f"early_exit.rotation must be at least 1, got {self.rotation}")
         if not 0.0 <= self.distillation <= 1.0:
             raise ValueError(f"early_exit.distillation must be in [0, 1], got {self.distillation}")
-        if self.draft_steps < 0 or (self.draft_steps and len(self.weights or {}) < 2):
+        exits = sum(weight > 0.0 for weight in (self.weights or {}).values())
+        if self.draft_steps < 0 or (self.draft_steps and (exits < 2 or self.curriculum != "none")):
             raise ValueError(
                 f"early_exit.draft_steps must be at least 0 and needs early_exit.weights that name an exit below the "
-                f"whole model, got {self.draft_steps}"
+                f"whole model, and no curriculum, got {self.draft_steps}"
             )
         for exit_layer, weight in (self.weights or {}).items():
             if exit_layer < 1 or weight < 0.0:
