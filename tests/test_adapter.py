@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoint_files import HF_CONFIG
 from safetensors.torch import save_file
-from test_loading import HF_CONFIG
 from torch import Tensor
 
 from layerskip_kernels import loading

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoint_files import HF_CONFIG, write_directory
 from conftest import tiny_model
-from test_loading import HF_CONFIG, write_directory
 
 from layerskip_kernels import GenerationConfig, Model, ModelConfig, generate, load_model
 from layerskip_kernels.defaults import DraftDefaults, find_defaults, read_defaults, write_defaults

@@ -171,7 +171,7 @@ def test_the_command_writes_what_it_was_asked_for(tiny, capsys, tmp_path):  # no
 
 
 def test_the_best_setting_is_what_the_model_then_runs_with(capsys, tmp_path, one_thread):  # noqa: F811
-    from test_loading import write_directory
+    from checkpoint_files import write_directory
 
     write_directory(tmp_path, num_hidden_layers=3)
     model = load_model(tmp_path)
