@@ -10,7 +10,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
+PROMPTS_AT_ONCE = 8  # that go to a file: a pass over the weights serves them all
 INTERRUPTED = 130  # what a shell reports of a program that Ctrl-C ended
 
 
@@ -67,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _generate(args: argparse.Namespace) -> int:
-    """Each prompt in turn; ends with what there is when interrupted."""
+    """Each prompt in turn, or for a file several at once; ends with what there is when interrupted."""
     config = generation_config(args)
     if args.show_drafts and (args.output or config.num_samples > 1):
         raise ValueError("--show-drafts colours one text as it streams: leave out --output and --num-samples")
@@ -75,8 +76,10 @@ def _generate(args: argparse.Namespace) -> int:
     model = load(args)
     outputs: list[dict[str, Any]] = []
     with _results(args.output) as write_result, _Interrupt() as interrupt:
-        for name, prompt in _shown_progress(prompts, bool(args.output)):
-            for generation in _generate_shown(model, name, prompt, config, args, len(prompts) > 1, interrupt):
+        for group in _groups(prompts, PROMPTS_AT_ONCE if args.output else 1, shown=bool(args.output)):
+            generations = _generate_shown(model, group, config, args, len(prompts) > 1, interrupt)
+            names = [name for name, _ in group for _ in range(config.num_samples)]
+            for name, generation in zip(names, generations, strict=True):
                 outputs.append({"prompt": name, **_described(generation)})
                 write_result(outputs[-1])
             if interrupt.asked:
@@ -90,20 +93,21 @@ def _generate(args: argparse.Namespace) -> int:
 
 def _generate_shown(
     model: Model,
-    name: str,
-    prompt: str,
+    group: list[tuple[str, str]],
     config: GenerationConfig,
     args: argparse.Namespace,
     is_one_of_many: bool,
     interrupt: _Interrupt,
 ) -> list[Generation]:
-    """Generate from one prompt. Unless it goes to a file, a text streams to stdout; several follow when done."""
+    """Generate from named prompts. Unless it goes to a file, there is one; its text streams to stdout, and several
+    samples follow when done."""
     from layerskip_kernels import generate
     from layerskip_kernels.screen import Screen
 
     hooks: dict[str, Any] = {"cancelled": lambda: interrupt.asked}
     if args.output:
-        return generate(model, [prompt], config, **hooks)
+        return generate(model, [prompt for _, prompt in group], config, **hooks)
+    [(name, prompt)] = group
     if is_one_of_many:
         print(f"==> {name} <==", flush=True)
     if config.num_samples > 1:
@@ -125,10 +129,15 @@ def _write(text: str) -> None:
     print(text, end="", flush=True)
 
 
-def _shown_progress(prompts: list[tuple[str, str]], shown: bool) -> Iterable[tuple[str, str]]:
+def _groups(prompts: list[tuple[str, str]], size: int, shown: bool) -> Iterator[list[tuple[str, str]]]:
+    """The prompts, ``size`` at a time; with a progress bar where ``shown``."""
     from tqdm import tqdm
 
-    return tqdm(prompts, desc="generate", unit="prompt") if shown else prompts
+    with tqdm(total=len(prompts), desc="generate", unit="prompt", disable=not shown) as progress:
+        for start in range(0, len(prompts), size):
+            group = prompts[start : start + size]
+            yield group
+            progress.update(len(group))
 
 
 @contextmanager

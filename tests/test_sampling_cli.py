@@ -11,7 +11,7 @@ from conftest import threads, tiny_model
 from test_cli import Words, error_of, last_line
 
 import layerskip_kernels
-from layerskip_kernels import GenerationConfig, generate
+from layerskip_kernels import GenerationConfig, cli, generate
 from layerskip_kernels.cli import main
 from layerskip_kernels.screen import GREEN, PLAIN, RED, Screen
 from layerskip_kernels.tokenizer import Tokenizer
@@ -35,7 +35,12 @@ def tiny(monkeypatch):
 
 def test_every_option_arrives(tiny, monkeypatch):
     asked = []
-    monkeypatch.setattr(layerskip_kernels, "generate", lambda _, __, config, **___: asked.append(config) or [])
+
+    def noting(model, prompts, config, **_):
+        asked.append(config)
+        return generate(model, prompts, GenerationConfig(max_new_tokens=1, num_samples=config.num_samples))
+
+    monkeypatch.setattr(layerskip_kernels, "generate", noting)
     options = (
         "--temperature 0.7 --top-k 5 --top-p 0.9 --min-p 0.1 --repetition-penalty 1.2 --presence-penalty 0.3 "
         "--frequency-penalty 0.4 --logit-bias 3=1.5 --logit-bias 4=-2 --seed 11 --min-new-tokens 2 --stop x --stop yz "
@@ -81,13 +86,22 @@ def prompt_file(tmp_path):
     return str(tmp_path / "prompts.jsonl")
 
 
-def test_prompts_go_to_a_file_with_a_progress_bar(tiny, capsys, prompt_file, tmp_path):
+def test_prompts_go_to_a_file_with_a_progress_bar(tiny, capsys, monkeypatch, prompt_file, tmp_path):
+    together = []
+
+    def noting(model, prompts, config, **hooks):
+        together.append(prompts)
+        return generate(model, prompts, config, **hooks)
+
+    monkeypatch.setattr(layerskip_kernels, "generate", noting)
+    monkeypatch.setattr(cli, "PROMPTS_AT_ONCE", 2)
     output = str(tmp_path / "out.jsonl")
     assert main(["generate", "--prompt-file", prompt_file, "--output", output, *SAMPLED, "--num-samples", "2"]) == 0
     out, err = capsys.readouterr()
     with open(output, encoding="utf-8") as lines:
         results = [json.loads(line) for line in lines]
     assert out == "" and "3/3" in err
+    assert together == [["a b", "c ü"], ["d"]]
     assert [(r["prompt"], r["sample"]) for r in results] == [
         (name, sample) for name in ("line 1", "second", "line 4") for sample in (0, 1)
     ]
@@ -138,7 +152,8 @@ def test_a_screen_colours_what_a_stop_string_held_back():
 
 
 def test_ctrl_c_keeps_what_was_generated(tiny, capsys, monkeypatch, prompt_file, tmp_path):
-    """An interrupt in the middle of the second prompt."""
+    """An interrupt in the middle of the second prompt, where each is on its own."""
+    monkeypatch.setattr(cli, "PROMPTS_AT_ONCE", 1)
     seen = []
 
     def interrupting(model, prompts, config, **hooks):
