@@ -45,6 +45,37 @@ def test_loss_and_gradients_are_those_of_whole_logits(share: float, rows_per_chu
         torch.testing.assert_close(grad, tensor.grad, rtol=1e-10, atol=1e-14)
 
 
+@pytest.mark.parametrize("rows_per_chunk", [4, 1000])
+def test_an_exit_may_choose_among_some_tokens(rows_per_chunk: int) -> None:
+    states, head, labels = inputs()
+    ids = torch.tensor([1, 4, 5, 9, 12, 13, 17, 20, 21, 22, 28, 30])
+    counted = (labels[:, None] == ids).any(1)
+    assert 0 < counted.sum() < ROWS
+    vocabularies = [ids, ids, None]
+    found = exit_losses(
+        states, head, labels, [0.1, 0.2, 0.7], 0.3, rows_per_chunk=rows_per_chunk, vocabularies=vocabularies
+    )
+    found.total.backward()
+    grads = [tensor.grad.clone() for tensor in (*states, head)]
+    for tensor in (*states, head):
+        tensor.grad = None
+    logits = [state @ head.T for state in states]
+    places = (labels[counted, None] == ids).int().argmax(1)
+    target = logits[-1].detach()[counted][:, ids].softmax(-1)
+    expected = 0.7 * cross_entropy(logits[-1], labels)
+    for coefficient, exit_logits in zip((0.1, 0.2), logits, strict=False):
+        chosen = exit_logits[counted][:, ids]
+        loss = 0.7 * cross_entropy(chosen, places, reduction="sum")
+        loss = loss + 0.3 * cross_entropy(chosen, target, reduction="sum")
+        expected = expected + coefficient * loss / ROWS
+    expected.backward()
+    torch.testing.assert_close(found.total, expected, rtol=1e-12, atol=0)
+    for grad, tensor in zip(grads, (*states, head), strict=True):
+        torch.testing.assert_close(grad, tensor.grad, rtol=1e-10, atol=1e-14)
+    agreeing = (ids[logits[0][:, ids].argmax(-1)] == logits[-1].argmax(-1)).double().mean().item()
+    assert found.agreement[0].item() == pytest.approx(agreeing)
+
+
 def test_gradcheck() -> None:
     states, head, labels = inputs()
 

@@ -1,7 +1,10 @@
 """The training forward of a Llama: which layer an exit reads, and what dropped samples skip."""
 
+import copy
+
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig
@@ -137,3 +140,41 @@ def test_gradients_by_finite_differences(model: LayerSkipLlama) -> None:
                 losses.append(double(**inputs, exit_plan=plan).loss.item())
         weight.data += 1e-3 * direction
         assert (losses[0] - losses[1]) / 2e-3 == pytest.approx(expected, rel=1e-3), name
+
+
+@pytest.mark.parametrize("make", [batch, padded])
+def test_the_anchor_is_how_far_adapters_move_a_state(model: LayerSkipLlama, make) -> None:  # type: ignore[no-untyped-def]
+    adapted = get_peft_model(copy.deepcopy(model), LoraConfig(r=2, target_modules=["q_proj", "down_proj"]))
+    inputs, plans = make(), {anchor: ExitPlan({2: 0.5, LAYERS - 1: 0.5}, anchor=anchor) for anchor in (0.0, 3.0)}
+    assert adapted(**inputs, exit_plan=plans[3.0]).loss == adapted(**inputs, exit_plan=plans[0.0]).loss  # B is 0 yet
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    moved = (adapted(**inputs, exit_plan=plans[3.0]).loss - adapted(**inputs, exit_plan=plans[0.0]).loss) / 3.0
+
+    def state(llama: LayerSkipLlama) -> Tensor:  # the exit of layer 2, where it is no padding
+        mask = inputs.get("attention_mask")
+        found = llama.model(inputs["input_ids"], mask, output_hidden_states=True, use_cache=False).hidden_states[3]
+        return found.flatten(0, 1) if mask is None else found[mask.bool()]
+
+    before, after = state(model), state(adapted.get_base_model())
+    labels = (inputs["labels"][:, 1:] != IGNORED).sum()
+    expected = ((after - before).square().sum(-1) / before.square().sum(-1)).sum() / labels
+    torch.testing.assert_close(moved, expected, rtol=1e-4, atol=1e-6)
+    assert all(p.requires_grad == ("lora" in name) for name, p in adapted.named_parameters())
+
+
+def test_the_anchor_pulls_adapters_back(model: LayerSkipLlama) -> None:
+    adapted = get_peft_model(copy.deepcopy(model), LoraConfig(r=2, target_modules=["down_proj"]))
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    distances = []
+    optimizer = torch.optim.SGD([p for p in adapted.parameters() if p.requires_grad], lr=0.05)
+    for _ in range(20):
+        loss = adapted(**batch(), exit_plan=ExitPlan({2: 0.0, LAYERS - 1: 0.0}, anchor=1.0)).loss
+        distances.append(loss.item())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert distances[-1] < 0.5 * distances[0]

@@ -183,6 +183,19 @@ def test_draft_steps_learn_from_the_text_alone(tmp_path: Path) -> None:
     assert [plan.distillation for plan in plans] == [0.5, 0.0, 0.0, 0.5]
 
 
+def test_exits_choose_from_the_draft_vocabulary_and_stay_near_their_anchor(tmp_path: Path) -> None:
+    (tmp_path / "some.json").write_text("[3, 5, 8]")  # beside the config
+    recipe: dict[str, Any] = {"weights": {1: 1.0, 6: 1.0}, "draft_vocab": "some.json", "anchor": 0.5}
+    with pytest.raises(ValueError, match=r"early_exit\.anchor needs lora"):
+        read_config(write_config(tmp_path, early_exit=recipe))
+    trainer = build_trainer(read_config(write_config(tmp_path, early_exit=recipe, lora={"rank": 2})))
+    plan = trainer.plan(0, rows=8)
+    assert plan.draft_vocab.tolist() == [3, 5, 8]
+    assert plan.anchor == 0.5
+    with pytest.raises(ValueError, match=r"early_exit\.anchor must be at least 0"):
+        read_config(write_config(tmp_path, early_exit={"anchor": -1.0}))
+
+
 def test_evaluation_drops_nothing(tmp_path: Path) -> None:
     losses = []
     for p_max in (0.0, 0.9):

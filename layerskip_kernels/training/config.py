@@ -37,12 +37,14 @@ class ModelSource:
     """Either ``source``, what ``load_model`` takes (``default``: its default model), or ``sizes``, the fields of a
     ``LlamaConfig`` for a model from scratch. ``vocab_size``: of the vocabulary that is learnt with it. ``grown_from``:
     the folder of a trained model of the same width and fewer layers, whose vocabulary and layers it starts with; the
-    layers on top add nothing at first, so the exit below them is the whole model."""
+    layers on top add nothing at first, so the exit below them is the whole model. ``attention``: Transformers'
+    ``attn_implementation``; short rows train faster with ``eager`` on a CPU."""
 
     source: str | None = None
     sizes: dict[str, Any] | None = None
     vocab_size: int = 4096
     grown_from: str | None = None
+    attention: str = "sdpa"
 
     def __post_init__(self) -> None:
         if (self.source is None) == (self.sizes is None):
@@ -92,6 +94,10 @@ class TrainingConfig:
     lora: LoraSettings | None = None
     eval_exits: list[int] = field(default_factory=list)
     training: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.early_exit is not None and self.early_exit.anchor and self.lora is None:
+            raise ValueError("early_exit.anchor needs lora: it holds layers to what they were without adapters")
 
 
 SECTIONS = {
@@ -144,9 +150,13 @@ def _with_paths(config: TrainingConfig, folder: Path) -> TrainingConfig:
         train=[absolute(path) for path in config.data.train],
         validation=[absolute(path) for path in config.data.validation],
     )
-    model, lora = config.model, config.lora
+    model, lora, early_exit = config.model, config.lora, config.early_exit
     if model.grown_from is not None:
         model = replace(model, grown_from=absolute(model.grown_from))
     if lora is not None and lora.grown_from is not None:
         lora = replace(lora, grown_from=absolute(lora.grown_from))
-    return replace(config, data=data, model=model, lora=lora, output_dir=absolute(config.output_dir))
+    if early_exit is not None and early_exit.draft_vocab is not None:
+        early_exit = replace(early_exit, draft_vocab=absolute(early_exit.draft_vocab))
+    return replace(
+        config, data=data, model=model, lora=lora, early_exit=early_exit, output_dir=absolute(config.output_dir)
+    )

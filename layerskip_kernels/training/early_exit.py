@@ -23,6 +23,10 @@ class EarlyExitLoss:
     share of an exit's target that is the last layer's prediction; the rest is the text. ``draft_steps``: after each
     step of the whole model, so many that run only as far as the last exit below it and learn from the text alone: a
     step of 4 of 30 layers costs a fraction of a whole one, and the layers that draft have the most to learn.
+    ``draft_vocab``: a file of the tokens that drafts will be chosen from (`layerskip draft-vocab`): the exits below the
+    last learn to choose among these alone. ``anchor``, with LoRA: how much their states are held to those the layers
+    put out without adapters (relative squared distance per label). An exit does not care how large its state is, but
+    the layers after it add to that state, and know those of before.
     """
 
     scale: float = 1.0
@@ -31,6 +35,8 @@ class EarlyExitLoss:
     weights: dict[int, float] | None = None
     distillation: float = 0.0
     draft_steps: int = 0
+    draft_vocab: str | None = None
+    anchor: float = 0.0
 
     def __post_init__(self) -> None:
         if self.scale < 0.0:
@@ -41,6 +47,8 @@ class EarlyExitLoss:
             raise ValueError(f"early_exit.rotation must be at least 1, got {self.rotation}")
         if not 0.0 <= self.distillation <= 1.0:
             raise ValueError(f"early_exit.distillation must be in [0, 1], got {self.distillation}")
+        if self.anchor < 0.0:
+            raise ValueError(f"early_exit.anchor must be at least 0, got {self.anchor}")
         exits = sum(weight > 0.0 for weight in (self.weights or {}).values())
         if self.draft_steps < 0 or (self.draft_steps and (exits < 2 or self.curriculum != "none")):
             raise ValueError(

@@ -34,21 +34,28 @@ def exit_losses(
     distillation: float = 0.0,
     num_items: Tensor | int | None = None,
     rows_per_chunk: int = 1024,
+    vocabularies: list[Tensor | None] | None = None,
 ) -> ExitLosses:
     """Weighted cross-entropy of several exits through one LM head.
 
     ``states``: per exit [rows, D], after the final norm, the whole model's last. ``head``: [V, D]. ``labels``: int64
     [rows], none of them ignored. ``coefficients``: per exit. ``distillation`` a: every exit but the last is trained on
     (1 - a) * label + a * softmax(last exit), through which no gradient flows. ``num_items``: what the sums over rows
-    are divided by (None: rows). The products run in autocast's dtype where autocast is on; sums are fp32.
+    are divided by (None: rows). ``vocabularies``: per exit the tokens it chooses from, int64 [n] of 0..V-1 (None: all,
+    as for the last exit); a row whose label is not among them counts as 0 there, and the last exit's prediction is
+    taken among them. The products run in autocast's dtype where autocast is on; sums are fp32.
     """
+    vocabularies = [None] * len(states) if vocabularies is None else vocabularies
     if len(states) != len(coefficients):
         raise ValueError(f"coefficients must be one per exit, got {len(coefficients)} for {len(states)} exits")
+    if len(states) != len(vocabularies):
+        raise ValueError(f"vocabularies must be one per exit, got {len(vocabularies)} for {len(states)} exits")
     rows = labels.numel()
     divisor = rows if num_items is None else num_items
     grad = torch.is_grad_enabled()
     state_grad = grad and any(state.requires_grad for state in states)
-    settings = _Settings(coefficients, distillation, rows_per_chunk, state_grad, grad and head.requires_grad)
+    head_grad = grad and head.requires_grad
+    settings = _Settings(coefficients, distillation, rows_per_chunk, vocabularies, state_grad, head_grad)
     total, sums, agreeing = _ExitLosses.apply(settings, head, labels, *states)
     return ExitLosses(total / divisor, sums / max(rows, 1), agreeing / max(rows, 1))
 
@@ -58,6 +65,7 @@ class _Settings:
     coefficients: list[float]
     distillation: float
     rows_per_chunk: int
+    vocabularies: list[Tensor | None]
     state_grad: bool
     head_grad: bool  # not where the head is frozen, as with adapters
 
@@ -66,11 +74,39 @@ class _Settings:
         return self.state_grad or self.head_grad
 
 
+class _Head:
+    """What an exit chooses from: ``weight`` [n, D] of the tokens ``ids`` int64 [n] (None: all)."""
+
+    def __init__(self, weight: Tensor, ids: Tensor | None) -> None:
+        self.ids, self.weight = ids, weight if ids is None else weight[ids]
+        if ids is not None:
+            self.places = ids.new_full((len(weight),), -1)  # token -> its place in ids, -1 where it has none
+            self.places[ids] = torch.arange(len(ids), device=ids.device)
+
+    def targets(self, labels: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The labels' places, int64 [rows, 1], and which rows have one, bool [rows, 1] (None: all)."""
+        if self.ids is None:
+            return labels.unsqueeze(1), None
+        places = self.places[labels].unsqueeze(1)
+        return places.clamp(min=0), places >= 0
+
+    def tokens(self, argmax: Tensor) -> Tensor:
+        return argmax if self.ids is None else self.ids[argmax]
+
+    def among(self, probs: Tensor) -> Tensor:
+        """Probabilities of all tokens -> of these, given that it is one of them."""
+        if self.ids is None:
+            return probs
+        chosen = probs[:, self.ids]
+        return chosen / chosen.sum(-1, keepdim=True).clamp(min=torch.finfo(chosen.dtype).tiny)
+
+
 class _ExitLosses(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, settings: _Settings, head: Tensor, labels: Tensor, *states: Tensor) -> Any:
         dtype = _compute_dtype(head)
         weight = head.detach().to(dtype)
+        heads = [_Head(weight, ids) for ids in settings.vocabularies]
         inputs = [state.detach().to(dtype) for state in states]
         ctx.head_grad = weight.new_zeros(head.shape, dtype=_sum_dtype(dtype)) if settings.head_grad else None
         ctx.state_grads = [torch.empty_like(state) if settings.state_grad else None for state in states]
@@ -78,7 +114,7 @@ class _ExitLosses(torch.autograd.Function):
         agreeing, total = torch.zeros_like(sums), sums.new_zeros(())
         for start in range(0, labels.numel(), settings.rows_per_chunk):
             chunk = slice(start, start + settings.rows_per_chunk)
-            total += _chunk(ctx, settings, weight, labels[chunk], inputs, chunk, sums, agreeing)
+            total += _chunk(ctx, settings, heads, labels[chunk], inputs, chunk, sums, agreeing)
         ctx.dtypes = head.dtype, [state.dtype for state in states]
         ctx.mark_non_differentiable(sums, agreeing)
         return total, sums, agreeing
@@ -105,7 +141,7 @@ def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
 def _chunk(
     ctx: Any,
     settings: _Settings,
-    weight: Tensor,
+    heads: list[_Head],
     labels: Tensor,
     inputs: list[Tensor],
     chunk: slice,
@@ -114,40 +150,52 @@ def _chunk(
 ) -> Tensor:
     """The weighted loss of one chunk of rows; the last exit goes first, as the others learn from it."""
     total = sums.new_zeros(())
-    index, last = labels.unsqueeze(1), len(inputs) - 1
-    teacher = best = None
+    last = len(inputs) - 1
+    predicted = best = None
     for exit_index in range(last, -1, -1):
-        state, coefficient = inputs[exit_index][chunk], settings.coefficients[exit_index]
-        logits = (state @ weight.T).to(_sum_dtype(weight.dtype))
-        argmax = logits.argmax(-1)
+        state, coefficient, head = inputs[exit_index][chunk], settings.coefficients[exit_index], heads[exit_index]
+        index, counted = head.targets(labels)
+        logits = (state @ head.weight.T).to(sums.dtype)
+        argmax = head.tokens(logits.argmax(-1))
         best = argmax if best is None else best
         agreeing[exit_index] += (argmax == best).sum()
         log_probs = logits.log_softmax(-1)
         del logits
-        hard = -log_probs.gather(1, index).sum()
+        hard = -_of(counted, log_probs.gather(1, index)).sum()
         sums[exit_index] += hard
         share = settings.distillation if exit_index < last else 0.0
-        soft = -(teacher * log_probs).sum() if share and teacher is not None else hard
+        teacher = head.among(predicted) if share and predicted is not None else None
+        soft = hard if teacher is None else -_of(counted, (teacher * log_probs).sum(-1, keepdim=True)).sum()
         total += coefficient * ((1.0 - share) * hard + share * soft)
         probs = log_probs.exp_()
         if exit_index == last and settings.distillation and last > 0:
-            teacher = probs.clone() if settings.needs_grad else probs
+            predicted = probs.clone() if settings.needs_grad else probs
         if settings.needs_grad:
-            _accumulate(ctx, exit_index, chunk, state, weight, _logit_grad(probs, index, teacher, share, coefficient))
+            grad = _logit_grad(probs, index, teacher, share, coefficient)
+            _accumulate(ctx, exit_index, chunk, state, head, _of(counted, grad))
     return total
+
+
+def _of(counted: Tensor | None, values: Tensor) -> Tensor:
+    """``values`` [rows, n], 0 in the rows that do not count."""
+    return values if counted is None else values.mul_(counted)
 
 
 def _logit_grad(probs: Tensor, index: Tensor, teacher: Tensor | None, share: float, coefficient: float) -> Tensor:
     """d loss / d logits = coefficient * (softmax - target), in the memory of ``probs``."""
-    if share and teacher is not None:
+    if teacher is not None:
         probs.sub_(teacher, alpha=share)
     probs.scatter_add_(1, index, torch.full_like(index, share - 1.0, dtype=probs.dtype))
     return probs.mul_(coefficient)
 
 
-def _accumulate(ctx: Any, exit_index: int, chunk: slice, state: Tensor, weight: Tensor, grad: Tensor) -> None:
-    grad = grad.to(weight.dtype)
+def _accumulate(ctx: Any, exit_index: int, chunk: slice, state: Tensor, head: _Head, grad: Tensor) -> None:
+    grad = grad.to(head.weight.dtype)
     if ctx.state_grads[exit_index] is not None:
-        ctx.state_grads[exit_index][chunk] = grad @ weight
+        ctx.state_grads[exit_index][chunk] = grad @ head.weight
     if ctx.head_grad is not None:
-        ctx.head_grad += grad.T @ state
+        part = grad.T @ state
+        if head.ids is None:
+            ctx.head_grad += part
+        else:
+            ctx.head_grad.index_add_(0, head.ids, part.to(ctx.head_grad.dtype))

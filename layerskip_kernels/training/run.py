@@ -133,11 +133,13 @@ def _tokenizer(config: TrainingConfig, path: Path) -> tokenizers.Tokenizer:
 def _model(config: TrainingConfig, tokenizer: tokenizers.Tokenizer) -> LayerSkipLlama:
     if config.model.source is not None:
         directory, _ = locate(config.model.source)
-        return LayerSkipLlama.from_pretrained(directory, dtype=torch.float32, use_safetensors=True)
+        return LayerSkipLlama.from_pretrained(
+            directory, dtype=torch.float32, use_safetensors=True, attn_implementation=config.model.attention
+        )
     end_of_text = tokenizer.token_to_id(END_OF_TEXT)
     fields: dict[str, Any] = {"tie_word_embeddings": True, "bos_token_id": end_of_text, "eos_token_id": end_of_text}
     fields |= {**(config.model.sizes or {}), "vocab_size": tokenizer.get_vocab_size()}
-    model = LayerSkipLlama(LlamaConfig(**fields))
+    model = LayerSkipLlama(LlamaConfig(**fields, attn_implementation=config.model.attention))
     if config.model.grown_from is not None:
         _grow(model, Path(config.model.grown_from))
     return model

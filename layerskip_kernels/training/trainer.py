@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from layerskip_kernels.draft_vocab import read_draft_vocab
 from layerskip_kernels.machine import usable_cores
 from layerskip_kernels.training.dropout import LayerDropout, dropped_samples
 from layerskip_kernels.training.early_exit import EarlyExitLoss
@@ -50,6 +51,10 @@ class LayerSkipTrainer(Trainer):
         self.early_exit = early_exit
         self.num_layers = int(self._model.config.num_hidden_layers)
         self.eval_exits = tuple(sorted({*eval_exits, self.num_layers}))
+        self._draft_vocab = None
+        if early_exit is not None and early_exit.draft_vocab is not None:
+            ids = read_draft_vocab(Path(early_exit.draft_vocab))
+            self._draft_vocab = torch.tensor(ids, device=self.args.device)
         self._exit_losses: dict[int, list[Tensor]] = {}
 
     @property
@@ -72,8 +77,9 @@ class LayerSkipTrainer(Trainer):
 
     def plan(self, step: int, rows: int) -> ExitPlan:
         """What the forward pass of ``rows`` samples does at ``step``."""
-        plan = ExitPlan({self.num_layers - 1: 1.0}, rows_per_chunk=self._rows_per_chunk)
+        plan = ExitPlan({self.num_layers - 1: 1.0}, rows_per_chunk=self._rows_per_chunk, draft_vocab=self._draft_vocab)
         if self.early_exit is not None:
+            plan.anchor = self.early_exit.anchor
             plan.weights = self.early_exit.normalised(self.num_layers, step, self.state.max_steps)
             if self.num_layers - 1 in plan.weights:  # else there is no teacher
                 plan.distillation = self.early_exit.distillation
@@ -121,7 +127,7 @@ class LayerSkipTrainer(Trainer):
         model = self._wrap_model(self._model, training=False)
         model.eval()
         weights = {exit_layer - 1: 1.0 for exit_layer in self.eval_exits}
-        plan = ExitPlan(weights, rows_per_chunk=self._rows_per_chunk)
+        plan = ExitPlan(weights, rows_per_chunk=self._rows_per_chunk, draft_vocab=self._draft_vocab)
         sums = torch.zeros(2, len(self.eval_exits), dtype=torch.float64, device=self.args.device)
         rows = torch.zeros((), dtype=torch.float64, device=self.args.device)
         for batch in self.get_eval_dataloader(eval_dataset):
