@@ -71,10 +71,11 @@ def _train(args: argparse.Namespace) -> int:
         raise ValueError(f"training needs {', '.join(missing)}; run: pip install 'layerskip_kernels[train]'")
     import torch
 
-    from layerskip_kernels.machine import usable_cores
+    from layerskip_kernels.machine import keep_freed_memory, usable_cores
     from layerskip_kernels.training.config import read_config
     from layerskip_kernels.training.run import export_checkpoint, train
 
+    keep_freed_memory()
     torch.set_num_threads(args.threads or usable_cores())
     config = read_config(Path(args.config))
     if args.export:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import os
 import platform
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = [
     "cpu_model",
     "cpu_quota",
+    "keep_freed_memory",
     "last_level_cache_bytes",
     "measure_read_bandwidth",
     "openmp_runtimes",
@@ -30,6 +32,7 @@ __all__ = [
 CPUS = Path("/sys/devices/system/cpu")
 CGROUPS = Path("/sys/fs/cgroup")
 MIN_BUFFER_BYTES, MAX_BUFFER_BYTES = 256 << 20, 2 << 30
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 OPENMP_LIBRARY = re.compile(r"\S*/lib(?:gomp|iomp5|omp)[-.][^/\s]*")
 
 
@@ -141,3 +144,15 @@ def _read(path: Path) -> str | None:
         return path.read_text(encoding="utf-8", errors="replace").strip()
     except OSError:
         return None
+
+
+def keep_freed_memory() -> None:
+    """Let glibc's malloc keep what is freed, for this process's whole life, instead of giving it back to the kernel.
+
+    For programs that ask for as much again at once, as a step of training does: page faults took a quarter of its time.
+    Other C libraries are left as they are.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(M_TRIM_THRESHOLD, -1)
+        mallopt(M_MMAP_MAX, 0)

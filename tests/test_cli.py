@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import platform
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -472,6 +473,24 @@ def test_last_level_caches_are_counted_once(tmp_path):
 
 def test_read_bandwidth_is_of_the_order_of_memory():
     assert 0.1 < machine.measure_read_bandwidth(0.1, machine.read_buffer(64 << 20)) < 10_000
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's malloc is meant")
+@pytest.mark.parametrize("keep", [False, True])
+def test_freed_memory_is_kept_where_wanted(keep):
+    program = f"""
+from pathlib import Path
+from layerskip_kernels.machine import keep_freed_memory
+resident = lambda: int(Path("/proc/self/statm").read_text().split()[1]) * {os.sysconf("SC_PAGE_SIZE")}
+if {keep}:
+    keep_freed_memory()
+before = resident()
+block = bytearray(256 << 20)
+del block
+print(resident() - before)
+"""
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert (int(ran.stdout) > 200 << 20) == keep
 
 
 # ---- mistakes ----
