@@ -151,7 +151,8 @@ def _chunk(
     """The weighted loss of one chunk of rows; the last exit goes first, as the others learn from it."""
     total = sums.new_zeros(())
     last = len(inputs) - 1
-    predicted = best = None
+    predicted: Tensor | None = None
+    best: Tensor | None = None
     for exit_index in range(last, -1, -1):
         state, coefficient, head = inputs[exit_index][chunk], settings.coefficients[exit_index], heads[exit_index]
         index, counted = head.targets(labels)

@@ -139,7 +139,8 @@ def _model(config: TrainingConfig, tokenizer: tokenizers.Tokenizer) -> LayerSkip
     end_of_text = tokenizer.token_to_id(END_OF_TEXT)
     fields: dict[str, Any] = {"tie_word_embeddings": True, "bos_token_id": end_of_text, "eos_token_id": end_of_text}
     fields |= {**(config.model.sizes or {}), "vocab_size": tokenizer.get_vocab_size()}
-    model = LayerSkipLlama(LlamaConfig(**fields, attn_implementation=config.model.attention))
+    fields["attn_implementation"] = config.model.attention
+    model = LayerSkipLlama(LlamaConfig(**fields))
     if config.model.grown_from is not None:
         _grow(model, Path(config.model.grown_from))
     return model
