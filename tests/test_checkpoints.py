@@ -36,8 +36,7 @@ def test_weights_are_small(name: str, file: str, most: float) -> None:
     ("name", "config", "device"),
     [
         (CODE, "tiny-code", "NVIDIA H200"),
-        (PARSE, "smollm2-parse-drafts", "1 CPU cores"),
-        (PARSE, "smollm2-parse", "1 CPU cores"),
+        (PARSE, "smollm2-parse", "1 CPU cores, then 2 CPU cores"),
     ],
 )
 def test_a_card_names_its_commands_and_the_config_that_trained_the_weights(name: str, config: str, device: str) -> None:
@@ -66,5 +65,5 @@ def test_utterances_are_parsed_and_drafted_by_four_layers_of_thirty(parse: Model
     plain = generate(parse, prompts, GenerationConfig("autoregressive"))
     found = generate(parse, prompts, GenerationConfig())
     assert [g.token_ids for g in found] == [g.token_ids for g in plain]
-    assert sum(g.accepted for g in found) >= 0.4 * sum(g.drafted for g in found)
-    assert sum(g.text == example.completion for g, example in zip(found, examples, strict=True)) >= 3
+    assert sum(g.accepted for g in found) >= 0.7 * sum(g.drafted for g in found)
+    assert sum(g.text == example.completion for g, example in zip(found, examples, strict=True)) >= 5

@@ -149,10 +149,11 @@ def _ablation(variants: dict[str, tuple[Path, Path]]) -> str:
 def _training(config: TrainingConfig, path: Path) -> str:
     entries = [json.loads(line) for line in (Path(config.output_dir) / "metrics.jsonl").read_text().splitlines()]
     steps = max(entry["step"] for entry in entries)
-    device = next((entry["device"] for entry in entries if "device" in entry), "an unnamed device")
+    devices = dict.fromkeys(entry["device"] for entry in entries if "device" in entry) or ["an unnamed device"]
     rows = config.training.get("per_device_train_batch_size", 8) * config.training.get("gradient_accumulation_steps", 1)
     lines = [f"{config.name}: {steps} steps of {rows} rows of at most {config.data.sequence_length} tokens"]
-    lines[0] += f", {_seconds(entries) / 60:.1f} minutes of wall time on {device}: `layerskip train {path.name}`."
+    lines[0] += f", {_seconds(entries) / 60:.1f} minutes of wall time on {', then '.join(devices)}: "
+    lines[0] += f"`layerskip train {path.name}`."
     evaluated = [entry for entry in entries if "eval_loss" in entry]
     if evaluated:
         lines.append(f"\nValidation text after step {evaluated[-1]['step']}:\n\n{_exits(evaluated[-1])}")
