@@ -149,7 +149,7 @@ def _read(path: Path) -> str | None:
 def keep_freed_memory() -> None:
     """Let glibc's malloc keep what is freed, for this process's whole life, instead of giving it back to the kernel.
 
-    For programs that ask for as much again at once, as a step of training does: page faults took a quarter of its time.
+    For programs that ask for as much again at once, as a step of training does: page faults took up to a quarter of it.
     Other C libraries are left as they are.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
