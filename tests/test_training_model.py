@@ -162,6 +162,8 @@ def test_the_anchor_is_how_far_adapters_move_a_state(model: LayerSkipLlama, make
     expected = ((after - before).square().sum(-1) / before.square().sum(-1)).sum() / labels
     torch.testing.assert_close(moved, expected, rtol=1e-4, atol=1e-6)
     assert all(p.requires_grad == ("lora" in name) for name, p in adapted.named_parameters())
+    alone = [adapted(**inputs, exit_plan=ExitPlan({LAYERS - 1: 1.0}, anchor=anchor)).loss for anchor in (0.0, 3.0)]
+    assert alone[0] == alone[1], "the whole model's own state goes where it likes"
 
 
 def test_the_anchor_pulls_adapters_back(model: LayerSkipLlama) -> None:

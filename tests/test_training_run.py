@@ -183,15 +183,28 @@ def test_draft_steps_learn_from_the_text_alone(tmp_path: Path) -> None:
     assert [plan.distillation for plan in plans] == [0.5, 0.0, 0.0, 0.5]
 
 
-def test_exits_choose_from_the_draft_vocabulary_and_stay_near_their_anchor(tmp_path: Path) -> None:
-    (tmp_path / "some.json").write_text("[3, 5, 8]")  # beside the config
-    recipe: dict[str, Any] = {"weights": {1: 1.0, 6: 1.0}, "draft_vocab": "some.json", "anchor": 0.5}
+def test_exits_choose_from_the_draft_vocabulary_and_the_trained_model_says_so(tmp_path: Path) -> None:
+    recipe: dict[str, Any] = {"weights": {1: 1.0, 6: 1.0}, "draft_vocab": "some.json"}  # beside the config
+    path = write_config(tmp_path, early_exit=recipe, training={"max_steps": 2})
+    for contents in ("[3, 300]", "[]"):
+        (tmp_path / "some.json").write_text(contents)
+        with pytest.raises(ValueError, match=r"early_exit\.draft_vocab: .*some\.json must hold token ids in 0\.\."):
+            build_trainer(read_config(path))
+    (tmp_path / "some.json").write_text("[3, 5, 8]")
+    assert build_trainer(read_config(path)).plan(0, rows=8).draft_vocab.tolist() == [3, 5, 8]
+    trained = load_model(train(read_config(path)))
+    assert trained.draft_ids.tolist() == [3, 5, 8]
+    assert (trained.defaults.exit_layer, trained.defaults.num_speculations) == (1, 4)
+    with pytest.raises(ValueError, match=r"early_exit\.draft_vocab needs early_exit\.weights"):
+        read_config(write_config(tmp_path, early_exit={"draft_vocab": "some.json"}))
+
+
+def test_an_anchor_is_for_adapters(tmp_path: Path) -> None:
+    recipe = {"weights": {1: 1.0, 6: 1.0}, "anchor": 0.5}
     with pytest.raises(ValueError, match=r"early_exit\.anchor needs lora"):
         read_config(write_config(tmp_path, early_exit=recipe))
     trainer = build_trainer(read_config(write_config(tmp_path, early_exit=recipe, lora={"rank": 2})))
-    plan = trainer.plan(0, rows=8)
-    assert plan.draft_vocab.tolist() == [3, 5, 8]
-    assert plan.anchor == 0.5
+    assert trainer.plan(0, rows=8).anchor == 0.5
     with pytest.raises(ValueError, match=r"early_exit\.anchor must be at least 0"):
         read_config(write_config(tmp_path, early_exit={"anchor": -1.0}))
 

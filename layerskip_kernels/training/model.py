@@ -83,8 +83,8 @@ class LayerSkipLlama(LlamaForCausalLM):
             [None if layer == last else exit_plan.draft_vocab for layer in layers],
         )
         loss, num_rows = losses.total, torch.tensor(learnt.numel(), device=learnt.device)
-        if exit_plan.anchor:
-            drafting = {layer: state for layer, state in states.items() if layer < last}
+        drafting = {layer: state for layer, state in states.items() if layer < last}
+        if exit_plan.anchor and drafting:
             moved = self._moved(input_ids, attention_mask, drafting)
             loss = loss + exit_plan.anchor * moved / (num_rows if num_items_in_batch is None else num_items_in_batch)
         return EarlyExitOutput(loss, losses.cross_entropy, losses.agreement, num_rows)

@@ -17,6 +17,9 @@ from torch import nn
 from transformers import LlamaConfig, TrainingArguments, set_seed
 
 from layerskip_kernels.adapter import ADAPTER_WEIGHTS
+from layerskip_kernels.config import NUM_SPECULATIONS
+from layerskip_kernels.defaults import DraftDefaults, write_defaults
+from layerskip_kernels.draft_vocab import read_draft_vocab
 from layerskip_kernels.loading import locate, read_checkpoint
 from layerskip_kernels.training.config import LoraSettings, TrainingConfig
 from layerskip_kernels.training.export import export_adapter, export_model
@@ -111,11 +114,17 @@ def build_trainer(config: TrainingConfig) -> LayerSkipTrainer:
 
 
 def export(model: nn.Module, config: TrainingConfig, folder: Path) -> None:
-    """Write what ``load_model`` reads: the model in bf16, or its adapters alone."""
+    """Write what ``load_model`` reads: the model in bf16, or its adapters alone; and the draft vocabulary of its exit,
+    where that learnt one."""
     if config.lora is None:
         export_model(model, Path(config.output_dir) / "tokenizer.json", folder)
     else:
         export_adapter(model, config.model.source, folder)
+    recipe = config.early_exit
+    if recipe is not None and recipe.draft_vocab is not None and recipe.weights is not None:
+        exit_layer = min(layer for layer, weight in recipe.weights.items() if weight > 0.0)
+        ids = tuple(read_draft_vocab(Path(recipe.draft_vocab)))
+        write_defaults(folder, DraftDefaults(exit_layer, NUM_SPECULATIONS, ids))
 
 
 def _tokenizer(config: TrainingConfig, path: Path) -> tokenizers.Tokenizer:

@@ -54,6 +54,9 @@ class LayerSkipTrainer(Trainer):
         self._draft_vocab = None
         if early_exit is not None and early_exit.draft_vocab is not None:
             ids = read_draft_vocab(Path(early_exit.draft_vocab))
+            if not ids or not 0 <= min(ids) <= max(ids) < self._model.config.vocab_size:
+                last = self._model.config.vocab_size - 1
+                raise ValueError(f"early_exit.draft_vocab: {early_exit.draft_vocab} must hold token ids in 0..{last}")
             self._draft_vocab = torch.tensor(ids, device=self.args.device)
         self._exit_losses: dict[int, list[Tensor]] = {}
 
