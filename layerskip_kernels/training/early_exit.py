@@ -49,9 +49,9 @@ class EarlyExitLoss:
             raise ValueError(f"early_exit.distillation must be in [0, 1], got {self.distillation}")
         if self.anchor < 0.0:
             raise ValueError(f"early_exit.anchor must be at least 0, got {self.anchor}")
-        if self.draft_vocab is not None and len(self.weights or {}) < 2:
-            raise ValueError("early_exit.draft_vocab needs early_exit.weights that name an exit below the whole model")
         exits = sum(weight > 0.0 for weight in (self.weights or {}).values())
+        if self.draft_vocab is not None and exits < 2:
+            raise ValueError("early_exit.draft_vocab needs early_exit.weights that name an exit below the whole model")
         if self.draft_steps < 0 or (self.draft_steps and (exits < 2 or self.curriculum != "none")):
             raise ValueError(
                 f"early_exit.draft_steps must be at least 0 and needs early_exit.weights that name an exit below the "
