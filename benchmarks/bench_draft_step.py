@@ -1,11 +1,10 @@
 """draft_step: four drafts of each of 1, 6 or 12 sequences with the first third of the layers, one pass for each."""
 
 from conftest import repeat
+from layerskip_kernels import draft_step
+from layerskip_kernels.evaluation.step_bytes import draft_bytes
 from shapes import filled_cache
 from steps_checked import cached_model, check_draft, exit_layer
-
-from layerskip_kernels import draft_step
-from layerskip_kernels.bench import draft_bytes
 
 NUM_DRAFTS = 4
 

@@ -7,18 +7,18 @@ for early exit: at the default exit layer hardly a draft is accepted, so a deep 
 """
 
 import sysconfig
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from timing import BitsDiffer, Candidate, Timing, arguments, described, finish, interleave, limit_candidates, limits_of
 from tqdm import tqdm
 
 from layerskip_kernels import GenerationConfig, Model, draft_step, generate, load_model
-from layerskip_kernels.bench import draft_bytes, head_bytes, prefilled, prompt_tokens
-from layerskip_kernels.datasets import human_eval_prompts
-from layerskip_kernels.draft_vocab import most_frequent_tokens
-from layerskip_kernels.verify import compare
+from layerskip_kernels.evaluation.equality import compare
+from layerskip_kernels.evaluation.prompts import human_eval_prompts
+from layerskip_kernels.evaluation.step_bench import prefilled, prompt_tokens
+from layerskip_kernels.evaluation.step_bytes import draft_bytes, head_bytes
+from layerskip_kernels.model.draft_vocab import most_frequent_tokens
+from timing import BitsDiffer, Candidate, Timing, arguments, described, finish, interleave, limit_candidates, limits_of
 
 SIZES = (2048, 4096, 8192, 16384)
 EXIT_LAYER, DEEP_EXIT_LAYER, NUM_DRAFTS, CONTEXT = 10, 27, 4, 100
@@ -27,7 +27,7 @@ CORPUS_BYTES = 4_000_000
 
 def main() -> None:
     args = arguments(__doc__, rounds=15, prompts=5, new_tokens=32)
-    model = load_model()
+    model = load_model(weights="16bit")
     assert model.tokenizer is not None
     texts = standard_library(CORPUS_BYTES)
     vocabularies = {size: most_frequent_tokens(model.tokenizer, texts, size) for size in tqdm(SIZES, desc="counting")}
@@ -62,14 +62,13 @@ def standard_library(num_bytes: int) -> list[str]:
 
 def accepted(models: dict[int, Model], prompts: list[list[int]], exit_layer: int, new_tokens: int) -> dict[int, float]:
     """The acceptance rate of each model's drafts, whose bits are compared with plain decoding's."""
-    plain = GenerationConfig(
-        "autoregressive", exit_layer, NUM_DRAFTS, new_tokens, eos_token_ids=(), return_logits=True, return_kv=True
-    )
+    keep = dict(eos_token_ids=(), return_logits=True, return_kv=True)
+    drafting = GenerationConfig("self_speculative", exit_layer, NUM_DRAFTS, new_tokens, **keep)
     counts = dict.fromkeys(models, (0, 0))
     for prompt in tqdm(prompts, desc=f"acceptance at exit {exit_layer}", unit="prompt"):
-        [expected] = generate(models[0], [prompt], plain)
+        [expected] = generate(models[0], [prompt], drafting.plain())
         for size, model in models.items():
-            [drafted] = generate(model, [prompt], replace(plain, strategy="self_speculative"))
+            [drafted] = generate(model, [prompt], drafting)
             if not compare(expected, drafted).all_equal:
                 raise BitsDiffer(f"with a draft vocabulary of {size}, exit {exit_layer}, bits differ")
             counts[size] = counts[size][0] + drafted.accepted, counts[size][1] + drafted.drafted

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from shapes import logits
 
 

@@ -9,20 +9,20 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from timing import BitsDiffer, Timing, arguments, described, finish
 from tqdm import tqdm
 
 from layerskip_kernels import GenerationConfig, Model, generate, load_model
-from layerskip_kernels.datasets import human_eval_prompts
-from layerskip_kernels.sweep import PLAIN, Measured, measure, settings_of
-from layerskip_kernels.verify import compare
+from layerskip_kernels.evaluation.equality import compare
+from layerskip_kernels.evaluation.exit_sweep import PLAIN, Measured, measure, settings_of
+from layerskip_kernels.evaluation.prompts import human_eval_prompts
+from timing import BitsDiffer, Timing, arguments, described, finish
 
 EXIT_LAYERS, NUM_SPECULATIONS = (5, 10, 20), (2, 4, 8)
 
 
 def main() -> None:
     args = arguments(__doc__, prompts=3, new_tokens=32)
-    model = load_model()
+    model = load_model(weights="16bit")
     prompts = [model.tokenizer.encode(text) for _, text in human_eval_prompts(args.prompts)]
     # None of them stops early.
     plain = GenerationConfig("autoregressive", max_new_tokens=args.new_tokens, eos_token_ids=())

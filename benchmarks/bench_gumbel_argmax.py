@@ -1,6 +1,7 @@
 """gumbel_argmax: noise for every token id of a vocabulary, and the best token."""
 
 import torch
+
 from shapes import logits, places
 
 

@@ -9,11 +9,11 @@ import subprocess
 import sys
 from typing import Any
 
-from timing import BitsDiffer, arguments, finish
 from tqdm import tqdm
 
-from layerskip_kernels.gguf_cache import converted_directory
-from layerskip_kernels.loading import default_model_path
+from layerskip_kernels.model.gguf_cache import converted_directory
+from layerskip_kernels.model.sources import default_model_path
+from timing import BitsDiffer, arguments, finish
 
 EMPTY = "import torch"
 DECODING = """
@@ -26,7 +26,7 @@ prompt = torch.randint(model.config.vocab_size, ({prompt},), generator=torch.Gen
 config = GenerationConfig("autoregressive", max_new_tokens={length} - {prompt}, eos_token_ids=())
 [generation] = generate(model, [prompt], config, cache=cache)
 report["token_ids"] = generation.token_ids
-report["weight_bytes"] = sum({{t.data_ptr(): t.nbytes for t in model.weights}}.values())
+report["weight_bytes"] = sum({{t.data_ptr(): t.nbytes for t in model.weights.flat}}.values())
 report["cache_bytes"] = sum(t.nbytes for t in cache.tensors)
 """
 PEAK = """
@@ -41,11 +41,12 @@ PROMPT, LENGTH = 512, 544
 
 def main() -> None:
     args = arguments(__doc__, rounds=2)
-    converted_directory(default_model_path())
+    for keep_quantised in (False, True):
+        converted_directory(default_model_path(), keep_quantised=keep_quantised)
     results = []
-    for weights in tqdm((None, "int8"), desc="peak memory", unit="model"):
+    for weights in tqdm((None, "16bit", "int8"), desc="peak memory", unit="model"):
         work = DECODING.format(threads=args.threads, weights=weights, prompt=PROMPT, length=LENGTH)
-        results.append(result(weights or "bf16", [peak(work) for _ in range(args.rounds)], peak(EMPTY)))
+        results.append(result(weights or "as in the file", [peak(work) for _ in range(args.rounds)], peak(EMPTY)))
     finish("memory", {"prompt": PROMPT, "positions": LENGTH, "results": results}, args.save)
 
 

@@ -1,11 +1,11 @@
 """norm_qkv_rope_append: the first half of a layer's attention. Its time does not depend on the context."""
 
 import torch
-from conftest import hidden
-from shapes import random_weight
 
-from layerskip_kernels.model import inverse_frequencies
-from layerskip_kernels.reference import rope_tables
+from conftest import hidden
+from layerskip_kernels.model.rope import inverse_frequencies
+from layerskip_kernels.ops.reference import rope_tables
+from shapes import random_weight
 
 PAGE_SIZE, POSITION = 16, 100
 

@@ -1,6 +1,7 @@
 """paged_attention: one sequence's last rows over one layer's pages."""
 
 import torch
+
 from conftest import MAX_ROWS, hidden
 
 PAGE_SIZE = 16

@@ -1,4 +1,4 @@
-"""What int8 weights cost: perplexity of HumanEval's solutions, given their prompts, in bf16 and with int8.
+"""What weights cost: perplexity of HumanEval's solutions, given their prompts, in bf16, with int8 and as in the file.
 
 Per token of the solutions, which are judged as ``layerskip quality`` judges them; the last layer alone is asked.
 """
@@ -6,21 +6,23 @@ Per token of the solutions, which are judged as ``layerskip quality`` judges the
 from typing import Any
 
 import torch
-from timing import BitsDiffer, arguments, finish
 
 from layerskip_kernels import GenerationConfig, Model, generate, load_model
-from layerskip_kernels.exits import each_exit
-from layerskip_kernels.quality import perplexities, solution_texts
+from layerskip_kernels.decoding.exits import each_exit
+from layerskip_kernels.evaluation.quality import perplexities, solution_texts
+from timing import BitsDiffer, arguments, finish
+
+NAMES = {"16bit": "bf16", "int8": "int8", None: "as in the file (Q4_1)"}
 
 
 def main() -> None:
     args = arguments(__doc__, problems=40)
     found = {}
-    for weights in (None, "int8"):
+    for weights in ("16bit", "int8", None):
         model = load_model(weights=weights)
         texts = solution_texts(model, args.problems)
         check_bits(model, *texts[0])
-        found[weights or "bf16"] = perplexities(model, texts, exits=[])
+        found[NAMES[weights]] = perplexities(model, texts, exits=[])
     perplexity = {name: judged["exits"][-1]["perplexity"] for name, judged in found.items()}
     facts: dict[str, Any] = {"model": "SmolLM2-135M-Instruct", "problems": args.problems}
     facts["tokens"] = found["bf16"]["tokens"]

@@ -7,11 +7,11 @@ plain sampling's first. Last, what drawing a token costs beside taking the great
 from dataclasses import replace
 from typing import Any
 
-from timing import BitsDiffer, Candidate, arguments, described, finish, interleave
 from tqdm import tqdm
 
 from layerskip_kernels import Generation, GenerationConfig, Model, generate, load_model
-from layerskip_kernels.datasets import human_eval_prompts
+from layerskip_kernels.evaluation.prompts import human_eval_prompts
+from timing import BitsDiffer, Candidate, arguments, described, finish, interleave
 
 FILTERS: dict[str, dict[str, Any]] = {
     "temperature 1": dict(temperature=1.0),
@@ -22,7 +22,7 @@ EXIT_LAYERS = (10, 20)
 
 def main() -> None:
     args = arguments(__doc__, prompts=4, new_tokens=32, rounds=5)
-    model = load_model()
+    model = load_model(weights="16bit")
     prompts = [model.tokenizer.encode(text) for _, text in human_eval_prompts(args.prompts)]
     results = []
     for name, settings in tqdm(FILTERS.items(), desc="acceptance", unit="setting"):
@@ -45,7 +45,7 @@ def main() -> None:
 
 def acceptance_rates(model: Model, prompts: list[list[int]], config: GenerationConfig) -> dict[str, float]:
     """Accepted over drafted tokens by rule; raises BitsDiffer where the exact one is not plain sampling."""
-    plain = [g.token_ids for p in prompts for g in generate(model, [p], replace(config, strategy="autoregressive"))]
+    plain = [g.token_ids for p in prompts for g in generate(model, [p], config.plain())]
     rates = {}
     for rule in ("exact", "rejection"):
         generations = [g for p in prompts for g in generate(model, [p], replace(config, acceptance=rule))]

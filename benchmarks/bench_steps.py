@@ -1,4 +1,4 @@
-"""A step by its rows and by its context, what Python and dispatch add to it, and what the fixed order of sums costs.
+"""A step by its rows and by its context, and what Python and dispatch add to it.
 
 On SmolLM2-135M-Instruct in bf16. Rows: ``verify_step`` of hand-made drafts, all of whose rows pass all layers; the
 drafts are the model's own tokens, so their logits must be those of plain decoding. Context: one row after so many
@@ -11,6 +11,20 @@ from time import perf_counter
 from typing import Any
 
 import torch
+
+from layerskip_kernels import (
+    CachedSequence,
+    Draft,
+    GenerationConfig,
+    Model,
+    PagedKVCache,
+    generate,
+    load_model,
+    verify_step,
+)
+from layerskip_kernels.evaluation.step_bench import prefilled, prompt_tokens
+from layerskip_kernels.evaluation.step_bytes import verify_bytes
+from layerskip_kernels.operands import PendingRows
 from shapes import filled_cache, narrow_model
 from timing import (
     BitsDiffer,
@@ -24,22 +38,18 @@ from timing import (
     limit_candidates,
 )
 
-from layerskip_kernels import Draft, GenerationConfig, Model, PagedKVCache, Sequence, generate, load_model, verify_step
-from layerskip_kernels.bench import prefilled, prompt_tokens, verify_bytes
-
 ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 48)
 CONTEXTS = (100, 1024, 2048, 4096)
 PROMPT, NARROW_TOKENS, WARM = 100, 64, 3
-Opened = tuple[PagedKVCache, Sequence]
+Opened = tuple[PagedKVCache, CachedSequence]
 
 
 def main() -> None:
     args = arguments(__doc__, rounds=15)
-    model = load_model()
-    rows, drafts = row_candidates(model)
+    model = load_model(weights="16bit")
+    rows = row_candidates(model)
     contexts = context_candidates(model)
-    free_order = free_order_candidates(model, drafts)
-    timings = interleave({**rows, **contexts, **free_order, **limit_candidates()}, args.rounds)
+    timings = interleave({**rows, **contexts, **limit_candidates()}, args.rounds)
     limits = Limits.of(timings)
     step = timings[row_name(1)].median
     measured = {
@@ -48,17 +58,16 @@ def main() -> None:
         "rows": [rows_result(model, n, timings) for n in ROWS],
         "contexts": [context_result(model, n, timings, limits) for n in CONTEXTS],
         "overhead": overhead(model, step, args.rounds),
-        "free_order": [free_order_result(n, timings) for n in ROWS if free_name(n) in timings] or None,
     }
     finish("steps", measured, args.save)
 
 
-def hand_made(sequence: Sequence, tokens: list[int]) -> Draft:
+def hand_made(sequence: CachedSequence, tokens: list[int]) -> Draft:
     """A draft that no layer has seen yet."""
-    return Draft((sequence,), torch.tensor([tokens], dtype=torch.int64), torch.tensor([len(tokens)]))
+    return Draft.of_tokens([sequence], [tokens])
 
 
-def verifying(model: Model, cache: PagedKVCache, sequence: Sequence, tokens: list[int]) -> Candidate:
+def verifying(model: Model, cache: PagedKVCache, sequence: CachedSequence, tokens: list[int]) -> Candidate:
     """One step after WARM like it that are not timed: as in decoding, its threads are awake and its code is near."""
     draft = hand_made(sequence, tokens)
 
@@ -81,8 +90,8 @@ def row_name(rows: int) -> str:
     return f"{rows} rows"
 
 
-def row_candidates(model: Model) -> tuple[dict[str, Candidate], list[int]]:
-    """A candidate for each number of rows, its logits compared with plain decoding's; and the tokens drafted."""
+def row_candidates(model: Model) -> dict[str, Candidate]:
+    """A candidate for each number of rows, its logits compared with plain decoding's."""
     prompt = prompt_tokens(model, PROMPT)
     config = GenerationConfig("autoregressive", max_new_tokens=max(ROWS) + 1, eos_token_ids=(), return_logits=True)
     [plain] = generate(model, [prompt], config)
@@ -95,7 +104,7 @@ def row_candidates(model: Model) -> tuple[dict[str, Candidate], list[int]]:
             raise BitsDiffer(f"{rows} rows in one pass differ from plain decoding")
         candidate.restore()
         candidates[row_name(rows)] = candidate
-    return candidates, drafts
+    return candidates
 
 
 def rows_result(model: Model, rows: int, timings: dict[str, Timing]) -> dict[str, Any]:
@@ -174,56 +183,26 @@ def overhead(model: Model, step_seconds: float, rounds: int) -> dict[str, Any]:
 
 
 def narrow_calls(narrow: Model, depth: int) -> Callable[[], float]:
-    """Seconds of the backend's verify_step, with one row that has passed ``depth`` layers already."""
+    """Seconds of the backend's verify_pass, with one row that has passed ``depth`` layers already."""
     cache, [sequence] = filled_cache(narrow, NARROW_TOKENS, 1, room=1)
     cache.hidden.zero_()
     cache.pool.append([sequence.id], [1])
-    row = torch.tensor([1]), torch.tensor([NARROW_TOKENS]), torch.tensor([depth], dtype=torch.int32)
-    given = *row, torch.tensor([0, 1], dtype=torch.int32), torch.tensor([0])
-    table = torch.from_numpy(cache.pool.block_table([sequence.id]))
+    rows = PendingRows(
+        tokens=torch.tensor([1]),
+        positions=torch.tensor([NARROW_TOKENS]),
+        depths=torch.tensor([depth], dtype=torch.int32),
+        query_start_loc=torch.tensor([0, 1], dtype=torch.int32),
+        block_table=torch.from_numpy(cache.pool.block_table([sequence.id])),
+    )
+    num_drafts, judged = torch.tensor([0]), torch.tensor([True])
 
     def run() -> float:
         start = perf_counter()
         for _ in range(NARROW_TOKENS):
-            narrow.ops.verify_step(narrow.weights, *cache.tensors, *given, table, *narrow.sizes)
+            narrow.ops.verify_pass(narrow.weights, narrow.sizes, cache.tensors, rows, num_drafts, judged)
         return (perf_counter() - start) / NARROW_TOKENS
 
     return run
-
-
-# ---- the fixed order ----
-
-
-def free_name(rows: int) -> str:
-    return f"{rows} rows, sums in any order"
-
-
-def free_order_candidates(model: Model, drafts: list[int]) -> dict[str, Candidate]:
-    """The same kernels with sums in whatever order is fastest, where this build has them: ``set_free_order(bool)``."""
-    if not hasattr(torch.ops.layerskip, "set_free_order"):
-        return {}
-    set_free_order = torch.ops.layerskip.set_free_order
-    cache, sequence = prefilled(model, prompt_tokens(model, PROMPT), max(ROWS) + 1)
-
-    def candidate(rows: int) -> Candidate:
-        step = verifying(model, cache, sequence, drafts[: rows - 1])
-
-        def prepare() -> tuple[()]:
-            set_free_order(True)
-            return step.prepare()
-
-        def restore() -> None:
-            set_free_order(False)
-            step.restore()
-
-        return Candidate(step.run, prepare, restore)
-
-    return {free_name(rows): candidate(rows) for rows in ROWS}
-
-
-def free_order_result(rows: int, timings: dict[str, Timing]) -> dict[str, Any]:
-    free = timings[free_name(rows)]
-    return {"rows": rows, **described(free), "exact_over_free": timings[row_name(rows)].median / free.median}
 
 
 if __name__ == "__main__":

@@ -1,11 +1,10 @@
 """verify_step: one sequence with 0, 5 or 11 drafts, so 1, 6 or 12 rows; 1 row is plain decoding."""
 
 from conftest import repeat
+from layerskip_kernels import Draft, draft_step, verify_step
+from layerskip_kernels.evaluation.step_bytes import verify_bytes
 from shapes import filled_cache
 from steps_checked import cached_model, check_verify, exit_layer
-
-from layerskip_kernels import Draft, draft_step, verify_step
-from layerskip_kernels.bench import verify_bytes
 
 
 def bench_verify_step(benchmark, record, shape, rows, context):

@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from shapes import SHAPES
-from timing import finish, interleave, limit_candidates, limits_of, rotating
 from torch import Tensor
 
-from layerskip_kernels import ModelConfig, reference
+from layerskip_kernels import ModelConfig
 from layerskip_kernels.machine import usable_cores
+from layerskip_kernels.ops import reference
+from shapes import SHAPES
+from timing import finish, interleave, limit_candidates, limits_of, rotating
 
 cpu = torch.ops.layerskip
 MAX_ROWS = 12

@@ -8,9 +8,10 @@ import numpy as np
 from safetensors import safe_open
 from torch import Tensor
 
-from layerskip_kernels.gguf_cache import converted_directory
-from layerskip_kernels.gguf_convert import LAYER_NAMES, OUTER_NAMES
-from layerskip_kernels.loading import default_model_path
+from layerskip_kernels.model.gguf_cache import converted_directory
+from layerskip_kernels.model.gguf_convert import LAYER_NAMES, OUTER_NAMES
+from layerskip_kernels.model.gguf_write import pairs_from_halves
+from layerskip_kernels.model.sources import default_model_path
 
 TYPES = {
     "BF16": (gguf.GGMLQuantizationType.BF16, gguf.LlamaFileType.MOSTLY_BF16),
@@ -64,8 +65,3 @@ def _add(
         tensor_type = gguf.GGMLQuantizationType.F32
     data = gguf.quants.quantize(np.ascontiguousarray(tensor.numpy()), tensor_type)
     writer.add_tensor(name, data, raw_dtype=tensor_type)
-
-
-def pairs_from_halves(tensor: Tensor, num_heads: int) -> Tensor:
-    """Reorder the rows of a q or k projection [heads * K, D] for llama.cpp, which rotates neighbouring rows."""
-    return tensor.unflatten(0, (num_heads, 2, -1)).transpose(1, 2).reshape(tensor.shape)

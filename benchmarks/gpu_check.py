@@ -23,16 +23,16 @@ import transformers
 import triton
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from layerskip_kernels import GenerationConfig, Model, ModelConfig, PagedKVCache, cache_ops, generate
-from layerskip_kernels.loading import Checkpoint
-from layerskip_kernels.roofline import SHAPES
+from layerskip_kernels import GenerationConfig, Model, PagedKVCache, generate
+from layerskip_kernels.evaluation.roofline import SHAPES
+from layerskip_kernels.model.checkpoint import Checkpoint
+from layerskip_kernels.model.hf_config import read_hf_config
+from layerskip_kernels.operands import DraftRows, PendingRows
+from layerskip_kernels.ops import cache_ops
 
 ROOT = Path(__file__).parent.parent
-TRITON_TESTS = ["tests/test_triton_ops.py", "tests/test_triton_steps.py"]
-CACHE_TESTS = [
-    f"tests/test_{op}.py"
-    for op in ("append_kv", "copy_pages", "swap_pages", "gather_kv", "make_slot_mapping", "commit_lengths")
-]
+TRITON_TESTS = ["tests/ops/test_triton_ops.py", "tests/decoding/test_triton_steps.py"]
+CACHE_TESTS = [f"tests/ops/test_{op}.py" for op in ("copy_pages", "gather_kv")]
 CONTEXTS = (200, 4000)
 EXIT_LAYER, DRAFTS = 4, 6
 ROWS = (1, 2, 4, 7, 8, 16)
@@ -123,16 +123,11 @@ def cache_ops_once() -> None:
     v = torch.randn(2, pages, 3, 7, 10, device=device).bfloat16()
     hidden = torch.randn(pages, 7, 33, device=device).bfloat16()
     error = cache_ops.new_error(device)
-    table = torch.randperm(pages, device=device).int()[None]
-    positions, starts = torch.arange(20, device=device), torch.tensor([0, 20], dtype=torch.int32, device=device)
-    slots = cache_ops.make_slot_mapping(table, positions, starts, pages, 7, error)
-    rows = torch.randn(20, 3, 10, device=device).bfloat16()
-    cache_ops.append_kv(rows, rows, slots, k[0], v[0], error)
-    cache_ops.copy_pages(table[0, :2], table[0, 4:6], k, v, hidden, error)
-    cache_ops.gather_kv(table[0], 20, k, v, error)
-    records = cache_ops.new_records(2, k, hidden)
-    cache_ops.swap_out(table[0, :2], k, v, hidden, records, error)
-    cache_ops.swap_in(table[0, 6:8], records, k, v, hidden, error)
+    table = torch.randperm(pages, device=device).int()
+    cache_ops.copy_pages(table[:2], table[4:6], k, v, hidden, error)
+    for to_host in (False, True):
+        moved = cache_ops.gather_kv(table, 20, k, v, error, to_host=to_host)
+        cache_ops.scatter_kv(table[3:], 5, *moved, k, v, error)
     cache_ops.check_error(error)
     torch.cuda.synchronize()
 
@@ -191,15 +186,14 @@ def our_model(llama: LlamaForCausalLM, name: str) -> Model:
     tensors = {key: value.detach() for key, value in llama.state_dict().items()}
     if llama.config.tie_word_embeddings:
         tensors.pop("lm_head.weight", None)
-    config = ModelConfig.from_hf(llama.config.to_dict())
+    config = read_hf_config(llama.config.to_dict())
     checkpoint = Checkpoint(config=config, tensors=tensors, tokenizer=None, name=name, dtype=torch.bfloat16)
     return Model.from_checkpoint(checkpoint, backend="triton")
 
 
 def bytes_read(model: Model, layers: int, heads: int) -> int:
     """Weights that stream through a pass of so many layers and LM heads."""
-    per_layer = sum(w.nbytes for w in model.weights[5:]) // model.config.num_layers
-    return layers * per_layer + heads * model.weights[2].nbytes
+    return layers * model.weights.layers[0].nbytes + heads * model.weights.lm_head.nbytes
 
 
 def steps(model: Model, context: int, copy_gb_s: float) -> list[dict[str, Any]]:
@@ -211,15 +205,15 @@ def steps(model: Model, context: int, copy_gb_s: float) -> list[dict[str, Any]]:
 
     def verify(rows: int) -> Any:
         depths = torch.tensor([EXIT_LAYER] * (rows - 1) + [0], dtype=torch.int32)
-        given = torch.ones(rows, dtype=torch.int64), torch.arange(context, context + rows), depths
-        counts = torch.tensor([0, rows], dtype=torch.int32), torch.tensor([rows - 1])
-        return lambda: model.ops.verify_step(model.weights, *cache.tensors, *given, *counts, table, *model.sizes)
+        starts = torch.tensor([0, rows], dtype=torch.int32)
+        positions = torch.arange(context, context + rows)
+        pending = PendingRows(torch.ones(rows, dtype=torch.int64), positions, depths, starts, table)
+        counts, judged = torch.tensor([rows - 1]), torch.tensor([True])
+        return lambda: model.ops.verify_pass(model.weights, model.sizes, cache.tensors, pending, counts, judged)
 
     def draft() -> Any:
-        given = torch.ones(1, dtype=torch.int64), torch.tensor([context]), torch.tensor([DRAFTS])
-        return lambda: model.ops.draft_step(
-            model.weights, *cache.tensors, *given, table, None, None, EXIT_LAYER, DRAFTS, *model.sizes
-        )
+        rows = DraftRows(torch.ones(1, dtype=torch.int64), torch.tensor([context]), torch.tensor([DRAFTS]), table)
+        return lambda: model.ops.draft_pass(model.weights, model.sizes, cache.tensors, rows, None, EXIT_LAYER, DRAFTS)
 
     kinds = [(f"verify {rows} rows" if rows > 1 else "decode", verify(rows), layers, 1) for rows in ROWS]
     kinds.append((f"draft {DRAFTS} tokens, exit {EXIT_LAYER}", draft(), DRAFTS * EXIT_LAYER, DRAFTS))
@@ -268,6 +262,9 @@ def generation(llama: LlamaForCausalLM, model: Model, new_tokens: int = 48, roun
         "Transformers, assistant_early_exit": lambda: peer(assistant_early_exit=EXIT_LAYER),
     }
     outputs = {name: way() for name, way in ways.items()}
+    [drafted] = generate(model, [tokens], drafting)
+    if drafted.drafted == 0:
+        sys.exit("self-speculative decoding drafted nothing: nothing is timed")
     if outputs["layerskip_kernels, plain"] != outputs["layerskip_kernels, self-speculative"]:
         sys.exit("self-speculative decoding gave other tokens than plain decoding: nothing is timed")
     seconds: dict[str, list[float]] = {name: [] for name in ways}

@@ -11,7 +11,7 @@ import subprocess
 import sys
 from dataclasses import dataclass, field, replace
 from time import perf_counter
-from typing import Any
+from typing import Any, Literal
 
 
 class _Clock:
@@ -35,19 +35,23 @@ class Ours:
     """This package, plain or self-speculative."""
 
     def __init__(
-        self, threads: int, dtype: str, exit_layer: int | None = None, drafts: int = 4, weights: str | None = None,
-        isa: str | None = None,
+        self, threads: int | None, dtype: str, exit_layer: int | Literal["auto"] | None = None,
+        drafts: int | Literal["auto"] = 4, weights: str | None = None,
+        isa: str | None = None, source: str | None = None, draft_vocab: list[int] | None = None,
+        temperature: float = 0.0,
     ) -> None:  # fmt: skip
         import torch
 
         from layerskip_kernels import GenerationConfig, load_model
+        from layerskip_kernels.machine import usable_cores
 
-        torch.set_num_threads(threads)
+        torch.set_num_threads(threads or usable_cores())
         if isa:
             torch.ops.layerskip.set_instruction_set(isa)
-        self.model = load_model(dtype=getattr(torch, dtype), weights=weights)
+        self.model = load_model(source, dtype=getattr(torch, dtype), weights=weights).with_draft_vocab(draft_vocab)
         strategy = "autoregressive" if exit_layer is None else "self_speculative"
-        self.config = GenerationConfig(strategy, exit_layer, drafts, eos_token_ids=())
+        drafts = drafts if exit_layer else None
+        self.config = GenerationConfig(strategy, exit_layer, drafts, eos_token_ids=(), temperature=temperature, seed=7)
         self.steps = self.gained = 0  # verifications, and the tokens they gave
 
     def decode(self, prompt: list[int], count: int) -> float:
@@ -63,20 +67,30 @@ class Ours:
 
     def same_bits(self, prompt: list[int]) -> bool:
         """Whether self-speculative decoding on this model gives the bits of plain decoding."""
-        from layerskip_kernels.bench import same_bits
+        from layerskip_kernels.evaluation.step_bench import same_bits
 
         exit_layer = self.config.resolve_exit_layer(self.model.config.num_layers)
-        return same_bits(self.model, prompt, exit_layer, self.config.num_speculations, num_cycles=2)
+        return same_bits(self.model, prompt, exit_layer, self.config.num_speculations or 4, num_cycles=2)
 
     def bytes_read(self, length: int) -> float:
         """Of weights and KV, per token after ``length`` known ones, at the acceptance of the texts decoded so far."""
-        from layerskip_kernels.bench import draft_bytes, verify_bytes
+        from layerskip_kernels.evaluation.step_bytes import draft_bytes, verify_bytes
 
         if self.config.strategy == "autoregressive":
             return verify_bytes(self.model, 0, length)
         drafts = self.config.num_speculations
         cycle = draft_bytes(self.model, self.config.exit_layer, drafts, length)
         return (cycle + verify_bytes(self.model, drafts, length)) * self.steps / self.gained
+
+    def memory(self) -> tuple[int, int]:
+        """Bytes of the weights that steps read, and of K and V for a position."""
+        from layerskip_kernels.evaluation.step_bytes import verify_bytes
+
+        config = self.model.config
+        head = self.model.draft_head
+        weights = verify_bytes(self.model, 0, 0) + (0 if head is None else head.weight.nbytes)
+        kv = 2 * config.num_layers * config.num_kv_heads * config.head_dim * self.model.dtype.itemsize
+        return weights, kv
 
     def gap(self, tokens: list[int], token: int) -> float:
         """By how much the logit of the best next token exceeds that of ``token``."""
@@ -110,11 +124,13 @@ class _Streamer(_Clock):
 
 
 class Transformers:
-    """Transformers on the same weights; with an exit layer ``assistant_early_exit``, always the same draft length."""
+    """Transformers on the same weights. With an exit layer ``assistant_early_exit``, with the folder of a second model
+    ``assistant_model``; always the same draft length."""
 
     def __init__(
-        self, threads: int, directory: str, dtype: str, exit_layer: int | None = None, drafts: int = 4
-    ) -> None:
+        self, threads: int, directory: str, dtype: str, exit_layer: int | None = None, drafts: int = 4,
+        assistant: str | None = None,
+    ) -> None:  # fmt: skip
         import torch
         from transformers import AutoModelForCausalLM, logging
 
@@ -122,12 +138,18 @@ class Transformers:
         logging.disable_progress_bar()
         torch.set_num_threads(threads)
         self.model = AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, dtype)).eval()
-        config = self.model.generation_config
-        config.eos_token_id, config.pad_token_id = None, 0
-        # Read from here, not from generate's arguments; a confidence threshold would end drafts early.
-        config.num_assistant_tokens, config.num_assistant_tokens_schedule = drafts, "constant"
-        config.assistant_confidence_threshold = 0.0
-        self.options = {} if exit_layer is None else {"assistant_early_exit": exit_layer}
+        self.models = [self.model]
+        self.options: dict[str, Any] = {} if exit_layer is None else {"assistant_early_exit": exit_layer}
+        if assistant is not None:
+            second = AutoModelForCausalLM.from_pretrained(assistant, dtype=getattr(torch, dtype)).eval()
+            self.models.append(second)
+            self.options["assistant_model"] = second
+        for model in self.models:
+            config = model.generation_config
+            config.eos_token_id, config.pad_token_id = None, 0
+            # Read from here, not from generate's arguments; a confidence threshold would end drafts early.
+            config.num_assistant_tokens, config.num_assistant_tokens_schedule = drafts, "constant"
+            config.assistant_confidence_threshold = 0.0
 
     def decode(self, prompt: list[int], count: int) -> float:
         clock = _Streamer()
@@ -145,6 +167,13 @@ class Transformers:
             self.model(torch.tensor([prompt]), use_cache=True, logits_to_keep=1)
             return perf_counter() - start
 
+    def memory(self) -> tuple[int, int]:
+        """Bytes of all weights (a tied one once), and of K and V for a position."""
+        weights = sum(p.nbytes for model in self.models for p in model.parameters())
+        configs = [model.config for model in self.models]
+        kv = sum(2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim for c in configs)
+        return weights, kv * self.model.dtype.itemsize
+
     def _generate(self, prompt: list[int], count: int, **options: Any) -> Any:
         import torch
 
@@ -154,10 +183,39 @@ class Transformers:
         )
 
 
-class LlamaCpp:
-    """llama.cpp's server, called without HTTP; it times prompt and decoding itself. No torch in this process."""
+class Economize(Transformers):
+    """The package economize on a Transformers model: its early exit, with the model's own head."""
 
-    def __init__(self, threads: int, path: str) -> None:
+    def __init__(self, threads: int, directory: str, dtype: str, exit_layer: int, drafts: int) -> None:
+        import economize
+        from economize.techniques.early_exit import EarlyExitConfig
+
+        super().__init__(threads, directory, dtype)
+        # One token of a cycle is the exact pass's.
+        decoding = economize.DecodeConfig(cycle_length=drafts + 1)
+        self.efficient = economize.apply(self.model, EarlyExitConfig(exit_layer, head="shared"), decoding=decoding)
+
+    def decode(self, prompt: list[int], count: int) -> float:
+        seconds = []
+        for length in (1, count):
+            start = perf_counter()
+            self.tokens(prompt, length)
+            seconds.append(perf_counter() - start)
+        return (seconds[1] - seconds[0]) / (count - 1)
+
+    def tokens(self, prompt: list[int], count: int) -> list[int]:
+        import torch
+
+        return self.efficient.decode(torch.tensor(prompt), count).tokens.tolist()[-count:]
+
+
+class LlamaCpp:
+    """llama.cpp's server, called without HTTP; it times prompt and decoding itself. No torch in this process.
+
+    ``draft``: the file of a second model, which drafts.
+    """
+
+    def __init__(self, threads: int, path: str, draft: str | None = None, drafts: int = 4) -> None:
         import xllamacpp
 
         params = xllamacpp.CommonParams()
@@ -165,6 +223,14 @@ class LlamaCpp:
         params.n_ctx, params.n_parallel = 1024, 1
         params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
         params.fit_params, params.cache_ram_mib, params.verbosity = False, 0, -1
+        self.files = [path]
+        if draft is not None:
+            self.files.append(draft)
+            speculative = params.speculative
+            speculative.types = [xllamacpp.common_speculative_type.COMMON_SPECULATIVE_TYPE_DRAFT_SIMPLE]
+            speculative.draft.mparams.path = draft
+            speculative.draft.n_max, speculative.draft.n_min = drafts, 0
+            speculative.draft.cpuparams.n_threads = speculative.draft.cpuparams_batch.n_threads = threads
         self.server = xllamacpp.Server(params)
         self.system = xllamacpp.get_system_info()
 
@@ -180,6 +246,28 @@ class LlamaCpp:
         choice = self._complete(prompt, count, n_probs=1)["choices"][0]
         return [token["id"] for token in choice["logprobs"]["content"]]
 
+    def logprob(self, prompt: list[int], token: int, count: int) -> float:
+        """Of ``token`` after a prompt; that of the last one where it is not among the ``count`` likeliest."""
+        request = {"prompt": prompt, "max_tokens": 1, "temperature": 0.0, "samplers": ["temperature"],
+                   "cache_prompt": True, "n_probs": count}  # fmt: skip
+        [content] = self.server.handle_completions(request)["choices"][0]["logprobs"]["content"]
+        likeliest = content["top_logprobs"]
+        return next((c["logprob"] for c in likeliest if c["id"] == token), likeliest[-1]["logprob"])
+
+    def memory(self) -> tuple[int, int]:
+        """Bytes of the files' tensors, and of K and V for a position (fp16)."""
+        import gguf
+
+        weights = kv = 0
+        for reader in map(gguf.GGUFReader, self.files):
+            weights += sum(int(tensor.n_bytes) for tensor in reader.tensors)
+            layers, heads, kv_heads, size = (
+                reader.fields[f"llama.{key}"].contents()
+                for key in ("block_count", "attention.head_count", "attention.head_count_kv", "embedding_length")
+            )
+            kv += 2 * layers * kv_heads * size // heads * 2
+        return weights, kv
+
     def facts(self) -> str:
         return self.system
 
@@ -193,7 +281,7 @@ class LlamaCpp:
         return answer
 
 
-KINDS = {"ours": Ours, "transformers": Transformers, "llama.cpp": LlamaCpp}
+KINDS = {"ours": Ours, "transformers": Transformers, "economize": Economize, "llama.cpp": LlamaCpp}
 
 
 @dataclass(frozen=True)
@@ -208,11 +296,14 @@ class Contender:
 
 
 class Worker:
-    """A contender in its own process, which also ends when this one does."""
+    """A contender in its own process, which also ends when this one does.
 
-    def __init__(self, contender: Contender, threads: int) -> None:
+    ``threads``: None: its default. ``cores``: on how many the process may run; None: on all that this one may.
+    """
+
+    def __init__(self, contender: Contender, threads: int | None, cores: int | None = None) -> None:
         self.contender = contender
-        described = json.dumps([contender.kind, {**contender.options, "threads": threads}])
+        described = json.dumps([contender.kind, {**contender.options, "threads": threads}, cores])
         self._process = subprocess.Popen(
             [sys.executable, __file__, described], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
@@ -243,7 +334,9 @@ class Worker:
 def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever the peers print
-    kind, options = json.loads(sys.argv[1])
+    kind, options, cores = json.loads(sys.argv[1])
+    if cores is not None:
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
     peer = KINDS[kind](**options)
     for line in sys.stdin:
         method, args = json.loads(line)

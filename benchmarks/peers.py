@@ -6,7 +6,6 @@ Transformers recomputes what it drafts on, and is slow. llama.cpp runs the weigh
 wheel is built for AVX2, so this package runs on AVX2 as well.
 """
 
-import math
 import tempfile
 from importlib.metadata import version
 from itertools import cycle
@@ -15,7 +14,15 @@ from statistics import mean
 from typing import Any
 
 import torch
+from tqdm import tqdm
+
 from gguf_files import TYPES, write_gguf
+from layerskip_kernels import ModelConfig
+from layerskip_kernels.evaluation.prompts import human_eval_prompts
+from layerskip_kernels.model.gguf_cache import converted_directory
+from layerskip_kernels.model.llama_tensors import layer_products
+from layerskip_kernels.model.sources import default_model_path
+from layerskip_kernels.model.tokenizer import Tokenizer
 from peer_workers import Contender, Worker
 from shapes import SMOLLM2
 from timing import (
@@ -29,14 +36,6 @@ from timing import (
     interleave,
     limit_candidates,
 )
-from tqdm import tqdm
-
-from layerskip_kernels import ModelConfig
-from layerskip_kernels.datasets import human_eval_prompts
-from layerskip_kernels.gguf_cache import converted_directory
-from layerskip_kernels.llama_tensors import tensor_shapes
-from layerskip_kernels.loading import default_model_path
-from layerskip_kernels.tokenizer import Tokenizer
 
 EXIT_LAYER, NUM_SPECULATIONS = 10, 4
 PROMPT_TOKENS, COMPARED_PROMPTS = 512, 3
@@ -74,13 +73,13 @@ def main() -> None:
 
 
 def ours(new_tokens: int, early_exit_new_tokens: int) -> list[Contender]:
-    bf16 = {"dtype": "bfloat16"}
+    bf16 = {"dtype": "bfloat16", "weights": "16bit"}
     exits = {"exit_layer": EXIT_LAYER, "drafts": NUM_SPECULATIONS}
     contenders = [
         Contender(OURS, "ours", bf16, new_tokens),
         Contender("layerskip_kernels int8", "ours", {**bf16, "weights": "int8"}, new_tokens),
         Contender(OURS_SPECULATIVE, "ours", {**bf16, **exits}, early_exit_new_tokens, ("decode",)),
-        Contender(OURS_FP32, "ours", {"dtype": "float32"}, new_tokens, ()),
+        Contender(OURS_FP32, "ours", {"dtype": "float32", "weights": "16bit"}, new_tokens, ()),
     ]
     if "avx2" in torch.ops.layerskip.instruction_sets() and torch.ops.layerskip.instruction_set() != "avx2":
         contenders.append(Contender(f"{OURS} on AVX2", "ours", {**bf16, "isa": "avx2"}, new_tokens))
@@ -127,8 +126,7 @@ def compete(workers: Workers, rounds: int) -> dict[str, Any]:
 
 def prompt_flop(config: ModelConfig, tokens: int) -> int:
     """Products and sums that a prompt takes: all layers for all tokens, attention, and the head for the last one."""
-    shapes = tensor_shapes(config)
-    weights = sum(math.prod(shape) for name, shape in shapes.items() if ".layers." in name)
+    weights = config.num_layers * layer_products(config)
     attention = tokens * (tokens + 1) * config.num_layers * config.num_heads * config.head_dim
     return 2 * (tokens * weights + attention + config.vocab_size * config.hidden_size)
 

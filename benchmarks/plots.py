@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+
 from targets import OURS, Results, contender, decoding_limit, rows_limit
 
 matplotlib.use("Agg")

@@ -148,6 +148,38 @@ def contexts(results: Results) -> str:
     return table(["positions", "ms (IQR)", "MB read", "bytes more per second more, of bandwidth"], lines)
 
 
+def long(results: Results) -> str:
+    found = results["long"]
+    lines = []
+    for r in found["contexts"]:
+        some = r["kv_fraction_of_limit"] is not None
+        growth = [f"{r['kv_fraction_of_limit']:.2f}", f"{r['kv_growth_over_1_row']:.2f}"] if some else ["", ""]
+        lines.append([str(r["context"]), with_spread(r), f"{r['rows_s'] * 1e3:.2f}", *growth])
+    steps = table(["positions", "ms (IQR)", "6 rows, ms", "growth of 1 row, of bandwidth", "of 6 rows over 1"], lines)
+    lines = [
+        [
+            str(r["tokens"]),
+            f"{r['tokens_per_second']:.0f}",
+            f"{r['cache_bytes'] / 1e6:.0f}",
+            f"{r['rest_bytes'] / 1e6:.0f}",
+        ]
+        for r in found["prompts"]
+    ]
+    heads = ["tokens of a prompt", "tokens/s", "MB of K and V", "MB beside weights, K and V, `import torch`"]
+    return f"{steps}\n\n{table(heads, lines)}"
+
+
+def contended(results: Results) -> str:
+    found = results["contended"]
+    lines = [
+        [r["name"], *(f"{r[key]:.1f}" for key in ("tokens_per_second_alone", "tokens_per_second_busy"))]
+        for r in found["busy"]
+    ]
+    busy = table(["", "tokens/s alone", "beside a busy process for each core"], lines)
+    lines = [[name, with_spread(r), f"{r['over_1_thread']:.2f}x"] for name, r in found["one_core"].items()]
+    return f"{busy}\n\n{table(['one core', 'ms per token (IQR)', 'over 1 thread'], lines)}"
+
+
 def cycles(results: Results) -> str:
     tables = []
     for model in results["cycle"]["models"]:
@@ -171,6 +203,32 @@ def generation(results: Results) -> str:
     return table(["", "tokens/s", "accepted", "over plain"], lines)
 
 
+def policies(results: Results) -> str:
+    found = results["policies"]["models"]
+    parts = []
+    for model, result in found.items():
+        lines = [
+            [p["policy"], f"{p['over_plain']:.2f}x", f"{p['share_of_oracle']:.0%}"]
+            for p in sorted(result["policies"], key=lambda p: p["over_plain"])
+        ]
+        parts.append(table([f"{model}, {result['tokens']} tokens", "over plain", "of the oracle"], lines))
+    return "\n\n".join(parts)
+
+
+def alternatives(results: Results) -> str:
+    found = results["alternatives"]
+    lines = []
+    for r in found["results"]:
+        memory = f"{r['weights_mb']:.0f} + {r['kv_mb']:.1f}"
+        same = f"{r['same_texts']} of {found['texts']}"
+        rate = f"{r['tokens_per_second']:.1f}"
+        lines.append([r["name"], rate, f"{r['over_plain']:.2f}x", memory, r["training"], same])
+    heads = ["", "tokens/s", "over plain", f"MB: weights + K and V of {found['positions']} positions", "training"]
+    shown = table([*heads, "the text of its plain decoding"], lines)
+    failed = "".join(f"\n\n{name} did not run: {why}" for name, why in found["failed"].items())
+    return shown + failed
+
+
 def engine(results: Results) -> str:
     found = results["engine"]
     together, lines = found["together"], []
@@ -184,7 +242,20 @@ def engine(results: Results) -> str:
         cells = [f"{r['time_over_plain']:.3f} ({r['accepted']} of {r['drafted']})" for r in rest]
         lines.append([str(batch["batch"]), plain, *cells])
     exits = [f"{r['name']}: time over plain (drafts accepted)" for r in found["drafts"][0]["results"]]
-    return f"{many}\n\n{table(['requests', 'plain, tokens/s', *exits], lines)}"
+    alone = table(["requests", "plain, tokens/s", *exits], lines)
+    if "mix" not in found:
+        return f"{many}\n\n{alone}"
+    lines = [
+        [
+            r["name"],
+            f"{r['tokens_per_second']:.1f}",
+            f"{1 / r['time_over_plain']:.2f}x",
+            f"{r['accepted']} of {r['drafted']}",
+        ]
+        for r in found["mix"]["results"]
+    ]
+    mix = table([f"{found['mix']['requests']} requests of two kinds", "tokens/s", "over plain", "accepted"], lines)
+    return f"{many}\n\n{alone}\n\n{mix}"
 
 
 def draft_vocab(results: Results) -> str:
@@ -198,6 +269,53 @@ def draft_vocab(results: Results) -> str:
     titles = ["tokens in the list", f"{found['num_speculations']} drafts, ms (IQR)", "over all tokens", "coverage",
               *(f"accepted, exit {e}" for e in exits)]  # fmt: skip
     return f"Counted from {found['corpus']}.\n\n{table(titles, lines)}"
+
+
+def quantised(results: Results) -> str:
+    """The same files beside llama.cpp: speed, rows, perplexity; and quantisation beside early exit."""
+    found = results["quantised"]
+    by_name = {r["name"]: r for r in found["results"]}
+    speed = []
+    for label in ("Q4_0", "Q4_K_M", "Q8_0", "1B"):
+        peer = by_name[f"llama.cpp {label}"]
+        for name in (f"ours {label}", f"ours {label} on AVX2"):
+            if name in by_name:
+                speed.append(_beside_llama_cpp(name, by_name[name], peer))
+    titles = ["file", "tokens/s", "over llama.cpp", "of bandwidth", "prompt tokens/s", "over llama.cpp"]
+    rows = [[r["type"], r["instruction_set"], f"{r['six_over_one']:.2f}"] for r in found["rows"]]
+    quality = [
+        [name, *(f"{judged[who]:.4f}" if who in judged else "" for who in ("ours", "llama.cpp"))]
+        for name, judged in found["perplexity"].items()
+    ]
+    kinds = (
+        "ours parse in 16 bits",
+        "ours parse",
+        "ours parse in 16 bits, self-speculative",
+        "ours parse, self-speculative",
+        "llama.cpp parse",
+    )
+    times = {name: by_name[name]["tokens_per_second"] for name in kinds}
+    both = [[name, f"{times[name]:.1f}", f"{times[name] / times[kinds[0]]:.2f}"] for name in kinds]
+    parts = [
+        f"Read bandwidth {found['read_bandwidth_gb_s']:.1f} GB/s. 1B: a Llama-3.2-1B of random numbers, Q4_K_M.",
+        table(titles, speed),
+        table(["file", "instruction set", "verify_step of 6 rows over 1 row"], rows),
+        f"Perplexity of {found['problems']} HumanEval solutions, on the same file:",
+        table(["weights", "ours", "llama.cpp"], quality),
+        "Quantisation beside early exit, `smollm2-135m-parse` in 16 bits and as Q4_0 (exit layer, drafts and draft "
+        "vocabulary are the model's own):",
+        table(["", "tokens/s", "over plain in 16 bits"], both),
+    ]
+    return "\n\n".join(parts)
+
+
+def _beside_llama_cpp(name: str, ours: dict[str, Any], peer: dict[str, Any]) -> list[str]:
+    cells = [name.removeprefix("ours "), f"{ours['tokens_per_second']:.1f}"]
+    cells += [f"{ours['tokens_per_second'] / peer['tokens_per_second']:.2f}", f"{ours['fraction_of_limit']:.2f}"]
+    if "prompt_tokens_per_second" not in ours:
+        return [*cells, "", ""]
+    prompt = ours["prompt_tokens_per_second"]
+    return [*cells, f"{prompt:.0f}", f"{prompt / peer['prompt_tokens_per_second']:.2f}"]
 
 
 def int8(results: Results) -> str:
@@ -239,10 +357,15 @@ SECTIONS: dict[str, tuple[str, Callable[[Results], str]]] = {
     "peers": ("peers", peers),
     "rows": ("steps", row_counts),
     "contexts": ("steps", contexts),
+    "long": ("long", long),
+    "contended": ("contended", contended),
     "cycles": ("cycle", cycles),
     "generation": ("generate", generation),
     "engine": ("engine", engine),
+    "policies": ("policies", policies),
+    "alternatives": ("alternatives", alternatives),
     "draft_vocab": ("draft_vocab", draft_vocab),
+    "quantised": ("quantised", quantised),
     "int8": ("perplexity", int8),
     "memory": ("memory", memory),
     "ops": ("ops", ops),

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from layerskip_kernels import Model, ModelConfig, PagedKVCache, RopeScaling, Sequence
-from layerskip_kernels.llama_tensors import tensor_shapes
-from layerskip_kernels.loading import Checkpoint
+from layerskip_kernels import CachedSequence, Model, ModelConfig, PagedKVCache, RopeScaling
+from layerskip_kernels.model.checkpoint import Checkpoint
+from layerskip_kernels.model.llama_tensors import tensor_shapes
 
 DTYPE = torch.bfloat16
 SMOLLM2 = ModelConfig(
@@ -43,7 +43,7 @@ def _drawn() -> Tensor:
     return torch.randn(4_000_037, generator=torch.Generator().manual_seed(0)).to(DTYPE)
 
 
-class _RandomTensors(dict[str, Tensor]):
+class RandomTensors(dict[str, Tensor]):
     """Tensors that are made when they are taken, so that a model is never in memory twice."""
 
     def __init__(self, config: ModelConfig) -> None:
@@ -57,7 +57,7 @@ class _RandomTensors(dict[str, Tensor]):
 def random_model(name: str, num_layers: int | None = None, backend: str = "cpu") -> Model:
     """A model of random bf16 weights, the same each time, in one of SHAPES: 0.3 GB and 2.5 GB."""
     config = replace(SHAPES[name], num_layers=num_layers or SHAPES[name].num_layers)
-    checkpoint = Checkpoint(config, _RandomTensors(config), None, name, DTYPE)
+    checkpoint = Checkpoint(config, RandomTensors(config), None, name, DTYPE)
     return Model.from_checkpoint(checkpoint, backend)
 
 
@@ -67,10 +67,12 @@ def narrow_model(num_layers: int) -> Model:
         SMOLLM2, num_layers=num_layers, vocab_size=16, hidden_size=16, intermediate_size=16, num_heads=1,
         num_kv_heads=1, head_dim=2,
     )  # fmt: skip
-    return Model.from_checkpoint(Checkpoint(config, _RandomTensors(config), None, "narrow", DTYPE))
+    return Model.from_checkpoint(Checkpoint(config, RandomTensors(config), None, "narrow", DTYPE))
 
 
-def filled_cache(model: Model, context: int, num_sequences: int, room: int) -> tuple[PagedKVCache, list[Sequence]]:
+def filled_cache(
+    model: Model, context: int, num_sequences: int, room: int
+) -> tuple[PagedKVCache, list[CachedSequence]]:
     """Sequences of ``context`` committed positions of random K and V (a prefill would take long), and a token more."""
     torch.manual_seed(0)
     kv = PagedKVCache.with_room_for(model, [context + room] * num_sequences)

@@ -7,11 +7,11 @@ large one against plain decoding: row invariance. Each comparison is made once.
 from functools import cache
 
 import torch
-from conftest import MAX_ROWS
-from shapes import SHAPES, filled_cache, random_model
 
+from conftest import MAX_ROWS
 from layerskip_kernels import Draft, Model, draft_step, verify_step
-from layerskip_kernels.bench import prompt_tokens, same_bits
+from layerskip_kernels.evaluation.step_bench import prompt_tokens, same_bits
+from shapes import SHAPES, filled_cache, random_model
 
 CONTEXT = 20
 

@@ -127,16 +127,6 @@ def rows_limit(steps: dict[str, Any], num_rows: int) -> float:
     return max(num_bytes / steps["read_bandwidth_gb_s"], num_rows * num_bytes / peak(steps)) / 1e9
 
 
-def exact_order(results: Results) -> Row:
-    """The worst over the numbers of rows."""
-    what = "exact order over a free-order build of the same kernels"
-    free = results.get("steps", {}).get("free_order")
-    if not free:
-        return Row(what, 1.05, None, at_least=False)
-    worst = max(free, key=lambda row: row["exact_over_free"])
-    return Row(what, 1.05, worst["exact_over_free"], False, ours=f"worst at {worst['rows']} rows")
-
-
 def overhead(results: Results) -> Row:
     what = "Python and dispatch, of a decode step"
     found = results.get("steps", {}).get("overhead")
@@ -163,6 +153,29 @@ def context(results: Results) -> Row:
         return Row(what, 0.7, None, unit="")
     fraction, limit = found["kv_fraction_of_limit"], steps["read_bandwidth_gb_s"]
     return Row(what, 0.7, fraction, unit="", ours=f"{fraction * limit:.1f} GB/s", limit=f"{limit:.1f} GB/s")
+
+
+def beside_busy(kind: str, peer: bool, bound: float) -> Callable[[Results], Row]:
+    """All threads beside a busy process for each core, over one thread of ours or the peer's all."""
+
+    def row(results: Results) -> Row:
+        others = "llama.cpp" if peer else "one thread"
+        what = f"beside a busy process for each core, {kind}: all threads over {others}"
+        found = {r["name"]: r["tokens_per_second_busy"] for r in results.get("contended", {}).get("busy", [])}
+        ours = [name for name in found if name.startswith(f"ours {kind}")]
+        theirs = [name for name in found if name.startswith(f"llama.cpp {kind}")] if peer else ours[:1]
+        if not ours or not theirs:
+            return Row(what, bound, None)
+        mine, other = found[ours[-1]], found[theirs[0]]
+        return Row(what, bound, mine / other, ours=f"{mine:.1f} tokens/s", peer=f"{other:.1f} tokens/s")
+
+    return row
+
+
+def one_core(results: Results) -> Row:
+    what = "on one core, threads left at their default over one thread"
+    found = results.get("contended", {}).get("one_core")
+    return Row(what, 0.95, found and found["default"]["over_1_thread"])
 
 
 def cycles(model: str) -> Callable[[Results], Row]:
@@ -219,10 +232,12 @@ ROWS: list[Callable[[Results], Row]] = [
          prompt_limit),
     verify_rows(6, 1.3),
     verify_rows(12, 2.0),
-    exact_order,
     overhead,
     memory,
     context,
+    beside_busy("BF16", False, 1.0),
+    beside_busy("BF16", True, 3.0),
+    one_core,
     over("autoregressive int8 over llama.cpp Q8_0", 1.3, "layerskip_kernels int8", ("llama.cpp Q8_0",),
          limit=decoding_limit("layerskip_kernels int8")),
     cycles("SmolLM2-135M"),

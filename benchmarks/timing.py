@@ -1,4 +1,4 @@
-"""The timer of all benchmarks, which lives in layerskip_kernels/bench.py, and where their results go.
+"""The timer of all benchmarks, which lives in layerskip_kernels/evaluation/timing.py, and where their results go.
 
 ``python benchmarks/timing.py`` measures what the machine can do: read bandwidth and fp32 peak.
 """
@@ -12,18 +12,11 @@ from typing import Any
 
 import torch
 
-from layerskip_kernels.bench import (
-    BitsDiffer,
-    Candidate,
-    Limits,
-    Timing,
-    ceiling,
-    interleave,
-    limit_candidates,
-    machine_facts,
-    num_copies,
-    rotating,
-)
+from layerskip_kernels.evaluation.equality import BitsDiffer
+from layerskip_kernels.evaluation.facts import machine_facts
+from layerskip_kernels.evaluation.limits import Limits, limit_candidates
+from layerskip_kernels.evaluation.step_bytes import ceiling
+from layerskip_kernels.evaluation.timing import Candidate, Timing, interleave, num_copies, rotating
 from layerskip_kernels.machine import usable_cores
 
 __all__ = [

@@ -1,39 +1,48 @@
 // Every op of this package: the C++ table of contents. Names, arguments and meaning are those of
-// layerskip_kernels/reference.py; fakes stand in layerskip_kernels/ops.py.
+// layerskip_kernels/ops/reference; fakes are in layerskip_kernels/ops/fakes.py, in this order.
 #include <Python.h>
 #include <torch/library.h>
 
 #include "cpu/kernels.h"
 #include "cpu/ops.h"
+#include "cpu/parallel.h"
 
 TORCH_LIBRARY(layerskip, m) {
   m.def("exp(Tensor x) -> Tensor");
   m.def("log(Tensor x) -> Tensor");
   m.def("silu(Tensor x) -> Tensor");
+  m.def("gelu(Tensor x) -> Tensor");
+  m.def("tanh(Tensor x) -> Tensor");
   m.def("inverse_sqrt(Tensor x) -> Tensor");
   m.def("pack_weight(Tensor weight) -> Tensor");
   m.def("select_rows(Tensor weight, Tensor rows) -> Tensor");
-  m.def("embed_tokens(Tensor tokens, Tensor embedding, int hidden_size) -> Tensor");
+  m.def(
+      "embed_tokens(Tensor tokens, Tensor embedding, int hidden_size, ScalarType dtype, float multiplier=1.0) -> "
+      "Tensor");
   m.def("linear(Tensor x, Tensor weight, Tensor? bias, int out_features) -> Tensor");
-  m.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
+  m.def("rms_norm(Tensor x, Tensor weight, float eps, float offset=0.0) -> Tensor");
 
   m.def(
-      "norm_qkv_rope_append(Tensor hidden, Tensor norm_weight, Tensor wq, Tensor wk, Tensor wv, Tensor? qkv_bias, "
-      "Tensor cos, Tensor sin, Tensor positions, Tensor slot_mapping, Tensor(a!) k_pages, Tensor(b!) v_pages, "
-      "int num_heads, float eps) -> Tensor");
+      "norm_qkv_rope_append(Tensor hidden, Tensor? norm_weight, Tensor wq, Tensor wk, Tensor wv, Tensor? qkv_bias, "
+      "Tensor? cos, Tensor? sin, Tensor positions, Tensor slot_mapping, Tensor(a!) k_pages, Tensor(b!) v_pages, "
+      "int num_heads, float eps, float norm_offset=0.0, Tensor? q_norm=None, Tensor? k_norm=None) -> Tensor");
   m.def(
       "paged_attention(Tensor q, Tensor k_pages, Tensor v_pages, Tensor block_table, Tensor query_start_loc, "
-      "Tensor positions, float scale) -> Tensor");
-  m.def("out_residual(Tensor attention, Tensor wo, Tensor? out_bias, Tensor residual) -> Tensor");
+      "Tensor positions, float scale, int window=0, float cap=0.0) -> Tensor");
   m.def(
-      "norm_gate_up_silu(Tensor hidden, Tensor norm_weight, Tensor w_gate, Tensor w_up, int intermediate_size, "
-      "float eps) -> Tensor");
-  m.def("down_residual(Tensor activation, Tensor w_down, Tensor residual) -> Tensor");
+      "out_residual(Tensor attention, Tensor wo, Tensor? out_bias, Tensor residual, Tensor? post_norm=None, "
+      "float eps=0.0, float norm_offset=0.0, float multiplier=1.0) -> Tensor");
   m.def(
-      "norm_head_argmax(Tensor hidden, Tensor norm_weight, Tensor lm_head, int vocab_size, float eps) -> "
-      "(Tensor tokens, Tensor logits)");
+      "norm_gate_up_silu(Tensor hidden, Tensor? norm_weight, Tensor w_gate, Tensor w_up, int intermediate_size, "
+      "float eps, float norm_offset=0.0, Tensor? gate_up_bias=None, bool use_gelu=False) -> Tensor");
   m.def(
-      "accept_draft(Tensor tokens, Tensor targets, Tensor query_start_loc, Tensor num_drafts) -> "
+      "down_residual(Tensor activation, Tensor w_down, Tensor residual, Tensor? down_bias=None, "
+      "Tensor? post_norm=None, float eps=0.0, float norm_offset=0.0, float multiplier=1.0) -> Tensor");
+  m.def(
+      "norm_head_argmax(Tensor hidden, Tensor norm_weight, Tensor lm_head, int vocab_size, float eps, "
+      "float norm_offset=0.0, float multiplier=1.0, float cap=0.0) -> (Tensor tokens, Tensor logits)");
+  m.def(
+      "accept_draft(Tensor tokens, Tensor targets, Tensor query_start_loc, Tensor num_drafts, Tensor judged) -> "
       "(Tensor num_accepted, Tensor next_tokens)");
 
   m.def("philox(Tensor counters, int seed) -> Tensor");
@@ -46,74 +55,62 @@ TORCH_LIBRARY(layerskip, m) {
 
   m.def(
       "run_layers(Tensor[] weights, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor(c!) hidden_cache, Tensor tokens, "
-      "Tensor positions, Tensor depths, Tensor query_start_loc, Tensor block_table, int stop, int num_heads, "
-      "int intermediate_size, int vocab_size, float eps, float scale) -> ()");
+      "Tensor positions, Tensor depths, Tensor query_start_loc, Tensor block_table, int stop, int[] ints, "
+      "float[] floats) -> ()");
   m.def(
-      "draft_step(Tensor[] weights, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor(c!) hidden_cache, Tensor tokens, "
-      "Tensor positions, Tensor num_drafts, Tensor block_table, Tensor? draft_head, Tensor? draft_ids, int exit_layer, "
-      "int max_drafts, int num_heads, int intermediate_size, int vocab_size, float eps, float scale) -> Tensor");
+      "draft_pass(Tensor[] weights, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor(c!) hidden_cache, Tensor tokens, "
+      "Tensor positions, Tensor num_drafts, Tensor block_table, Tensor? draft_head, Tensor? draft_ids, "
+      "Tensor[] sampling, Tensor[] stops, int exit_layer, int max_drafts, bool keep_scores, int[] ints, "
+      "float[] floats) -> (Tensor drafts, Tensor num_drafted, Tensor confidences, Tensor scores)");
   m.def(
-      "verify_step(Tensor[] weights, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor(c!) hidden_cache, Tensor tokens, "
-      "Tensor positions, Tensor depths, Tensor query_start_loc, Tensor num_drafts, Tensor block_table, "
-      "int num_heads, int intermediate_size, int vocab_size, float eps, float scale) -> "
-      "(Tensor num_accepted, Tensor next_tokens, Tensor logits)");
+      "verify_pass(Tensor[] weights, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor(c!) hidden_cache, Tensor tokens, "
+      "Tensor positions, Tensor depths, Tensor query_start_loc, Tensor num_drafts, Tensor judged, "
+      "Tensor block_table, int[] ints, float[] floats) -> (Tensor num_accepted, Tensor next_tokens, Tensor logits)");
 
-  // Data movement in the cache, described in layerskip_kernels/cache_ops.py; implemented in csrc/cuda/cache_ops.h.
-  m.def(
-      "append_kv(Tensor k, Tensor v, Tensor slot_mapping, Tensor(a!) k_pages, Tensor(b!) v_pages, Tensor(c!) error) "
-      "-> ()");
+  // Data movement in the cache, described in layerskip_kernels/ops/cache_ops.py; implemented in csrc/cuda/cache_ops.h.
   m.def(
       "copy_pages(Tensor sources, Tensor targets, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor(c!) hidden_cache, "
       "Tensor(d!) error) -> ()");
+  m.def("gather_kv(Tensor pages, Tensor k_cache, Tensor v_cache, Tensor(a!) k, Tensor(b!) v, Tensor(c!) error) -> ()");
   m.def(
-      "swap_out(Tensor pages, Tensor k_cache, Tensor v_cache, Tensor hidden_cache, Tensor(a!) records, "
-      "Tensor(b!) error) -> ()");
-  m.def(
-      "swap_in(Tensor pages, Tensor records, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor(c!) hidden_cache, "
-      "Tensor(d!) error) -> ()");
-  m.def(
-      "gather_kv(Tensor pages, int length, Tensor k_cache, Tensor v_cache, Tensor(a!) error) -> (Tensor k, Tensor v)");
-  m.def(
-      "make_slot_mapping(Tensor block_table, Tensor positions, Tensor query_start_loc, int num_pages, int page_size, "
-      "Tensor(a!) error) -> Tensor");
-  m.def(
-      "commit_lengths(Tensor num_accepted, Tensor num_drafts, Tensor(a!) lengths, int max_length, Tensor(b!) error) "
-      "-> ()");
+      "scatter_kv(Tensor pages, int start, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, "
+      "Tensor(c!) error) -> ()");
 
   m.def("empty_huge(int num_bytes) -> Tensor", &layerskip::empty_huge);
+  m.def("pass_threads() -> int", &layerskip::pass_threads);
   m.def("instruction_set() -> str", &layerskip::instruction_set);
   m.def("instruction_sets() -> str[]", &layerskip::instruction_sets);
   m.def("set_instruction_set(str name) -> ()", &layerskip::set_instruction_set);
-#if defined(LAYERSKIP_FREE_ORDER_BUILD)
-  m.def("set_free_order(bool on) -> ()", &layerskip::SetFreeOrder);
-#endif
 }
 
 TORCH_LIBRARY_IMPL(layerskip, CPU, m) {
-  m.impl("exp", &layerskip::exp);
-  m.impl("log", &layerskip::log);
-  m.impl("silu", &layerskip::silu);
-  m.impl("inverse_sqrt", &layerskip::inverse_sqrt);
-  m.impl("pack_weight", &layerskip::pack_weight);
-  m.impl("select_rows", &layerskip::select_rows);
-  m.impl("embed_tokens", &layerskip::embed_tokens);
-  m.impl("linear", &layerskip::linear);
-  m.impl("rms_norm", &layerskip::rms_norm);
-  m.impl("norm_qkv_rope_append", &layerskip::norm_qkv_rope_append);
-  m.impl("paged_attention", &layerskip::paged_attention);
-  m.impl("out_residual", &layerskip::out_residual);
-  m.impl("norm_gate_up_silu", &layerskip::norm_gate_up_silu);
-  m.impl("down_residual", &layerskip::down_residual);
-  m.impl("norm_head_argmax", &layerskip::norm_head_argmax);
-  m.impl("accept_draft", &layerskip::accept_draft);
-  m.impl("philox", &layerskip::philox);
-  m.impl("gumbel", &layerskip::gumbel);
-  m.impl("filter_logits", &layerskip::filter_logits);
-  m.impl("gumbel_argmax", &layerskip::gumbel_argmax);
-  m.impl("rejection_sample", &layerskip::rejection_sample);
-  m.impl("run_layers", &layerskip::run_layers);
-  m.impl("draft_step", &layerskip::draft_step);
-  m.impl("verify_step", &layerskip::verify_step);
+  using layerskip::InContractMode;  // from the first line, so that an op's own conversions round as its kernels do
+  m.impl("exp", &InContractMode<&layerskip::exp>::Run);
+  m.impl("log", &InContractMode<&layerskip::log>::Run);
+  m.impl("silu", &InContractMode<&layerskip::silu>::Run);
+  m.impl("gelu", &InContractMode<&layerskip::gelu>::Run);
+  m.impl("tanh", &InContractMode<&layerskip::tanh>::Run);
+  m.impl("inverse_sqrt", &InContractMode<&layerskip::inverse_sqrt>::Run);
+  m.impl("pack_weight", &InContractMode<&layerskip::pack_weight>::Run);
+  m.impl("select_rows", &InContractMode<&layerskip::select_rows>::Run);
+  m.impl("embed_tokens", &InContractMode<&layerskip::embed_tokens>::Run);
+  m.impl("linear", &InContractMode<&layerskip::linear>::Run);
+  m.impl("rms_norm", &InContractMode<&layerskip::rms_norm>::Run);
+  m.impl("norm_qkv_rope_append", &InContractMode<&layerskip::norm_qkv_rope_append>::Run);
+  m.impl("paged_attention", &InContractMode<&layerskip::paged_attention>::Run);
+  m.impl("out_residual", &InContractMode<&layerskip::out_residual>::Run);
+  m.impl("norm_gate_up_silu", &InContractMode<&layerskip::norm_gate_up_silu>::Run);
+  m.impl("down_residual", &InContractMode<&layerskip::down_residual>::Run);
+  m.impl("norm_head_argmax", &InContractMode<&layerskip::norm_head_argmax>::Run);
+  m.impl("accept_draft", &InContractMode<&layerskip::accept_draft>::Run);
+  m.impl("philox", &InContractMode<&layerskip::philox>::Run);
+  m.impl("gumbel", &InContractMode<&layerskip::gumbel>::Run);
+  m.impl("filter_logits", &InContractMode<&layerskip::filter_logits>::Run);
+  m.impl("gumbel_argmax", &InContractMode<&layerskip::gumbel_argmax>::Run);
+  m.impl("rejection_sample", &InContractMode<&layerskip::rejection_sample>::Run);
+  m.impl("run_layers", &InContractMode<&layerskip::run_layers>::Run);
+  m.impl("draft_pass", &InContractMode<&layerskip::draft_pass>::Run);
+  m.impl("verify_pass", &InContractMode<&layerskip::verify_pass>::Run);
 }
 
 // `import layerskip_kernels._C` loads this library, and that registers the ops; the module itself is empty.

@@ -11,20 +11,29 @@
 or, in one call, ``generate(model, ["def fibonacci(n):"])``.
 """
 
-from layerskip_kernels.config import GenerationConfig, ModelConfig, RopeScaling
-from layerskip_kernels.engine import Engine
-from layerskip_kernels.errors import CacheFull, SwapError, UnsupportedModel
-from layerskip_kernels.generate import Generation, generate
-from layerskip_kernels.kv_cache import CacheStats, PagedKVCache, Sequence
-from layerskip_kernels.loading import load_model
-from layerskip_kernels.model import Model
-from layerskip_kernels.request import Output
-from layerskip_kernels.sampling import Sampler, StopStrings, TokenLogprobs, make_sampler
-from layerskip_kernels.steps import Draft, Verdict, draft_step, prefill, verify_step
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from layerskip_kernels.config import GenerationConfig, ModelConfig, RopeScaling
+    from layerskip_kernels.decoding.kv_cache import CacheStats, PagedKVCache
+    from layerskip_kernels.decoding.sampling import Sampler, StopStrings, TokenLogprobs, make_sampler
+    from layerskip_kernels.decoding.steps import draft_step, prefill, verify_step
+    from layerskip_kernels.decoding.types import CachedSequence, Draft, Verdict
+    from layerskip_kernels.decoding.types import CachedSequence as Sequence
+    from layerskip_kernels.engine.engine import Engine
+    from layerskip_kernels.engine.generation import generate
+    from layerskip_kernels.engine.request import Generation, Output
+    from layerskip_kernels.errors import CacheFull, SwapError, UnsupportedModel
+    from layerskip_kernels.model.loading import load_model
+    from layerskip_kernels.model.model import Model
+
+    __version__: str
 
 __all__ = [
     "CacheFull",
     "CacheStats",
+    "CachedSequence",
     "Draft",
     "Engine",
     "Generation",
@@ -48,3 +57,37 @@ __all__ = [
     "prefill",
     "verify_step",
 ]
+
+_MODULES = {
+    "config": ("GenerationConfig", "ModelConfig", "RopeScaling"),
+    "decoding.kv_cache": ("CacheStats", "PagedKVCache"),
+    "decoding.sampling": ("Sampler", "StopStrings", "TokenLogprobs", "make_sampler"),
+    "decoding.steps": ("draft_step", "prefill", "verify_step"),
+    "decoding.types": ("CachedSequence", "Draft", "Verdict"),
+    "engine.engine": ("Engine",),
+    "engine.generation": ("generate",),
+    "engine.request": ("Generation", "Output"),
+    "errors": ("CacheFull", "SwapError", "UnsupportedModel"),
+    "model.loading": ("load_model",),
+    "model.model": ("Model",),
+}
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
+_ALIASES = {"Sequence": "CachedSequence"}  # its name before 0.2
+
+
+def __getattr__(name: str) -> Any:
+    """Import what is asked for when it is asked for, so that ``layerskip --help`` need not wait for torch."""
+    if name == "__version__":
+        from importlib.metadata import version  # slow to import, and seldom needed
+
+        return version(__name__)
+    original = _ALIASES.get(name, name)
+    if original not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_MODULE_OF[original]}"), original)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,4 +1,4 @@
-"""What this machine lets the process use: cores, caches, OpenMP runtimes, memory bandwidth."""
+"""What this machine lets the process use: cores, caches, OpenMP runtimes."""
 
 from __future__ import annotations
 
@@ -7,31 +7,23 @@ import math
 import os
 import platform
 import re
-import time
 from collections.abc import Iterator
 from pathlib import Path
-from statistics import median
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 __all__ = [
     "cpu_model",
     "cpu_quota",
+    "has_bf16_units",
     "keep_freed_memory",
     "last_level_cache_bytes",
-    "measure_read_bandwidth",
     "openmp_runtimes",
     "physical_cores",
-    "read_buffer",
     "usable_cores",
     "usable_cpus",
 ]
 
 CPUS = Path("/sys/devices/system/cpu")
 CGROUPS = Path("/sys/fs/cgroup")
-MIN_BUFFER_BYTES, MAX_BUFFER_BYTES = 256 << 20, 2 << 30
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 OPENMP_LIBRARY = re.compile(r"\S*/lib(?:gomp|iomp5|omp)[-.][^/\s]*")
 
@@ -87,6 +79,13 @@ def cpu_model() -> str:
     return match[1] if match else platform.processor() or platform.machine()
 
 
+def has_bf16_units(cpuinfo: str | None = None) -> bool:
+    """Whether the processor multiplies bf16 itself (by ``/proc/cpuinfo``, or its text); True where it is not known."""
+    text = _read(Path("/proc/cpuinfo")) or "" if cpuinfo is None else cpuinfo
+    flags = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", text, re.MULTILINE)
+    return flags is None or not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(flags[1].split())
+
+
 def last_level_cache_bytes(cpus: set[int], root: Path = CPUS) -> int | None:
     """All last-level caches of some logical CPUs together, in bytes; None where the system does not say."""
     sizes: dict[str, int] = {}
@@ -106,36 +105,6 @@ def openmp_runtimes(maps: str | None = None) -> list[str]:
     """
     maps = _read(Path("/proc/self/maps")) or "" if maps is None else maps
     return sorted(set(OPENMP_LIBRARY.findall(maps)))
-
-
-def measure_read_bandwidth(seconds: float = 1.0, buffer: Tensor | None = None) -> float:
-    """GB/s (10^9 bytes) at which torch's current threads read memory and write none: the median of many passes.
-
-    One pass adds up ``buffer``, int64 (default: a new ``read_buffer``).
-    """
-    buffer = read_buffer() if buffer is None else buffer
-    buffer.sum()
-    passes: list[float] = []
-    while sum(passes) < seconds or len(passes) < 3:
-        start = time.perf_counter()
-        buffer.sum()
-        passes.append(time.perf_counter() - start)
-    return buffer.nbytes / median(passes) / 1e9
-
-
-def read_buffer(num_bytes: int | None = None) -> Tensor:
-    """Ones, int64, in huge pages as the weights are: reading through small pages is up to 1.8 times as slow.
-
-    Default: at least 256 MiB and four times the last-level caches, at most 2 GiB.
-    """
-    import torch
-
-    from layerskip_kernels.memory import empty
-
-    if num_bytes is None:
-        caches = last_level_cache_bytes(usable_cpus()) or 0
-        num_bytes = min(max(MIN_BUFFER_BYTES, 4 * caches), MAX_BUFFER_BYTES)
-    return empty(num_bytes // 8, dtype=torch.int64).fill_(1)  # written: pages never written may share memory
 
 
 def _read(path: Path) -> str | None:

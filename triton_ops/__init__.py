@@ -1,13 +1,15 @@
-"""Triton kernels of the fused ops, one file per op, and the steps made of them (docs/architecture.md).
+"""Triton kernels of the fused ops, one file per op, and the passes made of them (docs/architecture.md).
 
-Imports torch, triton and this folder only. What each op means is said in ``layerskip_kernels.reference``; the names and
-signatures are the same.
+Imports torch, triton, layerskip_kernels.operands and this folder only. What each op means is said in
+``layerskip_kernels.ops.reference``; the names and signatures are the same. Weights are in the model's dtype or
+quantised, each of its own type (integer_dot.py, quantised.py). Imported as ``layerskip_kernels.triton_ops``, a link to
+this folder.
 """
 
 from .accept_draft import accept_draft
 from .down_residual import down_residual
-from .elementwise import embed_tokens, exp, linear, silu
-from .errors import check_error
+from .elementwise import embed_tokens, exp, gelu, linear, silu, tanh
+from .errors import check_error, error_of, raise_noted
 from .norm_gate_up_silu import norm_gate_up_silu
 from .norm_head_argmax import norm_head_argmax
 from .norm_qkv_rope_append import norm_qkv_rope_append
@@ -15,16 +17,18 @@ from .out_residual import out_residual
 from .packing import pack_weight, select_rows
 from .paged_attention import paged_attention
 from .rms_norm import rms_norm
-from .steps import draft_step, error_of, run_layers, verify_step
+from .steps import draft_pass, run_layers, verify_pass
+from .transfer import to_device, to_host
 
 __all__ = [
     "accept_draft",
     "check_error",
     "down_residual",
-    "draft_step",
+    "draft_pass",
     "embed_tokens",
     "error_of",
     "exp",
+    "gelu",
     "linear",
     "norm_gate_up_silu",
     "norm_head_argmax",
@@ -32,9 +36,13 @@ __all__ = [
     "out_residual",
     "pack_weight",
     "paged_attention",
+    "raise_noted",
     "rms_norm",
     "run_layers",
     "select_rows",
     "silu",
-    "verify_step",
+    "tanh",
+    "to_device",
+    "to_host",
+    "verify_pass",
 ]

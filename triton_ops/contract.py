@@ -31,6 +31,8 @@ def device_function(function: Callable[..., Any]) -> Any:
     return function if INTERPRETED else triton.jit(function)
 
 
+GELU_SLOPE = tl.constexpr(float.fromhex("0x1.9884533d43651p+0"))
+GELU_CUBE = tl.constexpr(0.044715)
 EXP_0 = tl.constexpr(float.fromhex("0x1.6db47ep-10"))
 EXP_1 = tl.constexpr(float.fromhex("0x1.123b92p-7"))
 EXP_2 = tl.constexpr(float.fromhex("0x1.55545ep-5"))
@@ -42,19 +44,28 @@ EXP_4 = tl.constexpr(float.fromhex("0x1p-1"))
 def to_dtype(x, dtype: tl.constexpr):
     """fp32 to the model's dtype, to nearest even."""
     if ROUND_BY_HAND and dtype == tl.bfloat16:
-        bits = x.to(tl.int32, bitcast=True)
-        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
-        x = tl.where(x == x, rounded, 0x7FC00000).to(tl.float32, bitcast=True)
+        x = _rounded_by_hand(x)
     return x.to(dtype)
 
 
 @device_function
 def rounded(x, dtype: tl.constexpr):
     """The fp32 value that to_dtype makes of an fp32 value."""
-    return to_dtype(x, dtype).to(tl.float32)
+    if ROUND_BY_HAND and dtype == tl.bfloat16:  # whose subnormal numbers the interpreter does not widen
+        return _rounded_by_hand(x)
+    else:
+        return to_dtype(x, dtype).to(tl.float32)
 
 
-# ---- rule 5: exp and silu ----
+@device_function
+def _rounded_by_hand(x):
+    """To bf16's numbers, in fp32."""
+    bits = x.to(tl.int32, bitcast=True)
+    nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
+    return tl.where(x == x, nearest, 0x7FC00000).to(tl.float32, bitcast=True)
+
+
+# ---- rule 5: exp, silu, gelu, tanh ----
 
 
 @device_function
@@ -65,23 +76,42 @@ def _clamp(x, low, high):
 
 
 @device_function
-def _exp_parts(x):
-    """exp(x) = (mantissa + error) * 2**exponent."""
+def _reduced(x):
+    """r, r_error and the integer n of x = n ln 2 + r + r_error."""
     shifted = x * LOG2_E + ROUND_MAGIC
     n = shifted - ROUND_MAGIC
     a = x - n * LN2_HI
     b = n * LN2_LO
     r = a - b
-    r_error = (a - r) - b
+    return r, (a - r) - b, shifted.to(tl.int32, bitcast=True) - 0x4B400000
+
+
+@device_function
+def _exp_polynomial(r):
+    """(exp(r) - 1 - r) / r^2."""
     q = EXP_0 * r + EXP_1
     q = q * r + EXP_2
     q = q * r + EXP_3
-    q = q * r + EXP_4
+    return q * r + EXP_4
+
+
+@device_function
+def _exp_of(r, r_error):
+    """exp(r + r_error) = mantissa + error."""
+    q = _exp_polynomial(r)
     sum_ = 1.0 + r
     sum_error = (1.0 - sum_) + r
     rest = sum_error + (q * (r * r) + r_error)
     mantissa = sum_ + rest
-    return mantissa, (sum_ - mantissa) + rest, shifted.to(tl.int32, bitcast=True) - 0x4B400000
+    return mantissa, (sum_ - mantissa) + rest
+
+
+@device_function
+def _exp_parts(x):
+    """exp(x) = (mantissa + error) * 2**exponent."""
+    r, r_error, exponent = _reduced(x)
+    mantissa, error = _exp_of(r, r_error)
+    return mantissa, error, exponent
 
 
 @device_function
@@ -104,6 +134,30 @@ def exp(x):
 @device_function
 def silu(x):
     mantissa, error, exponent = _exp_parts(_clamp(-x, -105.0, 128.0))
+    y = _logistic_product(x, mantissa, error, exponent)
+    y = tl.where(x > 128.0, x, y)
+    return tl.where(x < -128.0, -0.0, y)
+
+
+@device_function
+def gelu(x):
+    wide = _clamp(x, -11.0, 11.0).to(tl.float64)
+    slope = tl.full(wide.shape, GELU_SLOPE, tl.float64)
+    cube = tl.full(wide.shape, GELU_CUBE, tl.float64)
+    z = (slope * wide) * (1.0 + cube * (wide * wide))
+    high = (-z).to(tl.float32)
+    low = (-z - high.to(tl.float64)).to(tl.float32)
+    rounded_r, r_error, exponent = _reduced(high)
+    r = rounded_r + low
+    mantissa, error = _exp_of(r, r_error + ((rounded_r - r) + low))
+    y = _logistic_product(x, mantissa, error, exponent)
+    y = tl.where(x > 11.0, x, y)
+    return tl.where(x < -11.0, -0.0, y)
+
+
+@device_function
+def _logistic_product(x, mantissa, error, exponent):
+    """x / (1 + (mantissa + error) * 2**exponent)."""
     shift = tl.where(exponent > 64, 64, 0)
     one = tl.where(exponent > 64, 0.0, 1.0)
     power = _scale_by_power_of_two(mantissa, exponent - shift)
@@ -113,9 +167,32 @@ def silu(x):
     sum_error = (one - (denominator - power_part)) + (power - power_part)
     quotient = tl.div_rn(x, denominator)
     y = quotient - tl.div_rn(quotient * (sum_error + power_error), denominator)
-    y = y * _power_of_two(-shift)
-    y = tl.where(x > 128.0, x, y)
-    return tl.where(x < -128.0, -0.0, y)
+    return y * _power_of_two(-shift)
+
+
+@device_function
+def tanh(x):
+    bits = x.to(tl.int32, bitcast=True)
+    doubled = (bits & 0x7FFFFFFF).to(tl.float32, bitcast=True) * 2.0
+    r, r_error, exponent = _reduced(tl.where(doubled > 20.0, 20.0, doubled))
+    power = _power_of_two(exponent)
+    whole = power - 1.0
+    part = power * r
+    sum_ = whole + part
+    rest = ((whole - sum_) + part) + power * (_exp_polynomial(r) * (r * r) + r_error)
+    e = sum_ + rest
+    e_error = (sum_ - e) + rest
+    denominator = 2.0 + e
+    e_part = denominator - 2.0
+    denominator_error = (2.0 - (denominator - e_part)) + (e - e_part)
+    quotient = tl.div_rn(e, denominator)
+    y = quotient + tl.div_rn(e_error - quotient * (denominator_error + e_error), denominator)
+    return ((y.to(tl.int32, bitcast=True) & 0x7FFFFFFF) | (bits & -0x80000000)).to(tl.float32, bitcast=True)
+
+
+@device_function
+def soft_cap(x, cap):
+    return cap * tanh(tl.div_rn(x, cap + tl.zeros_like(x)))
 
 
 # ---- rules 1 and 2: sums in a written order ----
@@ -233,40 +310,71 @@ def _load_step(w_ptrs, step, steps, EVEN: tl.constexpr):
 
 
 @device_function
-def row_pointers(x_ptr, stride_x, row0, num_rows, ROWS: tl.constexpr):
-    """Pointers to rows row0 .. row0 + ROWS - 1 of x, as dot takes them; beyond the last row, to the last."""
-    pointers = ()
-    for r in tl.static_range(ROWS):
-        pointers = pointers + (x_ptr + tl.minimum(row0 + r, num_rows - 1) * stride_x,)
-    return pointers
-
-
-@device_function
 def segment_offset(i, length):
     """Where element i of a row lies among its segments, filled up to a multiple of eight: a dot's x."""
     return i // length * ((length + 7) // 8 * 8) + i % length
 
 
 @device_function
-def norm_rows(hidden_ptr, rows, mask_rows, D, weight_ptr, eps, x_ptr, stride_x, ROWS: tl.constexpr):
-    """Rule 2 for rows int64 [ROWS] of hidden [T, D] -> x fp32, as a dot reads it. Reads past the first-level cache."""
+def norm_rows(
+    hidden_ptr, rows, mask_rows, D, weight_ptr, eps, offset, x_ptr, stride_x, ROWS: tl.constexpr,
+    HAS_NORM: tl.constexpr,
+):  # fmt: skip
+    """Rule 2 for rows int64 [ROWS] of hidden [T, D] -> x fp32, as a dot reads it. Reads past the first-level cache.
+
+    Unless HAS_NORM: the rows as they are.
+    """
     lanes = tl.arange(0, 256)
     offs_row = rows[:, None] * D
-    sums = tl.zeros([ROWS, 256], tl.float32)
-    for start in range(0, D, 256):
-        mask = mask_rows[:, None] & (start + lanes < D)[None, :]
-        x = tl.load(hidden_ptr + offs_row + (start + lanes)[None, :], mask=mask, other=0.0, cache_modifier=".cg")
-        x = x.to(tl.float32)
-        sums = sums + x * x
-    inv = _inverse_norm(sums, D, eps, ROWS)
+    if HAS_NORM:
+        inv = inverse_norm_of(hidden_ptr, offs_row, mask_rows, D, eps, ROWS)
     length = (D + 7) // 8
     for start in range(0, D, 256):
         offs = start + lanes
         mask = mask_rows[:, None] & (offs < D)[None, :]
         x = tl.load(hidden_ptr + offs_row + offs[None, :], mask=mask, other=0.0, cache_modifier=".cg")
-        weight = tl.load(weight_ptr + offs, mask=offs < D, other=0.0).to(tl.float32)
-        y = rounded(rounded(x.to(tl.float32) * inv[:, None], x.dtype) * weight[None, :], x.dtype)
+        y = x.to(tl.float32)
+        if HAS_NORM:
+            weight = tl.load(weight_ptr + offs, mask=offs < D, other=0.0).to(tl.float32) + offset
+            y = rounded(rounded(y * inv[:, None], x.dtype) * weight[None, :], x.dtype)
         tl.store(x_ptr + rows[:, None] * stride_x + segment_offset(offs, length)[None, :], y, mask=mask)
+
+
+@device_function
+def inverse_norm_of(x_ptr, offs_row, mask_rows, D, eps, ROWS: tl.constexpr):
+    """1 / sqrt(mean + eps) [ROWS] of D numbers each, from offs_row [ROWS, 1] on. Reads past the first-level cache."""
+    lanes = tl.arange(0, 256)
+    sums = tl.zeros([ROWS, 256], tl.float32)
+    for start in range(0, D, 256):
+        mask = mask_rows[:, None] & (start + lanes < D)[None, :]
+        x = tl.load(x_ptr + offs_row + (start + lanes)[None, :], mask=mask, other=0.0, cache_modifier=".cg")
+        x = x.to(tl.float32)
+        sums = sums + x * x
+    return _inverse_norm(sums, D, eps, ROWS)
+
+
+@device_function
+def add_normed_rows(
+    y_ptr, hidden_ptr, rows, mask_rows, D, weight_ptr, eps, offset, multiplier, slots_ptr, hidden_cache_ptr,
+    num_slots, ROWS: tl.constexpr, KEEP: tl.constexpr,
+):  # fmt: skip
+    """hidden = to_dtype(hidden + to_dtype(rms_norm(y) * multiplier)) for rows int64 [ROWS] of y, hidden [T, D]."""
+    lanes = tl.arange(0, 256)
+    offs_row = rows[:, None] * D
+    inv = inverse_norm_of(y_ptr, offs_row, mask_rows, D, eps, ROWS)
+    for start in range(0, D, 256):
+        offs = start + lanes
+        mask = mask_rows[:, None] & (offs < D)[None, :]
+        y = tl.load(y_ptr + offs_row + offs[None, :], mask=mask, other=0.0, cache_modifier=".cg")
+        weight = tl.load(weight_ptr + offs, mask=offs < D, other=0.0).to(tl.float32) + offset
+        z = rounded(rounded(y.to(tl.float32) * inv[:, None], y.dtype) * weight[None, :], y.dtype)
+        residual = tl.load(hidden_ptr + offs_row + offs[None, :], mask=mask, other=0.0).to(tl.float32)
+        h = to_dtype(residual + rounded(z * multiplier, y.dtype), y.dtype)
+        tl.store(hidden_ptr + offs_row + offs[None, :], h, mask=mask)
+        if KEEP:
+            slot = tl.load(slots_ptr + rows, mask=mask_rows, other=-1)[:, None]
+            kept = mask & (slot >= 0) & (slot < num_slots)
+            tl.store(hidden_cache_ptr + slot * D + offs[None, :], h, mask=kept)
 
 
 @device_function

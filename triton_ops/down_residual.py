@@ -12,6 +12,9 @@ from .out_residual import out_residual
 __all__ = ["down_residual"]
 
 
-def down_residual(activation: Tensor, w_down: Tensor, residual: Tensor) -> Tensor:
+def down_residual(
+    activation: Tensor, w_down: Tensor, residual: Tensor, down_bias: Tensor | None = None,
+    post_norm: Tensor | None = None, eps: float = 0.0, norm_offset: float = 0.0, multiplier: float = 1.0,
+) -> Tensor:  # fmt: skip
     """reference.down_residual: [T, F], packed [D, F], [T, D] -> [T, D]."""
-    return out_residual(activation, w_down, None, residual)
+    return out_residual(activation, w_down, down_bias, residual, post_norm, eps, norm_offset, multiplier)

@@ -1,12 +1,16 @@
 """What kernels note instead of raising: they can't, and the host does not wait for them.
 
-``error`` is int32 [1] on the device; the greatest code stays. Whoever waits for a step's results calls check_error.
+``error`` is int32 [1] on the device; the greatest code stays. Whoever waits for a step's results calls raise_noted with
+a copy, or check_error. Each cache has a record of its own: what one model's steps noted is not raised in another's.
 """
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
-__all__ = ["BAD_PAGE", "BAD_POSITION", "BAD_TOKEN", "NAN_LOGITS", "check_error", "new_error"]
+__all__ = [
+    "BAD_PAGE", "BAD_POSITION", "BAD_TOKEN", "NAN_LOGITS", "check_error", "error_of", "new_error", "raise_noted",
+]  # fmt: skip
 
 BAD_PAGE, BAD_POSITION, BAD_TOKEN, NAN_LOGITS = 1, 2, 3, 4
 
@@ -25,9 +29,23 @@ def new_error(device: torch.device | str) -> Tensor:
     return torch.zeros(1, dtype=torch.int32, device=device)
 
 
+_errors = WeakIdKeyDictionary()
+
+
+def error_of(k_cache: Tensor) -> Tensor:
+    """The record of the steps on a cache."""
+    if k_cache not in _errors:
+        _errors[k_cache] = new_error(k_cache.device)
+    return _errors[k_cache]
+
+
 def check_error(error: Tensor) -> None:
     """Wait for the device; raise what its kernels noted, and forget it: RuntimeError for NaN, ValueError else."""
-    code = int(error)
+    raise_noted(int(error), error)
+
+
+def raise_noted(code: int, error: Tensor) -> None:
+    """Raise what the ``code`` that was read from ``error`` means, and forget it; nothing for 0."""
     if code == 0:
         return
     error.zero_()

@@ -7,17 +7,22 @@ layer, the block table's width. Tokens, positions and pages are copied into the 
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
+from threading import RLock
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from layerskip_kernels.operands import CacheTensors, DraftHead, DraftRows, ModelSizes, ModelWeights, PendingRows
+
 from .contract import CHUNK
 from .launch import blocks
-from .steps import Cache, DraftPlan, Llama, VerifyPlan
+from .paged_attention import ScratchMemory
+from .steps import DraftPlan, Llama, PagedCache, VerifyPlan, head_of
 
 __all__ = ["PlannedSteps"]
 
@@ -26,7 +31,10 @@ MAX_KEPT_ROWS = 64  # more rows are a prompt: its plan is large, seldom met agai
 
 
 class Recorded:
-    """A function of fixed inputs: called the first time, captured the second, replayed from then on."""
+    """A function of fixed inputs: called the first time, captured the second, replayed from then on.
+
+    Where the capture fails (no memory for it, say), the function is called every time.
+    """
 
     def __init__(self, run: Callable[[], Any], capture: bool) -> None:
         self._run, self._capture = run, capture
@@ -36,14 +44,29 @@ class Recorded:
 
     def __call__(self) -> Any:
         self._calls += 1
-        if not self._capture or self._calls == 1:
-            return self._run()
+        if self._capture and self._calls > 1 and self._graph is None:
+            self._try_to_capture()
         if self._graph is None:
-            self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph):
-                self._result = self._run()
+            return self._run()
         self._graph.replay()
         return self._result
+
+    def _try_to_capture(self) -> None:
+        graph = torch.cuda.CUDAGraph()
+        try:
+            # What other threads do with the device meanwhile is their own affair.
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                self._result = self._run()
+        except RuntimeError as error:
+            self._capture = False
+            warnings.warn(
+                f"a step could not be captured in a CUDA graph and is launched kernel by kernel instead, which is "
+                f"slower: {error}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        else:
+            self._graph = graph
 
 
 class StaticInputs:
@@ -55,9 +78,12 @@ class StaticInputs:
         self.block_table = torch.full((num_sequences, width), -1, dtype=torch.int32, device=device)
 
     def copy(self, tokens: Tensor, positions: Tensor, block_table: Tensor) -> None:
+        """The inputs of a step. Pages of an earlier one, of other sequences perhaps, do not stay behind the table's."""
+        width = block_table.size(1)
         self.tokens.copy_(tokens, non_blocking=True)
         self.positions.copy_(positions, non_blocking=True)
-        self.block_table[:, : block_table.size(1)].copy_(block_table, non_blocking=True)
+        self.block_table[:, :width].copy_(block_table, non_blocking=True)
+        self.block_table[:, width:].fill_(-1)
 
 
 def table_width(max_blocks: int, page_size: int) -> int:
@@ -66,65 +92,86 @@ def table_width(max_blocks: int, page_size: int) -> int:
     return blocks((1 << max(0, chunks - 1).bit_length()) * CHUNK, page_size)
 
 
-class PlannedSteps:
-    """draft_step and verify_step with plans; their arguments and results as in steps.py.
+class OfCache:
+    """What steps on a cache share: their plans, the least recently used first, and attention's memory."""
 
-    num_drafts, depths and query_start_loc are read on the host. Results are buffers of the plan: the next step of the
-    same kind on the same cache overwrites them.
+    def __init__(self) -> None:
+        self.plans: OrderedDict[Hashable, tuple[StaticInputs, Recorded]] = OrderedDict()
+        self.scratch = ScratchMemory()
+
+
+class PlannedSteps:
+    """draft_pass and verify_pass with plans; their arguments and results as in steps.py.
+
+    num_drafts, judged, depths and query_start_loc are read on the host. Steps of different threads and streams run
+    one after the other, since they share the plans' buffers.
     """
 
     def __init__(self) -> None:
-        self._plans: dict[int, OrderedDict[Hashable, Any]] = {}
+        self._of_cache: dict[int, OfCache] = {}
+        self._lock = RLock()
+        self._done: torch.cuda.Event | None = None  # when the last step will have been done
 
-    def draft_step(
-        self, weights: list[Tensor], k_cache: Tensor, v_cache: Tensor, hidden_cache: Tensor, tokens: Tensor,
-        positions: Tensor, num_drafts: Tensor, block_table: Tensor, draft_head: Tensor | None,
-        draft_ids: Tensor | None, exit_layer: int, max_drafts: int, *sizes: Any,
+    def draft_pass(
+        self, weights: ModelWeights, sizes: ModelSizes, cache: CacheTensors, rows: DraftRows, head: DraftHead | None,
+        exit_layer: int, max_drafts: int,
     ) -> Tensor:  # fmt: skip
-        counts = num_drafts.tolist()
-        head, head_size = (weights[2], sizes[2]) if draft_ids is None else (draft_head, len(draft_ids))
-        width = table_width(block_table.size(1), hidden_cache.size(1))
+        counts = rows.num_drafts.tolist()
+        weight, size, ids = head_of(weights, sizes, head)
+        width = table_width(rows.block_table.size(1), cache.hidden.size(1))
 
         def make() -> tuple[StaticInputs, Recorded]:
-            inputs = StaticInputs(len(counts), len(counts), width, k_cache.device)
-            llama, cache = Llama(weights, *sizes), _weak_cache(k_cache, v_cache, hidden_cache, inputs)
-            plan = DraftPlan(llama, cache(), counts, max_drafts, head_size)
-            ids = None if draft_ids is None else draft_ids.to(k_cache.device)
+            inputs = StaticInputs(len(counts), len(counts), width, cache.k.device)
+            llama, paged = Llama(weights, sizes), self._weak_cache(cache, inputs)
+            plan = DraftPlan(llama, paged(), counts, max_drafts, weight, size)
+            device_ids = None if ids is None else ids.to(inputs.tokens.device)
             return inputs, Recorded(
-                lambda: plan.run(llama, cache(), inputs.tokens, inputs.positions, head, head_size, ids, exit_layer),
-                k_cache.is_cuda,
+                lambda: plan.run(llama, paged(), inputs.tokens, inputs.positions, weight, size, device_ids, exit_layer),
+                inputs.tokens.is_cuda,
             )
 
-        key = ("draft", id(weights), head.data_ptr(), head_size, tuple(counts), max_drafts, exit_layer, width, sizes)
-        inputs, recorded = self._plan(k_cache, key, make)
-        inputs.copy(tokens, positions, block_table)
-        return recorded()
+        key = ("draft", id(weights), weight.data_ptr(), size, tuple(counts), max_drafts, exit_layer, width, sizes)
+        return self._run(cache.k, key, make, rows.tokens, rows.positions, rows.block_table)
 
-    def verify_step(
-        self, weights: list[Tensor], k_cache: Tensor, v_cache: Tensor, hidden_cache: Tensor, tokens: Tensor,
-        positions: Tensor, depths: Tensor, query_start_loc: Tensor, num_drafts: Tensor, block_table: Tensor,
-        *sizes: Any,
+    def verify_pass(
+        self, weights: ModelWeights, sizes: ModelSizes, cache: CacheTensors, rows: PendingRows, num_drafts: Tensor,
+        judged: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        kind = depths.tolist(), query_start_loc.tolist(), num_drafts.tolist()
-        width = table_width(block_table.size(1), hidden_cache.size(1))
+        kind = rows.depths.tolist(), rows.query_start_loc.tolist(), num_drafts.tolist(), judged.tolist()
+        width = table_width(rows.block_table.size(1), cache.hidden.size(1))
+
+        kept = len(rows.tokens) <= MAX_KEPT_ROWS
 
         def make() -> tuple[StaticInputs, Recorded]:
-            inputs = StaticInputs(len(tokens), len(num_drafts), width, k_cache.device)
-            llama, cache = Llama(weights, *sizes), _weak_cache(k_cache, v_cache, hidden_cache, inputs)
-            plan = VerifyPlan(llama, cache(), *kind)
-            return inputs, Recorded(lambda: plan.run(llama, cache(), inputs.tokens, inputs.positions), k_cache.is_cuda)
+            inputs = StaticInputs(len(rows.tokens), len(num_drafts), width, cache.k.device)
+            llama, paged = Llama(weights, sizes), self._weak_cache(cache, inputs, kept)
+            plan = VerifyPlan(llama, paged(), *kind)
+            return inputs, Recorded(
+                lambda: plan.run(llama, paged(), inputs.tokens, inputs.positions), inputs.tokens.is_cuda
+            )
 
-        key = ("verify", id(weights), *map(tuple, kind), width, sizes)
-        inputs, recorded = make() if len(tokens) > MAX_KEPT_ROWS else self._plan(k_cache, key, make)
-        inputs.copy(tokens, positions, block_table)
-        return recorded()
+        key = ("verify", id(weights), *map(tuple, kind), width, sizes) if kept else None
+        return self._run(cache.k, key, make, rows.tokens, rows.positions, rows.block_table)
 
-    def _plan(self, k_cache: Tensor, key: Hashable, make: Callable[[], Any]) -> Any:
+    def _run(
+        self, k_cache: Tensor, key: Hashable | None, make: Callable[[], tuple[StaticInputs, Recorded]], *inputs: Tensor
+    ) -> Any:
+        """A step of a kind (None: of one that is not kept), after the one before it. The results are copies."""
+        with self._lock:
+            if self._done is not None:
+                torch.cuda.current_stream(k_cache.device).wait_event(self._done)
+            static, recorded = make() if key is None else self._plan(k_cache, key, make)
+            static.copy(*inputs)
+            results = recorded()  # in buffers of the plan, which its next run overwrites
+            copies = results.clone() if isinstance(results, Tensor) else tuple(result.clone() for result in results)
+            if k_cache.is_cuda:
+                self._done = self._done or torch.cuda.Event()
+                self._done.record(torch.cuda.current_stream(k_cache.device))
+            return copies
+
+    def _plan(self, k_cache: Tensor, key: Hashable, make: Callable[[], Any]) -> tuple[StaticInputs, Recorded]:
         """The plan of a kind, the least recently used one making room; all go when their cache goes."""
-        plans = self._plans.get(id(k_cache))
-        if plans is None:
-            plans = self._plans[id(k_cache)] = OrderedDict()
-            weakref.finalize(k_cache, self._plans.pop, id(k_cache), None)
+        plans = self._shared(k_cache).plans
         if key not in plans:
             plans[key] = make()
             if len(plans) > MAX_PLANS:
@@ -132,13 +179,21 @@ class PlannedSteps:
         plans.move_to_end(key)
         return plans[key]
 
+    def _shared(self, k_cache: Tensor) -> OfCache:
+        found = self._of_cache.get(id(k_cache))
+        if found is None:
+            found = self._of_cache[id(k_cache)] = OfCache()
+            weakref.finalize(k_cache, self._of_cache.pop, id(k_cache), None)
+        return found
 
-def _weak_cache(k: Tensor, v: Tensor, hidden: Tensor, inputs: StaticInputs) -> Callable[[], Cache]:
-    """The cache's tensors with the plan's own block table, not kept alive by the plan."""
-    references = [weakref.ref(tensor) for tensor in (k, v, hidden)]
+    def _weak_cache(self, cache: CacheTensors, inputs: StaticInputs, kept: bool = True) -> Callable[[], PagedCache]:
+        """The cache's tensors with the plan's own block table, not kept alive by the plan."""
+        references = [weakref.ref(tensor) for tensor in (cache.k, cache.v, cache.hidden)]
+        scratch = self._shared(cache.k).scratch if kept else ScratchMemory()
 
-    def cache() -> Cache:
-        k, v, hidden = (reference() for reference in references)
-        return Cache(k, v, hidden, inputs.block_table)
+        def paged() -> PagedCache:
+            k, v, hidden = (reference() for reference in references)
+            assert k is not None and v is not None and hidden is not None  # the plans of a cache go with it
+            return PagedCache(k, v, hidden, inputs.block_table, scratch)
 
-    return cache
+        return paged

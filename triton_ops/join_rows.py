@@ -1,6 +1,6 @@
 """Rows join a move of the staircase: their first hidden state, its norm, and where their K and V go.
 
-    hidden[t] = embedding[token] (depth 0) or hidden_cache[slot];  x[t] = rms_norm(hidden[t]) (rule 2)
+    hidden[t] = embedding[token] * multiplier (depth 0) or hidden_cache[slot];  x[t] = rms_norm(hidden[t]) (rule 2)
 
 Moves one row of D numbers in, two out, for each joining row.
 """
@@ -9,9 +9,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .contract import norm_rows
+from .contract import norm_rows, rounded, to_dtype
 from .errors import BAD_PAGE, BAD_POSITION, BAD_TOKEN
+from .integer_rows import Rows
 from .launch import OPTIONS
+from .quantised import code_of, stored_number
 
 __all__ = ["join_rows"]
 
@@ -21,7 +23,9 @@ def _join_rows_kernel(
     tokens_ptr, given_positions_ptr, order_ptr, sequence_ptr, block_table_ptr, embedding_ptr, hidden_cache_ptr,
     norm_ptr, positions_ptr, slots_ptr, hidden_ptr, x_ptr, error_ptr,
     first_row, position_step, vocab_size, max_positions, max_blocks, num_pages, S, D, steps, stride_x, eps,
-    FROM_EMBEDDING: tl.constexpr, BAD_TOKEN: tl.constexpr, BAD_POSITION: tl.constexpr, BAD_PAGE: tl.constexpr,
+    norm_offset, multiplier,
+    HAS_NORM: tl.constexpr, FROM_EMBEDDING: tl.constexpr, KIND: tl.constexpr,
+    BAD_TOKEN: tl.constexpr, BAD_POSITION: tl.constexpr, BAD_PAGE: tl.constexpr,
 ):  # fmt: skip
     row = first_row + tl.program_id(0).to(tl.int64)
     given = tl.load(order_ptr + row)
@@ -48,33 +52,69 @@ def _join_rows_kernel(
     for start in range(0, D, 256):
         i = start + tl.arange(0, 256)
         if FROM_EMBEDDING:
-            k = i % length
-            offs = token // 16 * (steps * 1024) + k // 8 * 1024 + i // length * 128 + token % 16 * 8 + k % 8
-            value = tl.load(embedding_ptr + offs, mask=(i < D) & known, other=0.0)
+            if KIND == 0:
+                k = i % length
+                offs = token // 16 * (steps * 1024) + k // 8 * 1024 + i // length * 128 + token % 16 * 8 + k % 8
+                value = tl.load(embedding_ptr + offs, mask=(i < D) & known, other=0.0).to(tl.float32)
+            else:
+                inside = (i < D) & known
+                value = stored_number(embedding_ptr, tl.where(known, token, 0), i, inside, (D + 255) // 256, KIND)
+                value = rounded(value, hidden_ptr.dtype.element_ty)
+            value = to_dtype(value * multiplier, hidden_ptr.dtype.element_ty)
         else:
             value = tl.load(hidden_cache_ptr + slot * D + i, mask=(i < D) & paged, other=0.0)
         tl.store(hidden_ptr + row * D + i, value, mask=i < D)
     tl.debug_barrier()  # the norm's threads read what others of this program wrote
     rows = row + tl.arange(0, 1)
-    norm_rows(hidden_ptr, rows, rows >= 0, D, norm_ptr, eps, x_ptr, stride_x, 1)
+    norm_rows(hidden_ptr, rows, rows >= 0, D, norm_ptr, eps, norm_offset, x_ptr, stride_x, 1, HAS_NORM)
 
 
 def join_rows(
     tokens: Tensor, positions: Tensor, order: Tensor, sequence_of_row: Tensor, block_table: Tensor, embedding: Tensor,
-    hidden_cache: Tensor, norm_weight: Tensor, row_positions: Tensor, slots: Tensor, hidden: Tensor, x: Tensor,
+    hidden_cache: Tensor, norm_weight: Tensor | None, row_positions: Tensor, slots: Tensor, hidden: Tensor, x: Rows,
     error: Tensor, first_row: int, num_rows: int, vocab_size: int, max_positions: int, eps: float,
-    from_embedding: bool, position_step: int = 0,
+    from_embedding: bool, position_step: int = 0, norm_offset: float = 0.0, multiplier: float = 1.0,
 ) -> None:  # fmt: skip
     """Rows first_row .. first_row + num_rows - 1 of the step's buffers join.
 
     tokens, positions int64, as given to the step; order int32 [T]: which given row each is; sequence_of_row int32
     [T]; block_table int32 [B, max_blocks]; embedding packed [V, D]; hidden_cache [P, S, D]. Writes row_positions,
-    slots int64 [T] (-1 where the table names no page), hidden [T, D] and x fp32 [T, row_stride(D)].
+    slots int64 [T] (-1 where the table names no page), hidden [T, D] and the numbers of x [T, D].
     """
     num_pages, page_size, hidden_size = hidden_cache.shape
     _join_rows_kernel[(num_rows,)](
-        tokens, positions, order, sequence_of_row, block_table, embedding, hidden_cache, norm_weight, row_positions,
-        slots, hidden, x, error, first_row, position_step, vocab_size, max_positions, block_table.size(1), num_pages,
-        page_size, hidden_size, embedding.size(1), x.stride(0), eps, FROM_EMBEDDING=from_embedding,
-        BAD_TOKEN=BAD_TOKEN, BAD_POSITION=BAD_POSITION, BAD_PAGE=BAD_PAGE, num_warps=4, **OPTIONS,
-    )  # fmt: skip
+        tokens_ptr=tokens,
+        given_positions_ptr=positions,
+        order_ptr=order,
+        sequence_ptr=sequence_of_row,
+        block_table_ptr=block_table,
+        embedding_ptr=embedding,
+        hidden_cache_ptr=hidden_cache,
+        norm_ptr=hidden if norm_weight is None else norm_weight,
+        positions_ptr=row_positions,
+        slots_ptr=slots,
+        hidden_ptr=hidden,
+        x_ptr=x.numbers,
+        error_ptr=error,
+        first_row=first_row,
+        position_step=position_step,
+        vocab_size=vocab_size,
+        max_positions=max_positions,
+        max_blocks=block_table.size(1),
+        num_pages=num_pages,
+        S=page_size,
+        D=hidden_size,
+        steps=x.steps,
+        stride_x=x.stride,
+        eps=eps,
+        norm_offset=norm_offset,
+        multiplier=multiplier,
+        HAS_NORM=norm_weight is not None,
+        FROM_EMBEDDING=from_embedding,
+        KIND=code_of(embedding),
+        BAD_TOKEN=BAD_TOKEN,
+        BAD_POSITION=BAD_POSITION,
+        BAD_PAGE=BAD_PAGE,
+        num_warps=4,
+        **OPTIONS,
+    )

@@ -9,15 +9,16 @@ import torch
 import triton
 from torch import Tensor
 
-from .contract import INTERPRETED, SEGMENTS
+from .contract import GROUP, INTERPRETED, SEGMENTS
 
-__all__ = ["OPTIONS", "blocks", "columns_of", "exact_products", "rows_per_program", "streaming"]
+__all__ = ["OPTIONS", "blocks", "columns_of", "exact_products", "is_quantised", "rows_per_program", "streaming"]
 
 # Never contract a multiply and an add: the contract says where fma may stand.
 OPTIONS: dict[str, Any] = {"enable_fp_fusion": False}
 
 MAX_REGISTERS = 255  # of a thread
 MAX_ROWS = 8  # rows that share a program's weights; more make more programs, which read them again
+MAX_INTEGER_ROWS = 16  # the same where weights are quantised: up to so many cost what one costs
 # Columns of a tile, and by rows a program: how many steps of 16-bit weights are on their way to a thread while one is
 # used (half as many of fp32 weights).
 CONFIGS: dict[str, tuple[int, dict[int, int]]] = {
@@ -35,13 +36,18 @@ SPILLING = {"norm_qkv_rope_append": (1, 2, 4, 8), "out_residual": (1,)}
 SPILLING_BEFORE_SM_90 = {"out_residual": (8,)}  # with half the steps ahead, too
 
 
-def rows_per_program(num_rows: int) -> int:
-    """The power of two that holds ``num_rows``, at most MAX_ROWS."""
-    return min(MAX_ROWS, 1 << max(0, num_rows - 1).bit_length())
+def rows_per_program(num_rows: int, most: int = MAX_ROWS) -> int:
+    """The power of two that holds ``num_rows``, at most ``most``."""
+    return min(most, 1 << max(0, num_rows - 1).bit_length())
 
 
 def blocks(n: int, size: int) -> int:
     return -(-n // size)
+
+
+def is_quantised(weight: Tensor) -> bool:
+    """Whether a packed weight is multiplied by rule 8."""
+    return weight.dtype in (torch.uint8, torch.int8)
 
 
 def exact_products(dtype: torch.dtype) -> bool:
@@ -49,9 +55,9 @@ def exact_products(dtype: torch.dtype) -> bool:
     return dtype != torch.float32
 
 
-def columns_of(op: str) -> int:
+def columns_of(op: str, *weights: Tensor) -> int:
     """Columns of a tile of the op's kernel."""
-    return CONFIGS[op][0]
+    return GROUP if any(map(is_quantised, weights)) else CONFIGS[op][0]
 
 
 def threads_per_warp() -> int:
@@ -77,11 +83,15 @@ def needs_all_registers(op: str, rows: int, dtype: torch.dtype) -> bool:
     return dtype != torch.bfloat16 or rows in spilling
 
 
-def streaming(op: str, num_rows: int, tiles: int, weight: Tensor) -> dict[str, Any]:
-    """The compile-time arguments and options of a kernel built on ``contract.dot``, with ``tiles`` tiles a program.
+def streaming(op: str, num_rows: int, tiles: int, k: int, *weights: Tensor) -> dict[str, Any]:
+    """The compile-time arguments and options of a kernel built on ``products``, with ``tiles`` tiles a program.
 
-    A thread for each segment and column of a tile: with more, they would load fewer bytes at once.
+    weights: all that it streams, packed, of k inputs, in the model's dtype or quantised. Of the former, a thread holds
+    a segment of one column of a tile: with more threads, they would load fewer bytes at once.
     """
+    weight = next((weight for weight in weights if not is_quantised(weight)), None)
+    if weight is None or any(map(is_quantised, weights)):
+        return streaming_integers(num_rows, tiles, k, weight)
     rows, (columns, ahead_by_rows) = rows_per_program(num_rows), CONFIGS[op]
     ahead = 1 if INTERPRETED else max(1, ahead_by_rows[rows] * 2 // weight.element_size())
     if before_sm_90() and rows in SPILLING_BEFORE_SM_90.get(op, ()):
@@ -93,4 +103,21 @@ def streaming(op: str, num_rows: int, tiles: int, weight: Tensor) -> dict[str, A
     return dict(
         ROWS=rows, TILES=tiles, C=columns, AHEAD=ahead, EVEN=weight.size(1) % ahead == 0,
         FMA=exact_products(weight.dtype), num_warps=threads // threads_per_warp(), **options,
+    )  # fmt: skip
+
+
+def streaming_integers(num_rows: int, tiles: int, k: int, other: Tensor | None) -> dict[str, Any]:
+    """The same where a weight is quantised; ``other``: one that is not, if they are mixed.
+
+    Four warps have two segments each; a product of theirs has eight rows or sixteen, asked for or not.
+    """
+    rows = rows_per_program(num_rows, MAX_INTEGER_ROWS if other is None else MAX_ROWS)
+    if threads_per_warp() == 64 and other is None:
+        rows = MAX_INTEGER_ROWS  # AMD multiplies no fewer
+    options = dict(OPTIONS, num_stages=1)  # loads go straight to the registers of those who multiply them
+    if not INTERPRETED and triton.runtime.driver.active.get_current_target().backend == "cuda":
+        options["maxnreg"] = MAX_REGISTERS
+    return dict(
+        ROWS=rows, TILES=tiles, C=GROUP, AHEAD=1, EVEN=blocks(k, 32 * SEGMENTS) % 2 == 0,
+        FMA=other is not None and exact_products(other.dtype), num_warps=4, **options,
     )  # fmt: skip

@@ -1,19 +1,22 @@
 """RMSNorm, gate and up projections, silu(gate) * up: rules 1, 2 and 5.
 
-    to_dtype(to_dtype(silu(to_dtype(dot(x, w_gate)))) * to_dtype(dot(x, w_up)))
+    to_dtype(to_dtype(silu(to_dtype(dot(x, w_gate) + bias))) * to_dtype(dot(x, w_up) + bias))
+
+or gelu in silu's place.
 
 A program computes C columns of both, a tile each. Moves 2 F D weights once for every 8 rows, T D numbers for each
 program, T F results.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .contract import dot, packed_offsets, rounded, row_pointers, segment_offset, silu
+from .contract import gelu, rounded, segment_offset, silu
+from .integer_dot import products
+from .integer_rows import Rows, round_rows
 from .launch import blocks, streaming
-from .packing import row_stride
+from .quantised import code_of
 from .rms_norm import from_segments, normalised
 
 __all__ = ["gate_up_silu", "norm_gate_up_silu"]
@@ -21,7 +24,9 @@ __all__ = ["gate_up_silu", "norm_gate_up_silu"]
 
 @triton.jit
 def _gate_up_silu_kernel(
-    x_ptr, gate_ptr, up_ptr, hidden_ptr, activation_ptr, stride_x, stride_activation, T, F, steps,
+    x_gate_ptr, x_up_ptr, gate_ptr, up_ptr, bias_ptr, hidden_ptr, activation_ptr, stride_x, stride_activation,
+    T, F, steps,
+    GATE_KIND: tl.constexpr, UP_KIND: tl.constexpr, HAS_BIAS: tl.constexpr, GELU: tl.constexpr,
     ROWS: tl.constexpr, TILES: tl.constexpr, C: tl.constexpr, AHEAD: tl.constexpr, EVEN: tl.constexpr,
     FMA: tl.constexpr,
 ):  # fmt: skip
@@ -29,32 +34,75 @@ def _gate_up_silu_kernel(
     row0 = tl.program_id(1).to(tl.int64) * ROWS
     dtype: tl.constexpr = hidden_ptr.dtype.element_ty
     n = pid * C + tl.arange(0, C)
-    offs = packed_offsets(tl.minimum(n, (F + 15) // 16 * 16 - 1), steps)
-    x_ptrs = row_pointers(x_ptr, stride_x, row0, T, ROWS)
-    y = dot(x_ptrs, (gate_ptr + offs, up_ptr + offs), steps, ROWS, TILES, C, AHEAD, EVEN, FMA)
+    packed = tl.minimum(n, (F + 15) // 16 * 16 - 1)
+    if GATE_KIND == UP_KIND:
+        y = products(
+            x_gate_ptr, stride_x, x_gate_ptr, row0, T, (gate_ptr, up_ptr), (packed, packed), steps, GATE_KIND, False,
+            ROWS, TILES, C, AHEAD, EVEN, FMA,
+        )  # fmt: skip
+    else:
+        y = products(
+            x_gate_ptr, stride_x, x_gate_ptr, row0, T, (gate_ptr,), (packed,), steps, GATE_KIND, False,
+            ROWS, 1, C, AHEAD, EVEN, FMA,
+        ) + products(
+            x_up_ptr, stride_x, x_up_ptr, row0, T, (up_ptr,), (packed,), steps, UP_KIND, False,
+            ROWS, 1, C, AHEAD, EVEN, FMA,
+        )  # fmt: skip
+    if HAS_BIAS:
+        gate_bias = tl.load(bias_ptr + n, mask=n < F, other=0.0).to(tl.float32)
+        up_bias = tl.load(bias_ptr + F + n, mask=n < F, other=0.0).to(tl.float32)
     for r in tl.static_range(ROWS):
-        gate = rounded(y[r], dtype)
-        up = rounded(y[ROWS + r], dtype)
-        activation = rounded(rounded(silu(gate), dtype) * up, dtype)
+        gate = y[r]
+        up = y[ROWS + r]
+        if HAS_BIAS:
+            gate = gate + gate_bias
+            up = up + up_bias
+        gate = rounded(gate, dtype)
+        if GELU:
+            activated = rounded(gelu(gate), dtype)
+        else:
+            activated = rounded(silu(gate), dtype)
+        activation = rounded(activated * rounded(up, dtype), dtype)
         target = activation_ptr + (row0 + r) * stride_activation + segment_offset(n, (F + 7) // 8)
         tl.store(target, activation, mask=(n < F) & (row0 + r < T))
 
 
 def gate_up_silu(
-    x: Tensor, w_gate: Tensor, w_up: Tensor, hidden: Tensor, activation: Tensor, intermediate_size: int, num_rows: int
-) -> None:
-    """x fp32 [T, row_stride(D)] -> activation fp32 [T, row_stride(F)]; hidden only says the model's dtype."""
-    options = streaming("norm_gate_up_silu", num_rows, 2, w_gate)
+    x: Rows, w_gate: Tensor, w_up: Tensor, hidden: Tensor, activation: Rows, intermediate_size: int, num_rows: int,
+    gate_up_bias: Tensor | None = None, use_gelu: bool = False,
+) -> None:  # fmt: skip
+    """x [T, D] -> activation [T, F]; hidden only says the model's dtype."""
+    round_rows(x, num_rows, w_gate, w_up)
+    options = streaming("norm_gate_up_silu", num_rows, 2, x.k, w_gate, w_up)
     _gate_up_silu_kernel[(blocks(intermediate_size, options["C"]), blocks(num_rows, options["ROWS"]))](
-        x, w_gate, w_up, hidden, activation, x.stride(0), activation.stride(0), num_rows, intermediate_size,
-        w_gate.size(1), **options,
-    )  # fmt: skip
+        x_gate_ptr=x.of(w_gate),
+        x_up_ptr=x.of(w_up),
+        gate_ptr=w_gate,
+        up_ptr=w_up,
+        bias_ptr=hidden if gate_up_bias is None else gate_up_bias,
+        hidden_ptr=hidden,
+        activation_ptr=activation.numbers,
+        stride_x=x.stride,
+        stride_activation=activation.stride,
+        T=num_rows,
+        F=intermediate_size,
+        steps=x.steps,
+        GATE_KIND=code_of(w_gate),
+        UP_KIND=code_of(w_up),
+        HAS_BIAS=gate_up_bias is not None,
+        GELU=use_gelu,
+        **options,
+    )
 
 
 def norm_gate_up_silu(
-    hidden: Tensor, norm_weight: Tensor, w_gate: Tensor, w_up: Tensor, intermediate_size: int, eps: float
-) -> Tensor:
+    hidden: Tensor, norm_weight: Tensor | None, w_gate: Tensor, w_up: Tensor, intermediate_size: int, eps: float,
+    norm_offset: float = 0.0, gate_up_bias: Tensor | None = None, use_gelu: bool = False,
+) -> Tensor:  # fmt: skip
     """reference.norm_gate_up_silu: [T, D] -> [T, F]."""
-    activation = torch.zeros(len(hidden), row_stride(intermediate_size), device=hidden.device)
-    gate_up_silu(normalised(hidden, norm_weight, eps), w_gate, w_up, hidden, activation, intermediate_size, len(hidden))
-    return from_segments(activation, intermediate_size, hidden.dtype)
+    activation = Rows(len(hidden), intermediate_size, (), hidden.device)
+    gate_up_silu(
+        normalised(hidden, norm_weight, eps, norm_offset, w_gate, w_up), w_gate, w_up, hidden, activation,
+        intermediate_size, len(hidden), gate_up_bias, use_gelu,
+    )  # fmt: skip
+    return from_segments(activation.numbers, intermediate_size, hidden.dtype)

@@ -1,6 +1,6 @@
 """Final RMSNorm, LM head, argmax: rules 1, 2 and 6.
 
-    logits = dot(x, lm_head);  token = the lowest of the largest
+    logits = dot(x, lm_head) * multiplier, perhaps capped;  token = the lowest of the largest
 
 A program computes two tiles of C logits of up to 8 rows and the largest of each; what follows (a draft's next token,
 accept_draft) takes the largest of those. Moves V D weights once for every 8 rows, T D numbers for each program,
@@ -12,9 +12,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .contract import device_function, dot, packed_offsets
+from .contract import device_function, soft_cap
 from .errors import NAN_LOGITS, check_error, new_error
+from .integer_dot import products
+from .integer_rows import Rows, round_rows
 from .launch import OPTIONS, blocks, columns_of, streaming
+from .quantised import code_of
 from .rms_norm import normalised
 
 __all__ = ["Candidates", "best_token", "head_candidates", "norm_head_argmax", "take_draft"]
@@ -25,28 +28,31 @@ COMPARED = 512  # candidates that are compared at once
 
 @triton.jit
 def _head_kernel(
-    x_ptr, rows_ptr, w_ptr, logits_ptr, best_ptr, token_ptr, stride_x, T, N, steps,
-    LOGITS: tl.constexpr,
+    x_ptr, rows_ptr, w_ptr, logits_ptr, best_ptr, token_ptr, stride_x, T, N, steps, multiplier, cap,
+    KIND: tl.constexpr, LOGITS: tl.constexpr, CAPPED: tl.constexpr,
     ROWS: tl.constexpr, TILES: tl.constexpr, C: tl.constexpr, AHEAD: tl.constexpr, EVEN: tl.constexpr,
     FMA: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
     row0 = tl.program_id(1).to(tl.int64) * ROWS
-    x_ptrs = ()
-    for r in tl.static_range(ROWS):
-        row = tl.load(rows_ptr + tl.minimum(row0 + r, T - 1)).to(tl.int64)
-        x_ptrs = x_ptrs + (x_ptr + row * stride_x,)
     first = pid * TILES * C + tl.arange(0, C)
     last = (N + 15) // 16 * 16 - 1
     w_ptrs = ()
+    columns = ()
     for t in tl.static_range(TILES):
-        w_ptrs = w_ptrs + (w_ptr + packed_offsets(tl.minimum(first + t * C, last), steps),)
-    y = dot(x_ptrs, w_ptrs, steps, ROWS, TILES, C, AHEAD, EVEN, FMA)
+        w_ptrs = w_ptrs + (w_ptr,)
+        columns = columns + (tl.minimum(first + t * C, last),)
+    y = products(
+        x_ptr, stride_x, rows_ptr, row0, T, w_ptrs, columns, steps, KIND, True, ROWS, TILES, C, AHEAD, EVEN, FMA
+    )
     for r in tl.static_range(ROWS):
         if row0 + r < T:
             for t in tl.static_range(TILES):
                 n = first + t * C
-                z = tl.where(n < N, y[t * ROWS + r], -float("inf"))
+                z = y[t * ROWS + r] * multiplier
+                if CAPPED:
+                    z = soft_cap(z, cap)
+                z = tl.where(n < N, z, -float("inf"))
                 if LOGITS:
                     tl.store(logits_ptr + (row0 + r) * N + n, z, mask=n < N)
                 best = tl.max(z)
@@ -96,24 +102,40 @@ def _take_draft_kernel(
 
 
 class Candidates:
-    """What an LM head of ``size`` columns leaves of each row: best fp32 and token int32 of every program's columns."""
+    """What a packed LM head of ``size`` columns leaves of each row: best fp32 and token int32 of a program's tiles."""
 
-    def __init__(self, num_rows: int, size: int, device: torch.device) -> None:
-        self.num_blocks = blocks(size, TILES * columns_of("norm_head_argmax")) * TILES
+    def __init__(self, num_rows: int, head: Tensor, size: int, device: torch.device) -> None:
+        self.num_blocks = blocks(size, TILES * columns_of("norm_head_argmax", head)) * TILES
         self.best = torch.empty(num_rows, self.num_blocks, device=device)
         self.tokens = torch.empty(num_rows, self.num_blocks, dtype=torch.int32, device=device)
 
 
 def head_candidates(
-    x: Tensor, rows: Tensor, lm_head: Tensor, vocab_size: int, candidates: Candidates, logits: Tensor | None
-) -> None:
+    x: Rows, rows: Tensor, lm_head: Tensor, vocab_size: int, candidates: Candidates, logits: Tensor | None,
+    multiplier: float = 1.0, cap: float = 0.0,
+) -> None:  # fmt: skip
     """The candidates of rows int32 [T] of x, and logits fp32 [T, V] if wanted."""
     num_rows = len(rows)
-    options = streaming("norm_head_argmax", num_rows, TILES, lm_head)
+    round_rows(x, num_rows, lm_head, rows=rows)
+    options = streaming("norm_head_argmax", num_rows, TILES, x.k, lm_head)
     _head_kernel[(candidates.num_blocks // TILES, blocks(num_rows, options["ROWS"]))](
-        x, rows, lm_head, x if logits is None else logits, candidates.best, candidates.tokens, x.stride(0), num_rows,
-        vocab_size, lm_head.size(1), LOGITS=logits is not None, **options,
-    )  # fmt: skip
+        x_ptr=x.of(lm_head),
+        rows_ptr=rows,
+        w_ptr=lm_head,
+        logits_ptr=x.numbers if logits is None else logits,
+        best_ptr=candidates.best,
+        token_ptr=candidates.tokens,
+        stride_x=x.stride,
+        T=num_rows,
+        N=vocab_size,
+        steps=x.steps,
+        KIND=code_of(lm_head),
+        multiplier=multiplier,
+        cap=cap,
+        CAPPED=cap != 0,
+        LOGITS=logits is not None,
+        **options,
+    )
 
 
 def take_draft(
@@ -125,24 +147,37 @@ def take_draft(
     sequences int32 [T]; draft_ids int64: the token ids that the head's columns stand for (None: themselves).
     """
     _take_draft_kernel[(len(sequences),)](
-        candidates.best, candidates.tokens, drafts if draft_ids is None else draft_ids, sequences, drafts, next_tokens,
-        error, candidates.num_blocks, drafts.size(1), column, HAS_IDS=draft_ids is not None, TILE=COMPARED,
-        NAN_LOGITS=NAN_LOGITS, num_warps=4, **OPTIONS,
-    )  # fmt: skip
+        best_ptr=candidates.best,
+        token_ptr=candidates.tokens,
+        ids_ptr=drafts if draft_ids is None else draft_ids,
+        sequence_ptr=sequences,
+        drafts_ptr=drafts,
+        next_ptr=next_tokens,
+        error_ptr=error,
+        num_blocks=candidates.num_blocks,
+        max_drafts=drafts.size(1),
+        column=column,
+        HAS_IDS=draft_ids is not None,
+        TILE=COMPARED,
+        NAN_LOGITS=NAN_LOGITS,
+        num_warps=4,
+        **OPTIONS,
+    )
 
 
 def norm_head_argmax(
-    hidden: Tensor, norm_weight: Tensor, lm_head: Tensor, vocab_size: int, eps: float
-) -> tuple[Tensor, Tensor]:
+    hidden: Tensor, norm_weight: Tensor, lm_head: Tensor, vocab_size: int, eps: float, norm_offset: float = 0.0,
+    multiplier: float = 1.0, cap: float = 0.0,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """reference.norm_head_argmax: [T, D] -> tokens int64 [T], logits fp32 [T, V]. Waits for the device, to raise."""
     num_rows, device = len(hidden), hidden.device
-    candidates = Candidates(num_rows, vocab_size, device)
+    candidates = Candidates(num_rows, lm_head, vocab_size, device)
     logits = torch.empty(num_rows, vocab_size, device=device)
     rows = torch.arange(num_rows, dtype=torch.int32, device=device)
     tokens, next_tokens = (torch.empty(num_rows, n, dtype=torch.int64, device=device) for n in (1, 1))
     error = new_error(device)
-    x = normalised(hidden, norm_weight, eps)
-    head_candidates(x, rows, lm_head, vocab_size, candidates, logits)
+    x = normalised(hidden, norm_weight, eps, norm_offset, lm_head)
+    head_candidates(x, rows, lm_head, vocab_size, candidates, logits, multiplier, cap)
     take_draft(candidates, None, rows, tokens, 0, next_tokens, error)
     check_error(error)
     return tokens[:, 0], logits

@@ -3,7 +3,8 @@
     hidden = to_dtype(hidden + to_dtype(dot(attention, wo) + bias));  x = rms_norm(hidden)
 
 A program computes C columns of up to 8 rows. The one that finishes last of a group of rows normalises them: which one
-that is changes nothing. Moves D H K weights once for every 8 rows, T H K numbers for each program, 2 T D of hidden.
+that is changes nothing. Where what is added has a norm of its own, that program adds it, too. Moves D H K weights once
+for every 8 rows, T H K numbers for each program, 2 T D of hidden.
 """
 
 import torch
@@ -11,9 +12,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .contract import dot, norm_rows, packed_offsets, rounded, row_pointers, to_dtype
+from .contract import add_normed_rows, norm_rows, rounded, to_dtype
+from .integer_dot import products
+from .integer_rows import Rows, round_rows
 from .launch import blocks, streaming
-from .packing import to_segments
+from .quantised import code_of
 
 __all__ = ["linear_residual", "out_residual"]
 
@@ -21,8 +24,9 @@ __all__ = ["linear_residual", "out_residual"]
 @triton.jit
 def _linear_residual_kernel(
     x_ptr, w_ptr, bias_ptr, hidden_ptr, next_norm_ptr, next_x_ptr, arrivals_ptr, slots_ptr, hidden_cache_ptr,
-    stride_x, stride_next_x, T, N, steps, num_slots, eps,
-    HAS_BIAS: tl.constexpr, NORM: tl.constexpr, KEEP: tl.constexpr,
+    post_norm_ptr, projected_ptr, stride_x, stride_next_x, T, N, steps, num_slots, eps, norm_offset, multiplier,
+    KIND: tl.constexpr, HAS_BIAS: tl.constexpr,
+    NORM: tl.constexpr, HAS_NORM: tl.constexpr, POST: tl.constexpr, KEEP: tl.constexpr,
     ROWS: tl.constexpr, TILES: tl.constexpr, C: tl.constexpr, AHEAD: tl.constexpr, EVEN: tl.constexpr,
     FMA: tl.constexpr,
 ):  # fmt: skip
@@ -30,8 +34,7 @@ def _linear_residual_kernel(
     row0 = tl.program_id(1).to(tl.int64) * ROWS
     dtype: tl.constexpr = hidden_ptr.dtype.element_ty
     n = pid * C + tl.arange(0, C)
-    x_ptrs = row_pointers(x_ptr, stride_x, row0, T, ROWS)
-    y = dot(x_ptrs, (w_ptr + packed_offsets(n, steps),), steps, ROWS, TILES, C, AHEAD, EVEN, FMA)
+    y = products(x_ptr, stride_x, x_ptr, row0, T, (w_ptr,), (n,), steps, KIND, False, ROWS, TILES, C, AHEAD, EVEN, FMA)
     if HAS_BIAS:
         bias = tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)
     for r in tl.static_range(ROWS):
@@ -40,46 +43,92 @@ def _linear_residual_kernel(
         z = y[r]
         if HAS_BIAS:
             z = z + bias
-        residual = tl.load(hidden_ptr + row * N + n, mask=mask, other=0.0).to(tl.float32)
-        h = to_dtype(residual + rounded(z, dtype), dtype)
-        tl.store(hidden_ptr + row * N + n, h, mask=mask)
-        if KEEP:
-            slot = tl.load(slots_ptr + row, mask=row < T, other=-1)
-            tl.store(hidden_cache_ptr + slot * N + n, h, mask=mask & (slot >= 0) & (slot < num_slots))
-    if NORM:
+        if POST:
+            tl.store(projected_ptr + row * N + n, to_dtype(z, dtype), mask=mask)
+        else:
+            residual = tl.load(hidden_ptr + row * N + n, mask=mask, other=0.0).to(tl.float32)
+            h = to_dtype(residual + rounded(rounded(z, dtype) * multiplier, dtype), dtype)
+            tl.store(hidden_ptr + row * N + n, h, mask=mask)
+            if KEEP:
+                slot = tl.load(slots_ptr + row, mask=row < T, other=-1)
+                tl.store(hidden_cache_ptr + slot * N + n, h, mask=mask & (slot >= 0) & (slot < num_slots))
+    if NORM or POST:
         tl.debug_barrier()  # all of this program's columns are written before it is counted
         arrived = tl.atomic_add(arrivals_ptr + tl.program_id(1), 1, sem="acq_rel", scope="gpu")
         if arrived == tl.num_programs(0) - 1:
             tl.store(arrivals_ptr + tl.program_id(1), 0)
             rows = row0 + tl.arange(0, ROWS)
-            norm_rows(hidden_ptr, rows, rows < T, N, next_norm_ptr, eps, next_x_ptr, stride_next_x, ROWS)
+            if POST:
+                add_normed_rows(
+                    projected_ptr, hidden_ptr, rows, rows < T, N, post_norm_ptr, eps, norm_offset, multiplier,
+                    slots_ptr, hidden_cache_ptr, num_slots, ROWS, KEEP,
+                )  # fmt: skip
+                tl.debug_barrier()  # the next norm's threads read what others of this program wrote
+            if NORM:
+                norm_rows(
+                    hidden_ptr, rows, rows < T, N, next_norm_ptr, eps, norm_offset, next_x_ptr, stride_next_x, ROWS,
+                    HAS_NORM,
+                )  # fmt: skip
 
 
 def linear_residual(
-    x: Tensor, weight: Tensor, bias: Tensor | None, hidden: Tensor, num_rows: int, arrivals: Tensor,
-    next_norm: Tensor | None = None, next_x: Tensor | None = None, eps: float = 0.0,
-    slots: Tensor | None = None, hidden_cache: Tensor | None = None,
+    x: Rows, weight: Tensor, bias: Tensor | None, hidden: Tensor, num_rows: int, arrivals: Tensor,
+    next_norm: Tensor | None = None, next_x: Rows | None = None, eps: float = 0.0,
+    slots: Tensor | None = None, hidden_cache: Tensor | None = None, post_norm: Tensor | None = None,
+    projected: Tensor | None = None, norm_offset: float = 0.0, multiplier: float = 1.0,
 ) -> None:  # fmt: skip
-    """hidden [T, D] += x fp32 [T, row_stride(K)] times weight; next_x fp32 [T, row_stride(D)], its norm, if wanted.
+    """hidden [T, D] += x [T, K] times weight; next_x [T, D], its norm, if wanted.
+
+    next_norm None: next_x is hidden as it is. What is added is normed by post_norm [D], if given, for which there is
+    projected [T, D], and multiplied.
 
     arrivals int32 [ceil(T / rows a program)], all 0, and 0 again afterwards. slots int64 [T], hidden_cache [P, S, D]:
     where the rows are kept, if wanted.
     """
-    options = streaming("out_residual", num_rows, 1, weight)
+    round_rows(x, num_rows, weight)
+    options = streaming("out_residual", num_rows, 1, x.k, weight)
     hidden_size = hidden.size(1)
     unused = hidden
     _linear_residual_kernel[(blocks(hidden_size, options["C"]), blocks(num_rows, options["ROWS"]))](
-        x, weight, unused if bias is None else bias, hidden, unused if next_norm is None else next_norm,
-        x if next_x is None else next_x, arrivals, arrivals if slots is None else slots,
-        unused if hidden_cache is None else hidden_cache, x.stride(0), 0 if next_x is None else next_x.stride(0),
-        num_rows, hidden_size, weight.size(1), 0 if hidden_cache is None else hidden_cache[:, :, 0].numel(), eps,
-        HAS_BIAS=bias is not None, NORM=next_x is not None, KEEP=hidden_cache is not None, **options,
-    )  # fmt: skip
+        x_ptr=x.of(weight),
+        w_ptr=weight,
+        bias_ptr=unused if bias is None else bias,
+        hidden_ptr=hidden,
+        next_norm_ptr=unused if next_norm is None else next_norm,
+        next_x_ptr=x.numbers if next_x is None else next_x.numbers,
+        arrivals_ptr=arrivals,
+        slots_ptr=arrivals if slots is None else slots,
+        hidden_cache_ptr=unused if hidden_cache is None else hidden_cache,
+        post_norm_ptr=unused if post_norm is None else post_norm,
+        projected_ptr=unused if projected is None else projected,
+        stride_x=x.stride,
+        stride_next_x=0 if next_x is None else next_x.stride,
+        T=num_rows,
+        N=hidden_size,
+        steps=x.steps,
+        num_slots=0 if hidden_cache is None else hidden_cache[:, :, 0].numel(),
+        eps=eps,
+        norm_offset=norm_offset,
+        multiplier=multiplier,
+        KIND=code_of(weight),
+        HAS_BIAS=bias is not None,
+        NORM=next_x is not None,
+        HAS_NORM=next_norm is not None,
+        POST=post_norm is not None,
+        KEEP=hidden_cache is not None,
+        **options,
+    )
 
 
-def out_residual(attention: Tensor, wo: Tensor, out_bias: Tensor | None, residual: Tensor) -> Tensor:
+def out_residual(
+    attention: Tensor, wo: Tensor, out_bias: Tensor | None, residual: Tensor, post_norm: Tensor | None = None,
+    eps: float = 0.0, norm_offset: float = 0.0, multiplier: float = 1.0,
+) -> Tensor:  # fmt: skip
     """reference.out_residual: [T, H*K], packed [D, H*K], [D] or None, [T, D] -> [T, D]."""
     hidden = residual.clone()
     arrivals = torch.zeros(len(hidden), dtype=torch.int32, device=hidden.device)
-    linear_residual(to_segments(attention), wo, out_bias, hidden, len(hidden), arrivals)
+    linear_residual(
+        Rows.of_numbers(attention, wo), wo, out_bias, hidden, len(hidden), arrivals, eps=eps, post_norm=post_norm,
+        projected=torch.empty_like(hidden), norm_offset=norm_offset, multiplier=multiplier,
+    )  # fmt: skip
     return hidden

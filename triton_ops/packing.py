@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from .contract import GROUP, SEGMENTS, VECTOR
-from .launch import blocks
+from .launch import blocks, is_quantised
+from .quantised import pack_quantised, select_quantised_rows
 
 __all__ = ["num_steps", "pack_weight", "row_stride", "select_rows", "to_segments", "unpack_weight"]
 
@@ -34,12 +35,9 @@ def to_segments(x: Tensor) -> Tensor:
 
 
 def pack_weight(weight: Tensor) -> Tensor:
-    """[N, K] -> [ceil(N / 16), steps, 8, 16, 8], on the same device. Raises ValueError for int8."""
-    if weight.dtype not in (torch.bfloat16, torch.float16, torch.float32):
-        raise ValueError(
-            f"the triton backend holds weights in bfloat16, float16 or float32, got {weight.dtype}; "
-            'weights="int8" needs backend="cpu"'
-        )
+    """[N, K] -> [ceil(N / 16), steps, 8, 16, 8], on the same device; of a quantised weight, quantised.py's layout."""
+    if is_quantised(weight):
+        return pack_quantised(weight)
     n, k = weight.shape
     length, steps = -(-k // SEGMENTS), num_steps(k)
     padded = torch.nn.functional.pad(weight, (0, SEGMENTS * length - k, 0, -n % GROUP)).view(-1, SEGMENTS, length)
@@ -56,6 +54,8 @@ def unpack_weight(packed: Tensor, n: int, k: int) -> Tensor:
 
 def select_rows(packed: Tensor, rows: Tensor) -> Tensor:
     """The packed weight made of some rows (int64 [R]) of another."""
+    if is_quantised(packed):
+        return select_quantised_rows(packed, rows.to(packed.device))
     groups, steps = packed.shape[:2]
     k = SEGMENTS * VECTOR * steps
     rows = rows.to(packed.device)

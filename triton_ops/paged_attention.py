@@ -1,23 +1,27 @@
 """Attention over pages, in chunks of 256 positions that run in parallel and are merged in order: rule 4.
 
-    s_j = scale * fold_d(q[d] k_j[d]);  m = max s;  p_j = to_dtype(exp(s_j - m));  l = fold_j(p_j);  o = fold_j(p_j v_j)
+    s_j = scale * fold_d(q[d] k_j[d]), perhaps capped
+    m = max s;  p_j = to_dtype(exp(s_j - m));  l = fold_j(p_j);  o = fold_j(p_j v_j)
     merged: m' = max(m, m_new);  l exp(m - m') + l_new exp(m_new - m');  o likewise;  to_dtype(o / l)
 
 A program has a chunk of one sequence's KV head and up to 8 of its rows, with all query heads of that KV head: each of
-them reads what the first one loaded. Moves 2 K numbers for each position, KV head and 8 rows of a sequence.
+them reads what the first one loaded. With a window, a row sees no more than the last positions. Moves 2 K numbers for
+each position, KV head and 8 rows of a sequence.
 """
+
+import math
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .contract import CHUNK, INTERPRETED, exp, multiply_add, rounded, segment_offset
+from .contract import CHUNK, INTERPRETED, exp, multiply_add, rounded, segment_offset, soft_cap
 from .launch import OPTIONS, blocks, exact_products
 from .packing import row_stride
 from .rms_norm import from_segments
 
-__all__ = ["AttentionScratch", "attend", "paged_attention"]
+__all__ = ["AttentionScratch", "ScratchMemory", "attend", "paged_attention"]
 
 MAX_ROWS = 8
 TILE = 128  # positions whose scores are computed at once
@@ -34,7 +38,8 @@ def at_once(tile_rows: int) -> int:
 @triton.jit
 def _attend_kernel(
     q_ptr, k_ptr, v_ptr, block_table_ptr, rows_ptr, starts_ptr, positions_ptr, scores_ptr, m_ptr, l_ptr, o_ptr,
-    out_ptr, stride_out, num_heads, num_kv_heads, S, num_pages, max_blocks, row_blocks, scale,
+    out_ptr, stride_out, num_heads, num_kv_heads, S, num_pages, max_blocks, row_blocks, scale, cap, window,
+    CAPPED: tl.constexpr, WINDOW: tl.constexpr,
     K: tl.constexpr, ROWS: tl.constexpr, RATIO: tl.constexpr, R: tl.constexpr, K_PADDED: tl.constexpr,
     TILE: tl.constexpr, AT_ONCE: tl.constexpr, ONE_CHUNK: tl.constexpr, FMA: tl.constexpr,
 ):  # fmt: skip
@@ -52,7 +57,10 @@ def _attend_kernel(
     head = kv_head * RATIO + r % RATIO
     position = tl.load(positions_ptr + row, mask=in_rows, other=-1)
     visible = tl.minimum(tl.maximum(position + 1 - chunk * 256, 0), 256).to(tl.int32)
-    n = tl.max(visible)
+    unseen = tl.zeros_like(visible)  # positions of the chunk before those that a row sees
+    if WINDOW:
+        unseen = tl.maximum(position + 1 - window - chunk * 256, 0).to(tl.int32)
+    n = tl.max(tl.where(unseen < visible, visible, 0))
     if n > 0:
         program = (tl.program_id(0) * num_kv_heads + kv_head) * tl.num_programs(2) + chunk
         scores_ptrs = scores_ptr + program * (R * 256) + r * 256
@@ -75,14 +83,17 @@ def _attend_kernel(
                 for i in tl.static_range(AT_ONCE):
                     q = tl.broadcast_to(qs[i].to(tl.float32), [R, TILE])
                     s = multiply_add(q, tl.broadcast_to(ks[i].to(tl.float32), [R, TILE]), s, FMA)
-            s = tl.where(j < visible, s * scale, -float("inf"))
+            s = s * scale
+            if CAPPED:
+                s = soft_cap(s, cap)
+            s = tl.where((j >= unseen) & (j < visible), s, -float("inf"))
             m = tl.maximum(m, tl.max(s, axis=1, keep_dims=True))
             tl.store(scores_ptrs + j, s)
         tl.debug_barrier()
         for start in range(0, n, TILE):
             j = start + tl.arange(0, TILE)[None, :]
             p = rounded(exp(tl.load(scores_ptrs + j) - m), dtype)
-            tl.store(scores_ptrs + j, tl.where(j < visible, p, 0.0))
+            tl.store(scores_ptrs + j, tl.where((j >= unseen) & (j < visible), p, 0.0))
         tl.debug_barrier()
         d = tl.arange(0, K_PADDED)[None, :]
         l = tl.zeros([R, 1], tl.float32)  # noqa: E741
@@ -105,7 +116,10 @@ def _attend_kernel(
             for i in tl.static_range(AT_ONCE):
                 l = l + ps[i]  # noqa: E741
                 v = tl.broadcast_to(vs[i].to(tl.float32), [R, K_PADDED])
-                o = multiply_add(tl.broadcast_to(ps[i], [R, K_PADDED]), v, o, FMA)
+                added = multiply_add(tl.broadcast_to(ps[i], [R, K_PADDED]), v, o, FMA)
+                o = tl.where(
+                    (first + i >= unseen) & (first + i < visible), added, o
+                )  # 0 times an infinite v that a row must not see is NaN
         if ONE_CHUNK:
             out = rounded(tl.div_rn(o, tl.broadcast_to(l, [R, K_PADDED])), dtype)
             offs = segment_offset(head * K + d, (num_heads * K + 7) // 8)
@@ -119,17 +133,21 @@ def _attend_kernel(
 
 @triton.jit
 def _merge_kernel(
-    rows_ptr, positions_ptr, m_ptr, l_ptr, o_ptr, out_ptr, model_ptr, stride_out, num_heads, K, num_chunks,
-    K_PADDED: tl.constexpr,
+    rows_ptr, positions_ptr, m_ptr, l_ptr, o_ptr, out_ptr, model_ptr, stride_out, num_heads, K, num_chunks, window,
+    WINDOW: tl.constexpr, K_PADDED: tl.constexpr,
 ):  # fmt: skip
     row = tl.load(rows_ptr + tl.program_id(0)).to(tl.int64)
     head = tl.program_id(1)
     d = tl.arange(0, K_PADDED)
-    part = (row * num_heads + head) * num_chunks
+    position = tl.load(positions_ptr + row)
+    first_chunk = 0
+    if WINDOW:
+        first_chunk = (tl.maximum(position + 1 - window, 0) // 256).to(tl.int32)
+    part = (row * num_heads + head) * num_chunks + first_chunk
     m = tl.load(m_ptr + part)
     l = tl.load(l_ptr + part)  # noqa: E741
     o = tl.load(o_ptr + part * K + d, mask=d < K, other=0.0)
-    for chunk in range(1, (tl.load(positions_ptr + row) // 256 + 1).to(tl.int32)):
+    for chunk in range(1, (position // 256 + 1).to(tl.int32) - first_chunk):
         m_new = tl.load(m_ptr + part + chunk)
         m_max = tl.maximum(m, m_new)
         a = exp(m - m_max)
@@ -143,6 +161,20 @@ def _merge_kernel(
     tl.store(out_ptr + row * stride_out + offs, out, mask=d < K)
 
 
+class ScratchMemory:
+    """Memory on a device that steps use one after the other: as much as the largest of them needs."""
+
+    def __init__(self) -> None:
+        self._numbers: Tensor | None = None
+
+    def take(self, count: int, device: torch.device) -> Tensor:
+        """fp32 [count]: the memory of earlier calls while it suffices. Graphs keep what they were captured with."""
+        if self._numbers is None or len(self._numbers) < count:
+            held = 0 if self._numbers is None else len(self._numbers)
+            self._numbers = torch.empty(max(count, 2 * held), device=device)
+        return self._numbers[:count]
+
+
 class AttentionScratch:
     """What programs keep between their passes, and chunks for the merge: reused by all layers of a step.
 
@@ -151,22 +183,25 @@ class AttentionScratch:
 
     def __init__(
         self, num_rows: int, num_sequences: int, max_rows: int, num_heads: int, num_kv_heads: int, head_dim: int,
-        max_positions: int, device: torch.device,
+        max_positions: int, device: torch.device, memory: ScratchMemory,
     ) -> None:  # fmt: skip
         self.rows = min(MAX_ROWS, 1 << (max_rows - 1).bit_length())
         self.row_blocks = blocks(max_rows, self.rows)
         self.num_chunks = max(1, blocks(max_positions, CHUNK))
         tile_rows = 1 << (self.rows * (num_heads // num_kv_heads) - 1).bit_length()
         programs = num_sequences * self.row_blocks * num_kv_heads * self.num_chunks
-        self.scores = torch.empty(programs, tile_rows, CHUNK, device=device)
         parts = (num_rows, num_heads, self.num_chunks) if self.num_chunks > 1 else (1, 1, 1)
-        self.m, self.l = torch.empty(parts, device=device), torch.empty(parts, device=device)
-        self.o = torch.empty(*parts, head_dim, device=device)
+        shapes = (programs, tile_rows, CHUNK), parts, parts, (*parts, head_dim)
+        sizes = [-(-math.prod(shape) // 4) * 4 for shape in shapes]  # each begins at a multiple of 16 bytes
+        pieces = memory.take(sum(sizes), device).split(sizes)
+        self.scores, self.m, self.l, self.o = (
+            piece[: math.prod(shape)].view(shape) for piece, shape in zip(pieces, shapes, strict=True)
+        )
 
 
 def attend(
     q: Tensor, k_pages: Tensor, v_pages: Tensor, block_table: Tensor, rows: Tensor, starts: Tensor, positions: Tensor,
-    scale: float, scratch: AttentionScratch, out: Tensor,
+    scale: float, scratch: AttentionScratch, out: Tensor, window: int = 0, cap: float = 0.0,
 ) -> None:  # fmt: skip
     """out fp32 [T, row_stride(H*K)] of some rows of q [T, H, K].
 
@@ -178,30 +213,74 @@ def attend(
     ratio, padded = num_heads // num_kv_heads, triton.next_power_of_2(head_dim)
     one_chunk = scratch.num_chunks == 1
     _attend_kernel[((len(starts) - 1) * scratch.row_blocks, num_kv_heads, scratch.num_chunks)](
-        q, k_pages, v_pages, block_table, rows, starts, positions, scratch.scores, scratch.m, scratch.l, scratch.o,
-        out, out.stride(0), num_heads, num_kv_heads, page_size, num_pages, block_table.size(1), scratch.row_blocks,
-        scale, K=head_dim, ROWS=scratch.rows, RATIO=ratio, R=scratch.scores.size(1), K_PADDED=padded, TILE=TILE,
-        AT_ONCE=at_once(scratch.scores.size(1)), ONE_CHUNK=one_chunk, FMA=exact_products(q.dtype), num_warps=WARPS,
+        q_ptr=q,
+        k_ptr=k_pages,
+        v_ptr=v_pages,
+        block_table_ptr=block_table,
+        rows_ptr=rows,
+        starts_ptr=starts,
+        positions_ptr=positions,
+        scores_ptr=scratch.scores,
+        m_ptr=scratch.m,
+        l_ptr=scratch.l,
+        o_ptr=scratch.o,
+        out_ptr=out,
+        stride_out=out.stride(0),
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        S=page_size,
+        num_pages=num_pages,
+        max_blocks=block_table.size(1),
+        row_blocks=scratch.row_blocks,
+        scale=scale,
+        cap=cap,
+        window=window,
+        CAPPED=cap != 0,
+        WINDOW=window != 0,
+        K=head_dim,
+        ROWS=scratch.rows,
+        RATIO=ratio,
+        R=scratch.scores.size(1),
+        K_PADDED=padded,
+        TILE=TILE,
+        AT_ONCE=at_once(scratch.scores.size(1)),
+        ONE_CHUNK=one_chunk,
+        FMA=exact_products(q.dtype),
+        num_warps=WARPS,
         **OPTIONS,
-    )  # fmt: skip
+    )
     if not one_chunk:
         _merge_kernel[(len(rows), num_heads)](
-            rows, positions, scratch.m, scratch.l, scratch.o, out, q, out.stride(0), num_heads, head_dim,
-            scratch.num_chunks, K_PADDED=padded, num_warps=1, **OPTIONS,
-        )  # fmt: skip
+            rows_ptr=rows,
+            positions_ptr=positions,
+            m_ptr=scratch.m,
+            l_ptr=scratch.l,
+            o_ptr=scratch.o,
+            out_ptr=out,
+            model_ptr=q,
+            stride_out=out.stride(0),
+            num_heads=num_heads,
+            K=head_dim,
+            num_chunks=scratch.num_chunks,
+            window=window,
+            WINDOW=window != 0,
+            K_PADDED=padded,
+            num_warps=1,
+            **OPTIONS,
+        )
 
 
 def paged_attention(
     q: Tensor, k_pages: Tensor, v_pages: Tensor, block_table: Tensor, query_start_loc: Tensor, positions: Tensor,
-    scale: float,
+    scale: float, window: int = 0, cap: float = 0.0,
 ) -> Tensor:  # fmt: skip
     """reference.paged_attention: q [T, H, K] -> [T, H*K]. Waits for query_start_loc, to know the most rows."""
     num_rows, num_heads, head_dim = q.shape
     scratch = AttentionScratch(
         num_rows, len(query_start_loc) - 1, int(query_start_loc.diff().max()), num_heads, k_pages.size(1), head_dim,
-        block_table.size(1) * k_pages.size(3), q.device,
+        block_table.size(1) * k_pages.size(3), q.device, ScratchMemory(),
     )  # fmt: skip
     out = torch.zeros(num_rows, row_stride(num_heads * head_dim), device=q.device)
     rows = torch.arange(num_rows, dtype=torch.int32, device=q.device)
-    attend(q, k_pages, v_pages, block_table, rows, query_start_loc.int(), positions, scale, scratch, out)
+    attend(q, k_pages, v_pages, block_table, rows, query_start_loc.int(), positions, scale, scratch, out, window, cap)
     return from_segments(out, num_heads * head_dim, q.dtype)

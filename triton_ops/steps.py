@@ -1,4 +1,4 @@
-"""run_layers, draft_step, verify_step: the fused kernels in order, with no wait for the device between them.
+"""run_layers, draft_pass, verify_pass: the fused kernels in order, with no wait for the device between them.
 
 Launches: at most six a layer (qkv, attention and its merge, output projection, gate and up, down projection), and
 besides: one for each depth at which rows join, the LM head, and the choice of a draft or the acceptance of drafts.
@@ -6,41 +6,41 @@ besides: one for each depth at which rows join, the LM head, and the choice of a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from layerskip_kernels.operands import CacheTensors, DraftHead, DraftRows, ModelSizes, ModelWeights, PendingRows
+
 from .accept_draft import accept_candidates
-from .errors import new_error
+from .errors import error_of
+from .integer_rows import forms_of
 from .join_rows import join_rows
 from .norm_gate_up_silu import gate_up_silu
 from .norm_head_argmax import Candidates, head_candidates, take_draft
 from .norm_qkv_rope_append import qkv_rope_append
 from .out_residual import linear_residual
-from .paged_attention import attend
-from .workspace import Move, Shape
+from .paged_attention import ScratchMemory, attend
+from .transfer import to_device
+from .workspace import BufferSizes, Move, int32
 
-__all__ = ["draft_step", "error_of", "run_layers", "verify_step"]
-
-NUM_MODEL_WEIGHTS, NUM_LAYER_WEIGHTS = 5, 11
-
-
-@lru_cache
-def error_of(device: torch.device) -> Tensor:
-    """The error record of a device's steps."""
-    return new_error(device)
+__all__ = ["draft_pass", "run_layers", "verify_pass"]
 
 
-@dataclass(frozen=True)
-class Cache:
-    """k [L, P, G, K, S], v [L, P, G, S, K], hidden [P, S, D], and each sequence's pages int32 [B, max_blocks]."""
+@dataclass(frozen=True, eq=False)
+class PagedCache:
+    """A cache's tensors (CacheTensors) and each sequence's pages int32 [B, max_blocks]."""
 
     k: Tensor
     v: Tensor
     hidden: Tensor
     block_table: Tensor
+    scratch: ScratchMemory = field(default_factory=ScratchMemory)  # of attention, for one step at a time
+
+    @classmethod
+    def of(cls, cache: CacheTensors, block_table: Tensor) -> PagedCache:
+        return cls(*cache, block_table)
 
     @property
     def reach(self) -> int:
@@ -48,172 +48,203 @@ class Cache:
         return self.block_table.size(1) * self.hidden.size(1)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Llama:
-    """The flat list of weights (reference.MODEL_WEIGHTS, LAYER_WEIGHTS) and the sizes that shapes do not say."""
+    """A model's weights and the sizes that their shapes do not say."""
 
-    weights: list[Tensor]
-    num_heads: int
-    intermediate_size: int
-    vocab_size: int
-    eps: float
-    scale: float
+    weights: ModelWeights
+    sizes: ModelSizes
 
-    def layer(self, index: int) -> list[Tensor]:
-        start = NUM_MODEL_WEIGHTS + index * NUM_LAYER_WEIGHTS
-        return self.weights[start : start + NUM_LAYER_WEIGHTS]
-
-    @property
-    def num_layers(self) -> int:
-        return (len(self.weights) - NUM_MODEL_WEIGHTS) // NUM_LAYER_WEIGHTS
-
-    def shape(self, cache: Cache) -> Shape:
+    def buffer_sizes(self, cache: PagedCache, head: Tensor) -> BufferSizes:
+        """``head``: the packed LM head that the rows end at."""
+        layers = self.weights.layers
+        inputs = [weight for la in layers for weight in (la.wq, la.wk, la.wv, la.w_gate, la.w_up)]
         num_kv_heads, head_dim = cache.k.shape[2:4]
-        return Shape(
-            cache.hidden.size(2), self.intermediate_size, self.num_heads, num_kv_heads, head_dim, cache.k.dtype,
-            cache.k.device,
-        )  # fmt: skip
+        return BufferSizes(
+            hidden_size=cache.hidden.size(2),
+            intermediate_size=self.sizes.intermediate_size,
+            num_heads=self.sizes.num_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            dtype=cache.k.dtype,
+            device=cache.k.device,
+            forms=(
+                forms_of(*inputs, head),
+                forms_of(*(la.wo for la in layers)),
+                forms_of(*(la.w_down for la in layers)),
+            ),
+        )
 
 
 def raise_rows(
-    llama: Llama, cache: Cache, move: Move, tokens: Tensor, positions: Tensor, stop: int, position_step: int = 0,
+    llama: Llama, cache: PagedCache, move: Move, tokens: Tensor, positions: Tensor, stop: int, position_step: int = 0,
     keep: bool = True,
 ) -> None:  # fmt: skip
     """The one move of the staircase. Leaves the rows' final norms in move.x, and their hidden states in the cache."""
-    error = error_of(cache.k.device)
-    embedding, final_norm, _, cos, sin = llama.weights[:NUM_MODEL_WEIGHTS]
+    error = error_of(cache.k)
+    move.arrivals.zero_()  # a launch that was aborted may have left some
+    weights, sizes = llama.weights, llama.sizes
     joined = 0
     for level, until in zip(move.levels, [*(le.depth for le in move.levels[1:]), stop], strict=True):
+        first_norm = weights.final_norm if level.depth == stop else weights.layers[level.depth].attn_norm
         join_rows(
-            tokens, positions, move.order, move.sequence_of_row, cache.block_table, embedding, cache.hidden,
-            final_norm if level.depth == stop else llama.layer(level.depth)[0], move.positions, move.slots, move.hidden,
-            move.x, error, joined, level.num_rows - joined, llama.vocab_size, cos.size(0), llama.eps,
-            level.depth == 0, position_step,
+            tokens=tokens, positions=positions, order=move.order, sequence_of_row=move.sequence_of_row,
+            block_table=cache.block_table, embedding=weights.embedding, hidden_cache=cache.hidden,
+            norm_weight=first_norm, row_positions=move.positions, slots=move.slots, hidden=move.hidden, x=move.x,
+            error=error, first_row=joined, num_rows=level.num_rows - joined, vocab_size=sizes.vocab_size,
+            max_positions=weights.cos.size(1), from_embedding=level.depth == 0,
+            position_step=position_step, multiplier=sizes.embedding_multiplier,
+            eps=sizes.eps, norm_offset=sizes.norm_offset,
         )  # fmt: skip
         joined = level.num_rows
         for layer in range(level.depth, until):
-            _, wq, wk, wv, qkv_bias, wo, out_bias, mlp_norm, w_gate, w_up, w_down = llama.layer(layer)
-            pages = cache.k[layer], cache.v[layer]
+            w, k_pages, v_pages = weights.layers[layer], cache.k[layer], cache.v[layer]
+            cos, sin = weights.rope(sizes.ropes[layer])
             qkv_rope_append(
-                move.x, wq, wk, wv, _bias(qkv_bias), cos, sin, move.positions, move.slots, move.q, *pages, joined
+                x=move.x, wq=w.wq, wk=w.wk, wv=w.wv, qkv_bias=w.qkv_bias, cos=cos, sin=sin,
+                positions=move.positions, slots=move.slots, q=move.q, k_pages=k_pages, v_pages=v_pages, num_rows=joined,
+                q_norm=w.q_norm, k_norm=w.k_norm, raw_k=move.k, eps=sizes.eps, norm_offset=sizes.norm_offset,
             )  # fmt: skip
             attend(
-                move.q, *pages, cache.block_table, level.rows, level.starts, move.positions, llama.scale, move.scratch,
-                move.attention,
+                q=move.q, k_pages=k_pages, v_pages=v_pages, block_table=cache.block_table, rows=level.rows,
+                starts=level.starts, positions=move.positions, scale=sizes.scale, scratch=move.scratch,
+                out=move.attention.numbers, window=sizes.windows[layer], cap=sizes.score_cap,
             )  # fmt: skip
             linear_residual(
-                move.attention, wo, _bias(out_bias), move.hidden, joined, move.arrivals, mlp_norm, move.x, llama.eps
+                x=move.attention, weight=w.wo, bias=w.out_bias, hidden=move.hidden, num_rows=joined,
+                arrivals=move.arrivals, next_norm=w.mlp_norm, next_x=move.x, post_norm=w.attn_post_norm,
+                projected=move.projected, multiplier=sizes.residual_multiplier,
+                eps=sizes.eps, norm_offset=sizes.norm_offset,
             )  # fmt: skip
-            gate_up_silu(move.x, w_gate, w_up, move.hidden, move.activation, llama.intermediate_size, joined)
+            gate_up_silu(
+                x=move.x, w_gate=w.w_gate, w_up=w.w_up, hidden=move.hidden, activation=move.activation,
+                intermediate_size=sizes.intermediate_size, num_rows=joined, gate_up_bias=w.gate_up_bias,
+                use_gelu=sizes.gelu,
+            )  # fmt: skip
             last = layer + 1 == stop
-            next_norm = final_norm if last else llama.layer(layer + 1)[0]
-            kept = (move.slots, cache.hidden) if last and keep else (None, None)
+            kept = last and keep
             linear_residual(
-                move.activation, w_down, None, move.hidden, joined, move.arrivals, next_norm, move.x, llama.eps, *kept
+                x=move.activation, weight=w.w_down, bias=w.down_bias, hidden=move.hidden, num_rows=joined,
+                arrivals=move.arrivals, next_norm=weights.final_norm if last else weights.layers[layer + 1].attn_norm,
+                next_x=move.x, slots=move.slots if kept else None, hidden_cache=cache.hidden if kept else None,
+                post_norm=w.mlp_post_norm, projected=move.projected, multiplier=sizes.residual_multiplier,
+                eps=sizes.eps, norm_offset=sizes.norm_offset,
             )  # fmt: skip
 
 
-def run_layers(
-    weights: list[Tensor], k_cache: Tensor, v_cache: Tensor, hidden_cache: Tensor, tokens: Tensor, positions: Tensor,
-    depths: Tensor, query_start_loc: Tensor, block_table: Tensor, stop: int, num_heads: int, intermediate_size: int,
-    vocab_size: int, eps: float, scale: float,
-) -> None:  # fmt: skip
+def run_layers(weights: ModelWeights, sizes: ModelSizes, cache: CacheTensors, rows: PendingRows, stop: int) -> None:
     """reference.run_layers. Waits for depths and query_start_loc, unless they are on the host."""
-    llama = Llama(weights, num_heads, intermediate_size, vocab_size, eps, scale)
-    cache = Cache(k_cache, v_cache, hidden_cache, block_table)
-    move = Move(llama.shape(cache), depths.tolist(), query_start_loc.tolist(), cache.reach)
-    raise_rows(llama, cache, move, tokens, positions, stop)
+    llama, paged = Llama(weights, sizes), PagedCache.of(cache, rows.block_table)
+    move = Move(
+        llama.buffer_sizes(paged, weights.lm_head), rows.depths.tolist(), rows.query_start_loc.tolist(), paged.reach,
+        paged.scratch,
+    )  # fmt: skip
+    raise_rows(llama, paged, move, rows.tokens, rows.positions, stop)
 
 
 class DraftPlan:
-    """draft_step for certain draft counts: buffers, and a Move for each draft."""
+    """draft_pass for certain draft counts: buffers, and a Move for each draft."""
 
     def __init__(
-        self, llama: Llama, cache: Cache, num_drafts: list[int], max_drafts: int, head_size: int
+        self, llama: Llama, cache: PagedCache, num_drafts: list[int], max_drafts: int, head: Tensor, head_size: int
     ) -> None:  # fmt: skip
-        shape = llama.shape(cache)
+        sizes = llama.buffer_sizes(cache, head)
         self.moves = []
         for i in range(max(num_drafts, default=0)):
             rows = [int(count > i) for count in num_drafts]
             starts = [sum(rows[:b]) for b in range(len(rows) + 1)]
-            move = Move(shape, [0] * sum(rows), starts, cache.reach)
+            move = Move(sizes, [0] * sum(rows), starts, cache.reach, cache.scratch)
             # Tokens and positions are given by sequence, whether it still drafts or not.
             move.order.copy_(move.sequence_of_row)
             self.moves.append(move)
-        self.rows = torch.arange(len(num_drafts), dtype=torch.int32, device=shape.device)
-        self.candidates = Candidates(len(num_drafts), head_size, shape.device)
-        self.tokens = torch.zeros(len(num_drafts), dtype=torch.int64, device=shape.device)
-        self.drafts = torch.full((len(num_drafts), max_drafts), -1, dtype=torch.int64, device=shape.device)
+        self.rows = torch.arange(len(num_drafts), dtype=torch.int32, device=sizes.device)
+        self.candidates = Candidates(len(num_drafts), head, head_size, sizes.device)
+        self.tokens = torch.zeros(len(num_drafts), dtype=torch.int64, device=sizes.device)
+        self.drafts = torch.full((len(num_drafts), max_drafts), -1, dtype=torch.int64, device=sizes.device)
 
     def run(
-        self, llama: Llama, cache: Cache, tokens: Tensor, positions: Tensor, head: Tensor, head_size: int,
+        self, llama: Llama, cache: PagedCache, tokens: Tensor, positions: Tensor, head: Tensor, head_size: int,
         draft_ids: Tensor | None, exit_layer: int,
     ) -> Tensor:  # fmt: skip
-        error = error_of(cache.k.device)
+        error = error_of(cache.k)
         self.tokens.copy_(tokens)
         for i, move in enumerate(self.moves):
             raise_rows(llama, cache, move, self.tokens, positions, exit_layer, position_step=i)
-            head_candidates(move.x, self.rows[: move.num_rows], head, head_size, self.candidates, None)
+            head_candidates(
+                move.x, self.rows[: move.num_rows], head, head_size, self.candidates, None,
+                llama.sizes.logits_multiplier, llama.sizes.logits_cap,
+            )  # fmt: skip
             take_draft(self.candidates, draft_ids, move.sequence_of_row, self.drafts, i, self.tokens, error)
         return self.drafts
 
 
 class VerifyPlan:
-    """verify_step for certain depths, rows and draft counts."""
+    """verify_pass for certain depths, rows, draft counts and judged sequences."""
 
-    def __init__(self, llama: Llama, cache: Cache, depths: list[int], starts: list[int], num_drafts: list[int]) -> None:
-        shape = llama.shape(cache)
-        device = shape.device
-        self.move = Move(shape, depths, starts, cache.reach)
-        judged, first_judged = [], []
+    def __init__(
+        self, llama: Llama, cache: PagedCache, depths: list[int], starts: list[int], num_drafts: list[int],
+        judged: list[bool],
+    ) -> None:  # fmt: skip
+        head = llama.weights.lm_head
+        sizes = llama.buffer_sizes(cache, head)
+        device = sizes.device
+        self.move = Move(sizes, depths, starts, cache.reach, cache.scratch)
+        judged_rows: list[int] = []
+        first_judged: list[int] = []
         for b, drafts in enumerate(num_drafts):
-            first_judged.append(len(judged))
-            judged += [self.move.place[given] for given in range(starts[b + 1] - max(0, drafts + 1), starts[b + 1])]
-        self.judged = torch.tensor(judged, dtype=torch.int32, device=device)
-        self.first_judged = torch.tensor(first_judged, dtype=torch.int32, device=device)
-        self.ends = torch.tensor(starts[1:], dtype=torch.int32, device=device)
-        self.num_drafts = torch.tensor(num_drafts, device=device)
-        self.most_drafts = max(0, *num_drafts) if num_drafts else 0
-        self.candidates = Candidates(len(judged), llama.vocab_size, device)
-        self.targets = torch.empty(len(judged), dtype=torch.int64, device=device)
-        self.logits = torch.empty(len(judged), llama.vocab_size, device=device)
-
-    def run(self, llama: Llama, cache: Cache, tokens: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        raise_rows(llama, cache, self.move, tokens, positions, llama.num_layers)
-        if len(self.judged):  # chunks of prompts alone need no token
-            head_candidates(self.move.x, self.judged, llama.weights[2], llama.vocab_size, self.candidates, self.logits)
-        num_accepted, next_tokens = accept_candidates(
-            tokens, self.ends, self.first_judged, self.num_drafts, self.candidates, self.targets,
-            error_of(cache.k.device), self.most_drafts,
+            first_judged.append(len(judged_rows))
+            if judged[b]:
+                rows = range(starts[b + 1] - drafts - 1, starts[b + 1])
+                judged_rows += [self.move.place[given] for given in rows]
+        self.judged_rows, self.first_judged, self.ends, self.num_drafts, self.judged = to_device(
+            device, int32(judged_rows), int32(first_judged), int32(starts[1:]),
+            torch.tensor(num_drafts, dtype=torch.int64), torch.tensor(judged, dtype=torch.bool),
         )  # fmt: skip
-        return num_accepted, next_tokens, self.logits
+        self.num_accepted, self.next_tokens = torch.empty_like(self.num_drafts), torch.empty_like(self.num_drafts)
+        self.most_drafts = max(num_drafts, default=0)
+        vocab_size = llama.sizes.vocab_size
+        self.candidates = Candidates(len(judged_rows), head, vocab_size, device)
+        self.targets = torch.empty(len(judged_rows), dtype=torch.int64, device=device)
+        self.logits = torch.empty(len(judged_rows), vocab_size, device=device)
+
+    def run(self, llama: Llama, cache: PagedCache, tokens: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        raise_rows(llama, cache, self.move, tokens, positions, len(llama.weights.layers))
+        if len(self.judged_rows):  # chunks of prompts alone need no token
+            head_candidates(
+                self.move.x, self.judged_rows, llama.weights.lm_head, llama.sizes.vocab_size, self.candidates,
+                self.logits, llama.sizes.logits_multiplier, llama.sizes.logits_cap,
+            )  # fmt: skip
+        accept_candidates(
+            tokens=tokens, ends=self.ends, first_judged=self.first_judged, num_drafts=self.num_drafts,
+            judged=self.judged, candidates=self.candidates, targets=self.targets, num_accepted=self.num_accepted,
+            next_tokens=self.next_tokens, error=error_of(cache.k), most_drafts=self.most_drafts,
+        )  # fmt: skip
+        return self.num_accepted, self.next_tokens, self.logits
 
 
-def draft_step(
-    weights: list[Tensor], k_cache: Tensor, v_cache: Tensor, hidden_cache: Tensor, tokens: Tensor, positions: Tensor,
-    num_drafts: Tensor, block_table: Tensor, draft_head: Tensor | None, draft_ids: Tensor | None, exit_layer: int,
-    max_drafts: int, num_heads: int, intermediate_size: int, vocab_size: int, eps: float, scale: float,
+def draft_pass(
+    weights: ModelWeights, sizes: ModelSizes, cache: CacheTensors, rows: DraftRows, head: DraftHead | None,
+    exit_layer: int, max_drafts: int,
 ) -> Tensor:  # fmt: skip
-    """reference.draft_step. Waits for num_drafts, unless it is on the host; errors are noted (error_of)."""
-    llama = Llama(weights, num_heads, intermediate_size, vocab_size, eps, scale)
-    cache = Cache(k_cache, v_cache, hidden_cache, block_table)
-    counts = num_drafts.tolist()
-    head, size = (weights[2], vocab_size) if draft_head is None else (draft_head, len(draft_ids))
-    plan = DraftPlan(llama, cache, counts, max_drafts, size)
-    return plan.run(llama, cache, tokens, positions, head, size, draft_ids, exit_layer)
+    """reference.draft_pass. Waits for num_drafts, unless it is on the host; errors are noted (error_of)."""
+    llama, paged = Llama(weights, sizes), PagedCache.of(cache, rows.block_table)
+    weight, size, ids = head_of(weights, sizes, head)
+    plan = DraftPlan(llama, paged, rows.num_drafts.tolist(), max_drafts, weight, size)
+    return plan.run(llama, paged, rows.tokens, rows.positions, weight, size, ids, exit_layer)
 
 
-def verify_step(
-    weights: list[Tensor], k_cache: Tensor, v_cache: Tensor, hidden_cache: Tensor, tokens: Tensor, positions: Tensor,
-    depths: Tensor, query_start_loc: Tensor, num_drafts: Tensor, block_table: Tensor, num_heads: int,
-    intermediate_size: int, vocab_size: int, eps: float, scale: float,
+def head_of(weights: ModelWeights, sizes: ModelSizes, head: DraftHead | None) -> tuple[Tensor, int, Tensor | None]:
+    """The head that drafts: its packed weight, its number of columns, the token ids they stand for (None: all)."""
+    return (weights.lm_head, sizes.vocab_size, None) if head is None else (head.weight, len(head.ids), head.ids)
+
+
+def verify_pass(
+    weights: ModelWeights, sizes: ModelSizes, cache: CacheTensors, rows: PendingRows, num_drafts: Tensor,
+    judged: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """reference.verify_step. Waits for depths, query_start_loc, num_drafts, unless they are on the host."""
-    llama = Llama(weights, num_heads, intermediate_size, vocab_size, eps, scale)
-    cache = Cache(k_cache, v_cache, hidden_cache, block_table)
-    plan = VerifyPlan(llama, cache, depths.tolist(), query_start_loc.tolist(), num_drafts.tolist())
-    return plan.run(llama, cache, tokens, positions)
-
-
-def _bias(bias: Tensor) -> Tensor | None:
-    return bias if bias.numel() else None
+    """reference.verify_pass. Waits for depths, query_start_loc, num_drafts and judged, unless they are on the host."""
+    llama, paged = Llama(weights, sizes), PagedCache.of(cache, rows.block_table)
+    plan = VerifyPlan(
+        llama, paged, rows.depths.tolist(), rows.query_start_loc.tolist(), num_drafts.tolist(), judged.tolist()
+    )  # fmt: skip
+    return plan.run(llama, paged, rows.tokens, rows.positions)

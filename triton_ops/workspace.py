@@ -6,14 +6,15 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from .packing import row_stride
-from .paged_attention import AttentionScratch
+from .integer_rows import Rows
+from .paged_attention import AttentionScratch, ScratchMemory
+from .transfer import to_device
 
-__all__ = ["Level", "Move", "Shape"]
+__all__ = ["BufferSizes", "Level", "Move", "int32"]
 
 
 @dataclass(frozen=True)
-class Shape:
+class BufferSizes:
     """Sizes of a model: what buffers are made from."""
 
     hidden_size: int
@@ -23,6 +24,8 @@ class Shape:
     head_dim: int
     dtype: torch.dtype
     device: torch.device
+    # What integers the model's weights want of a layer's input, of attention's and of the activation's.
+    forms: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]] = ((), (), ())
 
 
 @dataclass(frozen=True)
@@ -46,39 +49,50 @@ class Move:
     not on tokens, positions or pages: one Move serves every step of its kind.
     """
 
-    def __init__(self, shape: Shape, depths: list[int], starts: list[int], max_positions: int) -> None:
-        num_rows, device = len(depths), shape.device
+    def __init__(
+        self, sizes: BufferSizes, depths: list[int], starts: list[int], max_positions: int, scratch: ScratchMemory
+    ) -> None:
+        num_rows, device = len(depths), sizes.device
         sequence_of = [b for b in range(len(starts) - 1) for _ in range(starts[b], starts[b + 1])]
         order = sorted(range(num_rows), key=depths.__getitem__)
         self.num_rows = num_rows
         self.place = {given: row for row, given in enumerate(order)}
-        self.order = _int32(order, device)
-        self.sequence_of_row = _int32([sequence_of[given] for given in order], device)
-        self.levels = [self._level(depth, depths, starts, device) for depth in sorted(set(depths))]
+        levels = {depth: self._level(depth, depths, starts) for depth in sorted(set(depths))}
+        self.order, self.sequence_of_row, *of_levels = to_device(
+            device,
+            int32(order),
+            int32([sequence_of[given] for given in order]),
+            *(int32(values) for level in levels.values() for values in level),
+        )
+        pairs = zip(levels, of_levels[::2], of_levels[1::2], strict=True)
+        self.levels = [Level(depth, len(rows), rows, level_starts) for depth, rows, level_starts in pairs]
 
         self.positions = torch.zeros(num_rows, dtype=torch.int64, device=device)
         self.slots = torch.zeros(num_rows, dtype=torch.int64, device=device)
-        self.hidden = torch.empty(num_rows, shape.hidden_size, dtype=shape.dtype, device=device)
-        self.q = torch.empty(num_rows, shape.num_heads, shape.head_dim, dtype=shape.dtype, device=device)
-        # Zeros, for what fills the segments up is never written.
-        widths = shape.hidden_size, shape.num_heads * shape.head_dim, shape.intermediate_size
+        self.hidden = torch.empty(num_rows, sizes.hidden_size, dtype=sizes.dtype, device=device)
+        self.q = torch.empty(num_rows, sizes.num_heads, sizes.head_dim, dtype=sizes.dtype, device=device)
+        # K and what is added to hidden, before their norms, in models that have these.
+        self.k = torch.empty(num_rows, sizes.num_kv_heads, sizes.head_dim, dtype=sizes.dtype, device=device)
+        self.projected = torch.empty_like(self.hidden)
+        widths = sizes.hidden_size, sizes.num_heads * sizes.head_dim, sizes.intermediate_size
         self.x, self.attention, self.activation = (
-            torch.zeros(num_rows, row_stride(width), device=device) for width in widths
+            Rows(num_rows, width, forms, device) for width, forms in zip(widths, sizes.forms, strict=True)
         )
         self.arrivals = torch.zeros(num_rows, dtype=torch.int32, device=device)
         self.scratch = AttentionScratch(
             num_rows, len(starts) - 1, max(stop - start for start, stop in pairwise(starts)),
-            shape.num_heads, shape.num_kv_heads, shape.head_dim, max_positions, device,
+            sizes.num_heads, sizes.num_kv_heads, sizes.head_dim, max_positions, device, scratch,
         )  # fmt: skip
 
-    def _level(self, depth: int, depths: list[int], starts: list[int], device: torch.device) -> Level:
-        """Of each sequence the rows that are no deeper: its last ones."""
+    def _level(self, depth: int, depths: list[int], starts: list[int]) -> tuple[list[int], list[int]]:
+        """Of each sequence the rows that are no deeper, its last ones; and where each sequence's begin."""
         rows, level_starts = [], [0]
         for start, stop in pairwise(starts):
             rows += [self.place[given] for given in range(start, stop) if depths[given] <= depth]
             level_starts.append(len(rows))
-        return Level(depth, len(rows), _int32(rows, device), _int32(level_starts, device))
+        return rows, level_starts
 
 
-def _int32(values: list[int], device: torch.device) -> Tensor:
-    return torch.tensor(values, dtype=torch.int32, device=device)
+def int32(values: list[int]) -> Tensor:
+    """On the host."""
+    return torch.tensor(values, dtype=torch.int32)

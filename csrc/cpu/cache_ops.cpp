@@ -1,7 +1,7 @@
-// The cache ops for CPU tensors: the bodies that the CUDA kernels run, on torch's threads.
+// The cache ops for CPU tensors: the bodies that the CUDA kernels run, on the threads that all ops run on.
 #include "../cuda/cache_ops.h"
 
-#include <ATen/Parallel.h>
+#include "parallel.h"
 
 namespace layerskip {
 
@@ -12,7 +12,9 @@ struct Cpu {
 
   template <class Op>
   void Run(const Op& op) const {
-    at::parallel_for(0, op.NumBlocks(), 1, [&op](int64_t begin, int64_t end) { RunBlocks(op, begin, end); });
+    InParallel([&](Team& team) {
+      team.ForEach(op.NumBlocks(), 4, [&](int64_t begin, int64_t end) { RunBlocks(op, begin, end); });
+    });
   }
 };
 

@@ -1,5 +1,5 @@
 // The bodies of kernels.h, compiled once per instruction set: see isa_*.cpp. Each reads like its line in
-// layerskip_kernels/reference.py; what differs is only which lanes run beside each other.
+// layerskip_kernels/ops/reference; what differs is only which lanes run beside each other.
 
 #include "kernels.h"
 #include "simd.h"
@@ -43,6 +43,14 @@ void SiluAll(const float* x, int64_t n, float* out) {
   for (int64_t i = 0; i < n; ++i) out[i] = Silu(x[i]);
 }
 
+void GeluAll(const float* x, int64_t n, float* out) {
+  for (int64_t i = 0; i < n; ++i) out[i] = Gelu(x[i]);
+}
+
+void TanhAll(const float* x, int64_t n, float* out) {
+  for (int64_t i = 0; i < n; ++i) out[i] = Tanh(x[i]);
+}
+
 LAYERSKIP_FN float InverseSqrt(float x) { return 1.0f / __builtin_sqrtf(x); }
 
 void InverseSqrtAll(const float* x, int64_t n, float* out) {
@@ -63,66 +71,32 @@ LAYERSKIP_FN int64_t PackedAt(int64_t i, int64_t k, int64_t lane) {
   return (i - i % 2) * kGroup + 2 * lane + (1 - i % 2);
 }
 
-// Elements of W in one packed group of K inputs.
-template <class W>
-LAYERSKIP_FN int64_t GroupSize(int64_t k) {
-  return (std::is_same_v<W, int8_t> ? k + kScaleRows : k) * kGroup;
-}
+// Elements in one packed group of K inputs.
+LAYERSKIP_FN int64_t GroupSize(int64_t k) { return k * kGroup; }
 
 // Row-major row -> its lane of a packed group; no row: zeros.
 template <class W>
 void PackRow(const W* from, int64_t k, int64_t lane, W* group) {
   for (int64_t i = 0; i < k; ++i) group[PackedAt<W>(i, k, lane)] = from == nullptr ? W{} : from[i];
-  if constexpr (std::is_same_v<W, int8_t>) {
-    constexpr int64_t kSize = sizeof(float);
-    for (int64_t s = 0; s < kSegments; ++s)
-      for (int64_t byte = 0; byte < kSize; ++byte)
-        group[(k + s * kSize) * kGroup + lane * kSize + byte] = from == nullptr ? W{} : from[k + s * kSize + byte];
-  }
 }
 
 template <class W>
-void PackGroups(const void* weight, int64_t n, int64_t k, int64_t group_begin, int64_t group_end, void* packed) {
+void Pack(const void* weight, int64_t n, int64_t k, int64_t group_begin, int64_t group_end, void* packed) {
   const W* from = static_cast<const W*>(weight);
-  const int64_t row_size = GroupSize<W>(k) / kGroup;
   for (int64_t group = group_begin; group < group_end; ++group) {
     for (int64_t lane = 0; lane < kGroup; ++lane) {
       const int64_t row = group * kGroup + lane;
-      PackRow<W>(row < n ? from + row * row_size : nullptr, k, lane, static_cast<W*>(packed) + group * GroupSize<W>(k));
+      PackRow<W>(row < n ? from + row * k : nullptr, k, lane, static_cast<W*>(packed) + group * GroupSize(k));
     }
   }
 }
 
-template <class T>
-void Pack(WeightView weight, int64_t n, int64_t k, int64_t group_begin, int64_t group_end, void* packed) {
-  if (weight.is_int8) {
-    PackGroups<int8_t>(weight.data, n, k, group_begin, group_end, packed);
-  } else {
-    PackGroups<T>(weight.data, n, k, group_begin, group_end, packed);
-  }
-}
-
 template <class W>
-void CopyRowOf(const void* weight, int64_t row, int64_t k, int64_t to_row, void* packed) {
-  const W* from = static_cast<const W*>(weight) + (row / kGroup) * GroupSize<W>(k);
-  W* to = static_cast<W*>(packed) + (to_row / kGroup) * GroupSize<W>(k);
+void CopyRow(const void* weight, int64_t row, int64_t k, int64_t to_row, void* packed) {
+  const W* from = static_cast<const W*>(weight) + (row / kGroup) * GroupSize(k);
+  W* to = static_cast<W*>(packed) + (to_row / kGroup) * GroupSize(k);
   const int64_t lane = row % kGroup, to_lane = to_row % kGroup;
   for (int64_t i = 0; i < k; ++i) to[PackedAt<W>(i, k, to_lane)] = from[PackedAt<W>(i, k, lane)];
-  if constexpr (std::is_same_v<W, int8_t>) {
-    constexpr int64_t kSize = sizeof(float);
-    for (int64_t s = 0; s < kSegments; ++s)
-      for (int64_t byte = 0; byte < kSize; ++byte)
-        to[(k + s * kSize) * kGroup + to_lane * kSize + byte] = from[(k + s * kSize) * kGroup + lane * kSize + byte];
-  }
-}
-
-template <class T>
-void CopyRow(WeightView weight, int64_t row, int64_t k, int64_t to_row, void* packed) {
-  if (weight.is_int8) {
-    CopyRowOf<int8_t>(weight.data, row, k, to_row, packed);
-  } else {
-    CopyRowOf<T>(weight.data, row, k, to_row, packed);
-  }
 }
 
 template <class T>
@@ -181,9 +155,8 @@ LAYERSKIP_FN F32x16 LoadWeights(const W* group, int64_t k, int64_t i) {
   }
 }
 
-// x of kRows rows times the weights of an input at a time. T: dtype of x; W: of the weights, T or int8. An int8 product
-// with a 16-bit number is exact in fp32, too.
-template <class T, class W, int kRows, int kGroups>
+// x of kRows rows times the weights of an input at a time.
+template <class W, int kRows, int kGroups>
 struct SingleProducts {
   static constexpr bool kWholeLines = false;
   const float* x;
@@ -193,12 +166,12 @@ struct SingleProducts {
   LAYERSKIP_FN void Fold(int64_t i, F32x16 (&acc)[kRows][kGroups]) const {
     F32x16 w[kGroups];
 #pragma GCC unroll 4
-    for (int g = 0; g < kGroups; ++g) w[g] = LoadWeights(weight + g * GroupSize<W>(k), k, i);
+    for (int g = 0; g < kGroups; ++g) w[g] = LoadWeights(weight + g * GroupSize(k), k, i);
 #pragma GCC unroll 12
     for (int r = 0; r < kRows; ++r) {
       const F32x16 x_ri = Broadcast(x[r * k + i]);
 #pragma GCC unroll 4
-      for (int g = 0; g < kGroups; ++g) acc[r][g] = MulAdd<T>(x_ri, w[g], acc[r][g]);
+      for (int g = 0; g < kGroups; ++g) acc[r][g] = MulAdd<W>(x_ri, w[g], acc[r][g]);
     }
   }
 
@@ -224,17 +197,12 @@ LAYERSKIP_FN uint32_t DotTile(const Products& products, int64_t k, const W* weig
     if constexpr (!Products::kWholeLines)
       for (; i < end && i % kLine != 0; ++i) products.Fold(i, acc);
     for (; i + kLine <= end; i += kLine) {
-      for (int g = 0; g < kGroups; ++g) FetchAhead<kRows>(weight + g * GroupSize<W>(k) + i * kGroup);
+      for (int g = 0; g < kGroups; ++g) FetchAhead<kRows>(weight + g * GroupSize(k) + i * kGroup);
       products.FoldLine(i, acc, watched);
     }
     if constexpr (!Products::kWholeLines)
       for (; i < end; ++i) products.Fold(i, acc);
     for (int g = 0; g < kGroups; ++g) {
-      if constexpr (std::is_same_v<W, int8_t>) {
-        const W* scales = weight + g * GroupSize<W>(k) + k * kGroup + s * kGroup * sizeof(float);
-        const F32x16 scale = Load(reinterpret_cast<const float*>(scales));
-        for (int r = 0; r < kRows; ++r) acc[r][g] = Mul(acc[r][g], scale);
-      }
       for (int r = 0; r < kRows; ++r) partial[s][r][g] = acc[r][g];
     }
   }
@@ -247,7 +215,7 @@ LAYERSKIP_FN uint32_t DotTile(const Products& products, int64_t k, const W* weig
 }
 
 // The rows of a block as a tile's dot products read them.
-template <class T, class W>
+template <class W>
 class Operands {
  public:
   Operands(const float* x, int64_t, int64_t k) : x_(x), k_(k) {}
@@ -257,7 +225,7 @@ class Operands {
   // Of rows row .. row + kRows with the columns of kGroups groups from `weight` on.
   template <int kRows, int kGroups>
   LAYERSKIP_FN void Dot(int64_t row, const W* weight, F32x16 (&y)[kRows][kGroups]) {
-    DotTile(SingleProducts<T, W, kRows, kGroups>{x_ + row * k_, k_, weight}, k_, weight, y);
+    DotTile(SingleProducts<W, kRows, kGroups>{x_ + row * k_, k_, weight}, k_, weight, y);
   }
 
  private:
@@ -270,17 +238,17 @@ class Operands {
 #endif
 
 // Rule 1 on rows of x, as one thread computes it.
-template <class T, class W>
+template <class T>
 struct LinearTask {
   const float* x;
   int64_t rows, k;
-  const W* weight;
+  const T* weight;
   const T* bias;
   int64_t n;
   bool round;
   float* out;
 
-  const W* Group(int64_t group) const { return weight + group * GroupSize<W>(k); }
+  const T* Group(int64_t group) const { return weight + group * GroupSize(k); }
 
   // Rows are dealt with in blocks, so that they stay in the second-level cache beside the weights of a tile.
   void Run(int64_t group_begin, int64_t group_end) const {
@@ -289,7 +257,7 @@ struct LinearTask {
   }
 
   void RunBlock(int64_t first, int64_t count, int64_t group_begin, int64_t group_end) const {
-    Operands<T, W> operands(x + first * k, count, k);
+    Operands<T> operands(x + first * k, count, k);
     const int64_t groups_at_once = GroupsPerPass(Min(count, kRowsPerPass));
     for (int64_t group = group_begin; group < group_end; group += groups_at_once) {
       operands.NextTile();
@@ -328,22 +296,28 @@ struct LinearTask {
 };
 
 template <class T>
-void Linear(const float* x, int64_t rows, int64_t k, WeightView weight, const void* bias, int64_t n,
+void Linear(const float* x, int64_t rows, int64_t k, const void* weight, const void* bias, int64_t n,
             int64_t group_begin, int64_t group_end, bool round, float* out) {
+  LinearTask<T>{x, rows, k, static_cast<const T*>(weight), static_cast<const T*>(bias), n, round, out}.Run(group_begin,
+                                                                                                           group_end);
+}
+
+template <class T>
+void Finish(const void* bias, int64_t rows, int64_t n, int64_t group_begin, int64_t group_end, bool round, float* out) {
   const T* b = static_cast<const T*>(bias);
-  if (weight.is_int8) {
-    const auto* w = static_cast<const int8_t*>(weight.data);
-    LinearTask<T, int8_t>{x, rows, k, w, b, n, round, out}.Run(group_begin, group_end);
-  } else {
-    const auto* w = static_cast<const T*>(weight.data);
-    LinearTask<T, T>{x, rows, k, w, b, n, round, out}.Run(group_begin, group_end);
+  for (int64_t r = 0; r < rows; ++r) {
+    float* y = out + r * n;
+    for (int64_t i = group_begin * kGroup; i < Min(group_end * kGroup, n); ++i) {
+      if (b != nullptr) y[i] += ToFloat(b[i]);
+      if (round) y[i] = Round<T>(y[i]);
+    }
   }
 }
 
 // ---- rule 2 ----
 
 template <class T>
-void RmsNorm(const float* x, const void* weight, int64_t n, float eps, float* out) {
+void RmsNorm(const float* x, const void* weight, int64_t n, NormConstants constants, float* out) {
   float lanes[kNormLanes] = {};
   for (int64_t start = 0; start < n; start += kNormLanes) {
     const int64_t count = Min(kNormLanes, n - start);
@@ -352,9 +326,9 @@ void RmsNorm(const float* x, const void* weight, int64_t n, float eps, float* ou
   for (int width = kNormLanes / 2; width > 0; width /= 2)
     for (int i = 0; i < width; ++i) lanes[i] = lanes[2 * i] + lanes[2 * i + 1];
   const float mean = lanes[0] / static_cast<float>(n);
-  const float inv = InverseSqrt(mean + eps);
+  const float inv = InverseSqrt(mean + constants.eps);
   const T* w = static_cast<const T*>(weight);
-  for (int64_t i = 0; i < n; ++i) out[i] = Round<T>(Round<T>(x[i] * inv) * ToFloat(w[i]));
+  for (int64_t i = 0; i < n; ++i) out[i] = Round<T>(Round<T>(x[i] * inv) * (ToFloat(w[i]) + constants.offset));
 }
 
 // ---- elementwise ----
@@ -369,11 +343,27 @@ void SiluMul(const float* up, int64_t n, float* gate) {
   for (int64_t i = 0; i < n; ++i) gate[i] = Round<T>(Round<T>(Silu(gate[i])) * up[i]);
 }
 
+template <class T>
+void GeluMul(const float* up, int64_t n, float* gate) {
+  for (int64_t i = 0; i < n; ++i) gate[i] = Round<T>(Round<T>(Gelu(gate[i])) * up[i]);
+}
+
+template <class T>
+void Multiply(float factor, int64_t n, float* x) {
+  for (int64_t i = 0; i < n; ++i) x[i] = Round<T>(x[i] * factor);
+}
+
+void ScaleLogits(float factor, float cap, int64_t n, float* x) {
+  for (int64_t i = 0; i < n; ++i) x[i] = x[i] * factor;
+  if (cap != 0.0f)
+    for (int64_t i = 0; i < n; ++i) x[i] = SoftCap(x[i], cap);
+}
+
 // ---- rule 3 ----
 
 template <class T>
-void Rope(const float* cos, const float* sin, int64_t head_dim, float* head) {
-  const int64_t half = head_dim / 2;
+void Rope(const float* cos, const float* sin, int64_t rotary_dim, float* head) {
+  const int64_t half = rotary_dim / 2;
   for (int64_t i = 0; i < half; ++i) {
     const float a = head[i], b = head[half + i];
     head[i] = Round<T>(a * cos[i] - b * sin[i]);
@@ -416,9 +406,14 @@ constexpr int kValueGroups = 1;
 // The pairs of one block and what rule 4 keeps for each.
 struct PairBlock {
   const float* q[kPairs];
-  float* partial[kPairs];   // m, l, o[head_dim]
-  int64_t visible[kPairs];  // positions of this chunk that the pair may see
-  int64_t count, most_visible;
+  float* partial[kPairs];                  // m, l, o[head_dim]
+  int64_t first[kPairs], visible[kPairs];  // the pair sees positions first .. visible of this chunk
+  int64_t count, least_first, most_visible;
+
+  void Clear() {
+    count = most_visible = 0;
+    least_first = kChunk;
+  }
   alignas(64) float scores[kPairs][kChunk + kLanes];
 };
 
@@ -440,11 +435,24 @@ LAYERSKIP_FN Run<T> RunAt(const PageView& pages, int64_t kv_head, int64_t positi
           static_cast<const T*>(pages.v) + tile + offset * pages.head_dim, Min(limit, pages.page_size - offset)};
 }
 
+// The first position of a task's chunk that a row sees, counted from the chunk's beginning.
+LAYERSKIP_FN int64_t FirstVisible(const ChunkTask& task, int64_t row) {
+  if (task.window == 0) return 0;
+  return Max(0, task.positions[row] + 1 - task.window - task.chunk * kChunk);
+}
+
 // How many positions of its chunk the rows of a task see.
 LAYERSKIP_FN int64_t MostVisible(const ChunkTask& task) {
   int64_t last = -1;
   for (int64_t r = 0; r < task.num_rows; ++r) last = Max(last, task.positions[task.rows[r]]);
   return Max(0, Min(kChunk, last + 1 - task.chunk * kChunk));
+}
+
+// The first position of its chunk that any of them sees.
+LAYERSKIP_FN int64_t LeastVisible(const ChunkTask& task) {
+  int64_t first = task.window == 0 ? 0 : Max(0, MostVisible(task) - 1);
+  for (int64_t r = 0; task.window != 0 && r < task.num_rows; ++r) first = Min(first, FirstVisible(task, task.rows[r]));
+  return first;
 }
 
 // Fetches the keys of a task, its values and the keys of the next task, in the order in which they are read but
@@ -476,7 +484,7 @@ class Fetcher {
     const int64_t begin = task_->chunk * kChunk, page_size = task_->pages.page_size;
     pages_ = static_cast<const char*>(pages);
     tile_bytes_ = task_->pages.head_dim * page_size * static_cast<int64_t>(sizeof(T));
-    block_ = begin / page_size;
+    block_ = (begin + LeastVisible(*task_)) / page_size;
     end_ = (begin + MostVisible(*task_) + page_size - 1) / page_size;
     OpenTile();
   }
@@ -534,7 +542,7 @@ template <class T>
 void Scores(const ChunkTask& task, PairBlock& block, Fetcher<T>& fetcher) {
   KeyTile<T> tiles[kChunk];
   int64_t count = 0;
-  for (int64_t done = 0; done < block.most_visible;) {
+  for (int64_t done = block.least_first; done < block.most_visible;) {
     // A whole page may be read: positions beyond the visible ones give scores that nobody looks at.
     const Run<T> run = RunAt<T>(task.pages, task.kv_head, task.chunk * kChunk + done, kChunk - done);
     const int64_t needed = Min(run.positions, block.most_visible - done);
@@ -570,13 +578,16 @@ LAYERSKIP_FN float Largest(const float* s, int64_t n) {
   return lanes[0];
 }
 
-// scores -> p = to_dtype(exp(s - m)) in place; m into the partial results.
+// scores, capped -> p = to_dtype(exp(s - m)) in place; m into the partial results.
 template <class T>
-void Softmax(PairBlock& block) {
+void Softmax(PairBlock& block, float cap) {
   for (int64_t p = 0; p < block.count; ++p) {
-    float* s = block.scores[p];
-    const float m = Largest(s, block.visible[p]);
-    for (int64_t j = 0; j < block.visible[p]; ++j) s[j] = Round<T>(Exp(s[j] - m));
+    float* s = block.scores[p] + block.first[p];
+    const int64_t count = block.visible[p] - block.first[p];
+    if (cap != 0.0f)
+      for (int64_t j = 0; j < count; ++j) s[j] = SoftCap(s[j], cap);
+    const float m = Largest(s, count);
+    for (int64_t j = 0; j < count; ++j) s[j] = Round<T>(Exp(s[j] - m));
     block.partial[p][0] = m;
   }
 }
@@ -638,7 +649,8 @@ void FoldRun(PairBlock& block, int64_t first, const T* v, int64_t head_dim, int6
   FoldRun<T, kCount, false>(block, first, v, head_dim, at, count, fetcher, d + groups * kLanes);
 }
 
-// l = fold of p_j, o = fold of p_j * v_j: pairs side by side as far as all of them see, then each to its own end.
+// l = fold of p_j, o = fold of p_j * v_j: each pair from its own first position, pairs side by side where all of them
+// see, then each to its own end.
 template <class T>
 void WeightedValues(const ChunkTask& task, PairBlock& block, Fetcher<T>& fetcher) {
   const int64_t head_dim = task.pages.head_dim;
@@ -646,24 +658,35 @@ void WeightedValues(const ChunkTask& task, PairBlock& block, Fetcher<T>& fetcher
     for (int64_t i = 0; i < 1 + head_dim; ++i) block.partial[p][1 + i] = 0.0f;
   for (int64_t first = 0; first < block.count; first += kValuePairs) {
     const int64_t count = Min(kValuePairs, block.count - first);
-    int64_t shared = kChunk, most = 0;
+    int64_t begin = kChunk, shared_begin = 0, shared_end = kChunk, end = 0;
     for (int64_t p = first; p < first + count; ++p) {
-      shared = Min(shared, block.visible[p]);
-      most = Max(most, block.visible[p]);
+      begin = Min(begin, block.first[p]);
+      shared_begin = Max(shared_begin, block.first[p]);
+      shared_end = Min(shared_end, block.visible[p]);
+      end = Max(end, block.visible[p]);
     }
-    for (int64_t done = 0; done < most;) {
-      const Run<T> run = RunAt<T>(task.pages, task.kv_head, task.chunk * kChunk + done, most - done);
-      const int64_t together = Max(0, Min(run.positions, shared - done));
+    shared_end = Max(shared_begin, shared_end);
+    for (int64_t done = begin; done < end;) {
+      const Run<T> run = RunAt<T>(task.pages, task.kv_head, task.chunk * kChunk + done, end - done);
+      const int64_t run_end = done + run.positions;
+      // Positions from .. to of the run, for one pair.
+      const auto alone = [&](int64_t p, int64_t from, int64_t to) {
+        from = Max(Max(from, done), block.first[p]);
+        to = Min(Min(to, run_end), block.visible[p]);
+        if (from < to) FoldRun<T, 1>(block, p, run.v + (from - done) * head_dim, head_dim, from, to - from, fetcher);
+      };
+      if (done < shared_begin)
+        for (int64_t p = first; p < first + count; ++p) alone(p, done, shared_begin);
+      const int64_t from = Max(done, shared_begin), together = Min(run_end, shared_end) - from;
       if (together > 0) {
         WithConstant<kValuePairs>(count, [&](auto c) {
-          FoldRun<T, decltype(c)::value>(block, first, run.v, head_dim, done, together, fetcher);
+          const T* v = run.v + (from - done) * head_dim;
+          FoldRun<T, decltype(c)::value>(block, first, v, head_dim, from, together, fetcher);
         });
       }
-      for (int64_t p = first; p < first + count; ++p) {
-        const int64_t alone = Min(run.positions, block.visible[p] - done) - together;
-        if (alone > 0) FoldRun<T, 1>(block, p, run.v + together * head_dim, head_dim, done + together, alone, fetcher);
-      }
-      done += run.positions;
+      if (run_end > shared_end)
+        for (int64_t p = first; p < first + count; ++p) alone(p, shared_end, run_end);
+      done = run_end;
     }
   }
 }
@@ -672,24 +695,27 @@ template <class T>
 void AttendChunk(const ChunkTask& task) {
   const int64_t head_dim = task.pages.head_dim, heads_per_kv = task.num_heads / task.pages.kv_heads;
   PairBlock block;
-  block.count = block.most_visible = 0;
+  block.Clear();
   Fetcher<T> fetcher(task);
   const auto finish = [&] {
     if (block.count == 0) return;
     Scores<T>(task, block, fetcher);
-    Softmax<T>(block);
+    Softmax<T>(block, task.cap);
     WeightedValues<T>(task, block, fetcher);
-    block.count = block.most_visible = 0;
+    block.Clear();
   };
   for (int64_t r = 0; r < task.num_rows; ++r) {
     const int64_t row = task.rows[r];
     const int64_t visible = Min(kChunk, task.positions[row] + 1 - task.chunk * kChunk);
-    if (visible <= 0) continue;
+    const int64_t first = FirstVisible(task, row);
+    if (visible <= first) continue;
     for (int64_t h = 0; h < heads_per_kv; ++h) {
       const int64_t head = row * task.num_heads + task.kv_head * heads_per_kv + h;
       block.q[block.count] = task.q + head * head_dim;
       block.partial[block.count] = task.partials + (head * task.max_chunks + task.chunk) * (2 + head_dim);
+      block.first[block.count] = first;
       block.visible[block.count] = visible;
+      block.least_first = Min(block.least_first, first);
       block.most_visible = Max(block.most_visible, visible);
       if (++block.count == kPairs) finish();
     }
@@ -769,11 +795,50 @@ void ExpFrom(const float* x, int64_t n, float maximum, float* out) {
   for (int64_t i = 0; i < n; ++i) out[i] = Exp(x[i] - maximum);
 }
 
+int64_t MassFrom(const float* x, int64_t n, float maximum) {
+  constexpr int64_t kRun = 256;
+  float powers[kRun];
+  int64_t total = 0;
+  for (int64_t begin = 0; begin < n; begin += kRun) {
+    const int64_t count = Min(kRun, n - begin);
+    ExpFrom(x + begin, count, maximum, powers);
+    for (int64_t i = 0; i < count; ++i) total += static_cast<int64_t>(powers[i] * kMassOne);
+  }
+  return total;
+}
+
 template <class T>
 constexpr Kernels Table() {
-  return {sizeof(T),      ExpAll,         LogAll,     SiluAll,   InverseSqrtAll, Widen<T>,   Narrow<T>, Pack<T>,
-          CopyRow<T>,     Embed<T>,       RmsNorm<T>, Linear<T>, AddResidual<T>, SiluMul<T>, Rope<T>,   Append<T>,
-          AttendChunk<T>, MergeChunks<T>, Argmax,     GumbelAll, AddGumbel,      DivideAll,  ExpFrom};
+  return {.element_size = sizeof(T),
+          .exp = ExpAll,
+          .log = LogAll,
+          .silu = SiluAll,
+          .gelu = GeluAll,
+          .tanh = TanhAll,
+          .inverse_sqrt = InverseSqrtAll,
+          .widen = Widen<T>,
+          .narrow = Narrow<T>,
+          .pack = Pack<T>,
+          .copy_row = CopyRow<T>,
+          .embed = Embed<T>,
+          .rms_norm = RmsNorm<T>,
+          .linear = Linear<T>,
+          .finish = Finish<T>,
+          .add_residual = AddResidual<T>,
+          .silu_mul = SiluMul<T>,
+          .gelu_mul = GeluMul<T>,
+          .multiply = Multiply<T>,
+          .scale_logits = ScaleLogits,
+          .rope = Rope<T>,
+          .append = Append<T>,
+          .attend_chunk = AttendChunk<T>,
+          .merge_chunks = MergeChunks<T>,
+          .argmax = Argmax,
+          .gumbel = GumbelAll,
+          .add_gumbel = AddGumbel,
+          .divide = DivideAll,
+          .exp_from = ExpFrom,
+          .mass_from = MassFrom};
 }
 
 #if defined(LAYERSKIP_AVX512_BF16)

@@ -6,6 +6,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <initializer_list>
 #include <memory>
 #include <vector>
 
@@ -14,13 +15,16 @@
 
 namespace layerskip {
 
-struct Shape {
+// Sizes of a model's layers; an op that needs only some of them leaves the others 0.
+struct LayerSizes {
   int64_t hidden_size, intermediate_size, num_heads, kv_heads, head_dim;
+  NormConstants norm = {};
   int64_t q_size() const { return num_heads * head_dim; }
   int64_t kv_size() const { return kv_heads * head_dim; }
 };
 
-// Pointers into tensors that the caller keeps alive; biases are null where there is none.
+// Pointers into tensors that the caller keeps alive, null where the model has none. A norm stands before what it is
+// named after, a post_norm between that and the residual sum.
 struct LayerWeights {
   const void* attn_norm;
   WeightView wq, wk, wv;
@@ -28,32 +32,88 @@ struct LayerWeights {
   WeightView wo;
   const void *out_bias, *mlp_norm;
   WeightView w_gate, w_up, w_down;
+  const void *q_norm, *k_norm;
+  bool norms_heads;  // whether q_norm and k_norm norm each head by itself, or all as one
+  const void *attn_post_norm, *mlp_post_norm, *gate_up_bias, *down_bias;
+};
+
+// cos and sin, fp32 [max_positions, rotary_dim / 2]; null where nothing is rotated.
+struct RopeTables {
+  const float *cos, *sin;
+  int64_t rotary_dim;
+};
+
+// What sets a layer apart from the others: RopeTables, and which of ModelView.windows it has.
+struct LayerKind {
+  RopeTables rope;
+  int64_t window_index;
+};
+
+// What is done to attention scores: a cap of 0 and a window of 0 are none.
+struct ScoreRules {
+  float scale, cap = 0.0f;
+  int64_t window = 0;
+};
+
+// What is done to logits; a cap of 0 is none.
+struct LogitRules {
+  NormConstants norm;
+  float multiplier = 1.0f, cap = 0.0f;
+};
+
+// The most inputs of a linear layer that takes integers (rule 8), by how they are rounded; 0: none does.
+struct IntegerSizes {
+  int64_t most_inputs[kNumRoundings] = {};
+
+  void Add(WeightView weight, int64_t inputs);
 };
 
 struct ModelView {
-  Dtype dtype;
   const Kernels* kernels;
-  Shape shape;
+  LayerSizes sizes;
   int64_t vocab_size;
-  float eps, scale;
-  const void *embedding, *final_norm;
+  float scale, score_cap, embedding_multiplier, residual_multiplier;
+  bool gelu;
+  LogitRules logits;
+  WeightView embedding;
+  const void* final_norm;
   WeightView lm_head;
   int64_t max_positions;
-  const float *cos, *sin;  // [max_positions, K / 2]
   std::vector<LayerWeights> layers;
+  std::vector<LayerKind> kinds;  // of the layers
+  std::vector<int64_t> windows;  // all that layers have
+  IntegerSizes integers;         // of the layers
 };
 
 struct CacheView {
   char *k, *v;   // [L, P, G, K, S] and [L, P, G, S, K]
   char* hidden;  // [P, S, D]
-  int64_t num_pages, page_size;
+  int64_t num_layers, num_pages, page_size;
   int64_t layer_bytes;         // of one layer of k or of v
   const int32_t* block_table;  // [B, max_blocks]
   int64_t max_blocks;
 };
 
+// One layer's pages, k [P, G, K, S] and v [P, G, S, K].
+struct LayerPages {
+  void *k, *v;
+  int64_t page_size;
+};
+
+// The pages of each sequence.
+struct BlockTable {
+  const int32_t* pages;  // [B, max_blocks]
+  int64_t max_blocks;
+};
+
+// Where rows stand in their sequences and in the pages: positions [count], slots [count] (-1: K and V are not kept).
+struct RowSlots {
+  int64_t count;
+  const int64_t *positions, *slots;
+};
+
 // The rows of a move, in the order in which they join it: by depth, then as given.
-struct Rows {
+struct SortedRows {
   std::vector<int64_t> tokens, positions, slots, given;  // given: index before sorting
   std::vector<int32_t> sequences, depths;
   int64_t size() const { return static_cast<int64_t>(tokens.size()); }
@@ -70,15 +130,70 @@ class Buffer {
   std::unique_ptr<float[]> data_;
 };
 
-struct Workspace {
-  Workspace(const Shape& shape, int64_t rows, int64_t last_position);
-  int64_t max_chunks;
-  Buffer hidden, normed, q, k, v, partials, attention, projected, gate, up;
+// Few rows are prepared for a phase by every thread for itself, which takes less time than to wait for one another.
+inline constexpr int64_t kFewRows = 4;
+
+// Memory for prepared rows: each thread's own for few, shared for more. The two lie apart, since a thread that comes
+// late may still prepare a few rows for a phase that is over, while the others share more.
+class PreparedRows {
+ public:
+  PreparedRows() : own_bytes_(0), shared_at_(0) {}
+  // `few` and `many`: bytes of min(rows, kFewRows) rows and of all of them.
+  PreparedRows(int64_t rows, int64_t few, int64_t many);
+  // Where a thread writes and reads so many rows.
+  char* Of(int64_t rows, int64_t rank) const {
+    return data_.get() + (rows <= kFewRows ? rank * own_bytes_ : shared_at_);
+  }
+
+ private:
+  int64_t own_bytes_, shared_at_;
+  std::unique_ptr<char[]> data_;
 };
 
-// Attention of some rows, cut into tasks: a few rows of one sequence and one chunk of its positions each.
-struct AttentionPlan {
-  AttentionPlan(const int32_t* sequences, const int64_t* positions, int64_t count, int64_t num_sequences);
+// Of `size` fp32 values each.
+PreparedRows PreparedFloats(int64_t rows, int64_t size);
+
+// Memory for the rows of a linear layer as integers.
+class IntegerBuffer {
+ public:
+  IntegerBuffer(const IntegerSizes& sizes, int64_t rows);
+  void* Of(Rounding rounding, int64_t rows, int64_t rank) const {
+    return memory_[static_cast<int>(rounding)].Of(rows, rank);
+  }
+
+ private:
+  PreparedRows memory_[kNumRoundings];
+};
+
+// The rows that a linear layer reads, x [rows, size], and the same as integers where weights ask for them.
+struct LinearInput {
+  LinearInput(Team& team, const float* x, int64_t rows, int64_t size, std::initializer_list<WeightView> weights,
+              const IntegerBuffer& buffer);
+  const float* x;
+  int64_t rows, size;
+  const void* integers[kNumRoundings] = {};
+};
+
+// Rule 1 or 8 on columns 16 * group_begin .. min(16 * group_end, n) of out [rows, n], as one thread computes them.
+void Linear(const Kernels& kernels, const LinearInput& input, WeightView weight, const void* bias, int64_t n,
+            int64_t group_begin, int64_t group_end, bool round, float* out);
+
+// Row `token` of a packed embedding [V, D], in the model's dtype.
+void Embed(const Kernels& kernels, WeightView embedding, int64_t token, int64_t hidden_size, float* out);
+
+struct Workspace {
+  Workspace(const LayerSizes& sizes, int64_t rows, int64_t last_position, const IntegerSizes& integer_sizes = {});
+  int64_t max_chunks;
+  Buffer hidden, q, k, v, partials, attention, projected, gate, up;
+  PreparedRows normed;
+  IntegerBuffer integers;
+};
+
+// Attention of some rows, cut into tasks: a few rows of one sequence and one chunk of its positions each, of those that
+// the rows see with a window (0: none).
+struct AttentionTasks {
+  AttentionTasks(const int32_t* sequences, const int64_t* positions, int64_t count, int64_t num_sequences,
+                 int64_t window);
   struct Task {
     int32_t sequence;
     int64_t first, count;  // rows[first .. first + count]
@@ -89,25 +204,38 @@ struct AttentionPlan {
   int64_t max_chunks;  // of any row
 };
 
-void NormQkvRopeAppend(Team& team, const Kernels& kernels, const Shape& shape, const LayerWeights& w, float eps,
-                       const float* cos, const float* sin, int64_t rows, const int64_t* positions, const int64_t* slots,
-                       void* k_pages, void* v_pages, int64_t page_size, Workspace& ws);
+// ws.hidden -> ws.q, and K and V into their pages. Reads the attention part of `w`.
+void NormQkvRopeAppend(Team& team, const Kernels& kernels, const LayerSizes& sizes, const LayerWeights& w,
+                       const RopeTables& rope, const RowSlots& rows, const LayerPages& pages, Workspace& ws);
 
-void PagedAttention(Team& team, const Kernels& kernels, const Shape& shape, int64_t rows, const int64_t* positions,
-                    const AttentionPlan& plan, const void* k_pages, const void* v_pages, int64_t page_size,
-                    const int32_t* block_table, int64_t max_blocks, float scale, Workspace& ws);
+// ws.q -> ws.attention.
+void PagedAttention(Team& team, const Kernels& kernels, const LayerSizes& sizes, const AttentionTasks& tasks,
+                    const RowSlots& rows, const LayerPages& pages, const BlockTable& block_table,
+                    const ScoreRules& rules, Workspace& ws);
 
-// x = to_dtype(x + to_dtype(input . weight + bias)) for x [rows, D]; `projected` is scratch of the same size.
-void LinearResidual(Team& team, const Kernels& kernels, int64_t rows, const float* input, int64_t input_size,
-                    WeightView weight, const void* bias, int64_t output_size, float* projected, float* x);
+// A linear layer: weight [outputs, inputs], bias [outputs] or null; what follows it where it ends in a residual sum.
+struct LinearView {
+  WeightView weight;
+  const void* bias;
+  int64_t inputs, outputs;
+  const void* post_norm = nullptr;
+  NormConstants norm = {};
+  float multiplier = 1.0f;
+};
 
-void NormGateUpSilu(Team& team, const Kernels& kernels, const Shape& shape, const void* norm, WeightView w_gate,
-                    WeightView w_up, float eps, int64_t rows, Workspace& ws);
+// x = to_dtype(x + y) for x [rows, D] and y = to_dtype(input . weight + bias), normed and multiplied where the view
+// says so; `projected` is scratch of the same size.
+void LinearResidual(Team& team, const Kernels& kernels, int64_t rows, const float* input, const LinearView& linear,
+                    const IntegerBuffer& integers, float* projected, float* x);
+
+// ws.hidden -> ws.gate. Reads the MLP part of `w`.
+void NormGateUpSilu(Team& team, const Kernels& kernels, const LayerSizes& sizes, const LayerWeights& w, bool gelu,
+                    int64_t rows, Workspace& ws);
 
 // What the head makes of some rows: tokens [rows], logits [rows, V], and whether any logit is NaN.
 struct Head {
-  Head(const void* norm, WeightView weight, int64_t hidden_size, int64_t vocab_size, float eps, int64_t rows,
-       float* logits);
+  Head(const void* norm, WeightView weight, int64_t hidden_size, int64_t vocab_size, const LogitRules& rules,
+       int64_t rows, float* logits);
   void Run(Team& team, const Kernels& kernels, const float* hidden);
 
   std::vector<int64_t> tokens;
@@ -117,30 +245,31 @@ struct Head {
   const void* norm_;
   WeightView weight_;
   int64_t hidden_size_, vocab_size_;
-  float eps_;
+  LogitRules rules_;
   float* logits_;
-  Buffer normed_;
+  PreparedRows normed_;
+  IntegerBuffer integers_;
   std::vector<Maximum> maxima_;  // [threads][rows]; index -1: nothing yet
 };
 
-// The one move: raises rows (sorted by depth) to layer `stop`; their hidden states end in ws.hidden and, for
-// whoever comes next, in the cache.
+// The one move: raises rows (sorted by depth) to layer `stop`; their hidden states end in ws.hidden and, for the
+// moves that follow, in the cache.
 class Move {
  public:
-  Move(const ModelView& model, const CacheView& cache, Rows rows, int64_t num_sequences, int64_t stop);
+  Move(const ModelView& model, const CacheView& cache, SortedRows rows, int64_t num_sequences, int64_t stop);
   void Run(Team& team);
-  Rows& rows() { return rows_; }
+  SortedRows& rows() { return rows_; }
   const float* hidden() const { return ws_.hidden; }  // [T, D], in the order of rows()
 
  private:
   struct Stage {  // layers first..last run on the first `count` rows
     int64_t first, last, count;
-    AttentionPlan attention;
+    std::vector<AttentionTasks> attention;  // with each of the model's windows
   };
 
   const ModelView& model_;
   const CacheView& cache_;
-  Rows rows_;
+  SortedRows rows_;
   std::vector<Stage> stages_;
   Workspace ws_;
 };

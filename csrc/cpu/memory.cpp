@@ -13,7 +13,8 @@
 namespace layerskip {
 
 Tensor empty_huge(int64_t num_bytes) {
-  TORCH_CHECK_VALUE(num_bytes >= 0, "num_bytes is ", num_bytes, ", expected 0 or more");
+  constexpr int64_t kMost = int64_t{1} << 47;  // the addresses that a process has
+  TORCH_CHECK_VALUE(0 <= num_bytes && num_bytes <= kMost, "num_bytes must be in 0..", kMost, ", got ", num_bytes);
 #if defined(__linux__)
   constexpr int64_t kHugePage = int64_t{1} << 21;
   if (num_bytes >= kHugePage / 8) {

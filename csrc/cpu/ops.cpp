@@ -3,6 +3,7 @@
 
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/full.h>
 #include <ATen/ops/zeros.h>
 
 #include "checks.h"
@@ -29,24 +30,45 @@ Tensor Elementwise(const Tensor& x, void (*Kernels::*op)(const float*, int64_t, 
   TORCH_CHECK_TYPE(x.scalar_type() == at::kFloat, "x must be float32, got ", x.scalar_type());
   const Tensor input = x.contiguous();
   Tensor out = at::empty_like(input);
-  const ContractFloatMode mode;
   (KernelsFor(Dtype::kFloat32).*op)(input.const_data_ptr<float>(), input.numel(), out.mutable_data_ptr<float>());
   return out;
 }
 
+NormConstants Constants(double eps, double offset) { return {static_cast<float>(eps), static_cast<float>(offset)}; }
+
+// cos and sin [max_positions, rotary_dim / 2]: both, or neither.
+RopeTables CheckRope(const OptionalTensor& cos, const OptionalTensor& sin, int64_t head_dim) {
+  TORCH_CHECK_VALUE(cos.has_value() == sin.has_value(), "cos and sin must be given together");
+  if (!cos.has_value()) return {nullptr, nullptr, 0};
+  CheckTensor("cos", *cos, at::kFloat, {kAny, kAny});
+  CheckTensor("sin", *sin, at::kFloat, {cos->size(0), cos->size(1)});
+  TORCH_CHECK_VALUE(2 * cos->size(1) <= head_dim, "cos holds ", cos->size(1), " frequencies, more than half of ",
+                    head_dim, ", the length of a head");
+  return {cos->const_data_ptr<float>(), sin->const_data_ptr<float>(), 2 * cos->size(1)};
+}
+
 // [T, in] -> [T, out] plus the residual [T, out]: both residual ops.
-Tensor ResidualOp(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, const Tensor& residual) {
+Tensor ResidualOp(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, const Tensor& residual,
+                  const OptionalTensor& post_norm, NormConstants norm, double multiplier) {
   const at::ScalarType dtype = residual.scalar_type();
   CheckTensor("residual", residual, dtype, {kAny, kAny});
   const int64_t rows = residual.size(0), size = residual.size(1);
   CheckTensor("the first argument", input, dtype, {rows, kAny});
   const int64_t input_size = input.size(1);
   const WeightView view = CheckPacked("the weight", weight, dtype, size, input_size);
-  const void* bias_data = CheckBias("out_bias", bias, dtype, size);
+  const LinearView linear{view,
+                          CheckOptional("the bias", bias, dtype, size),
+                          input_size,
+                          size,
+                          CheckOptional("post_norm", post_norm, dtype, size),
+                          norm,
+                          static_cast<float>(multiplier)};
   const Kernels& kernels = KernelsFor(ModelDtype(dtype));
   Buffer x = Widened(kernels, input), y = Widened(kernels, residual), projected(rows * size);
-  InParallel(
-      [&](Team& team) { LinearResidual(team, kernels, rows, x, input_size, view, bias_data, size, projected, y); });
+  IntegerSizes integer_sizes;
+  integer_sizes.Add(view, input_size);
+  const IntegerBuffer integers(integer_sizes, rows);
+  InParallel([&](Team& team) { LinearResidual(team, kernels, rows, x, linear, integers, projected, y); });
   return Narrowed(kernels, y, residual.sizes(), dtype);
 }
 
@@ -55,130 +77,173 @@ Tensor ResidualOp(const Tensor& input, const Tensor& weight, const OptionalTenso
 Tensor exp(const Tensor& x) { return Elementwise(x, &Kernels::exp); }
 Tensor log(const Tensor& x) { return Elementwise(x, &Kernels::log); }
 Tensor silu(const Tensor& x) { return Elementwise(x, &Kernels::silu); }
+Tensor gelu(const Tensor& x) { return Elementwise(x, &Kernels::gelu); }
+Tensor tanh(const Tensor& x) { return Elementwise(x, &Kernels::tanh); }
 Tensor inverse_sqrt(const Tensor& x) { return Elementwise(x, &Kernels::inverse_sqrt); }
 
 Tensor pack_weight(const Tensor& weight) {
   const at::ScalarType dtype = weight.scalar_type();
-  const bool is_int8 = dtype == at::kChar;
-  CheckTensor("weight", weight, dtype, {kAny, kAny});
-  const Kernels& kernels = KernelsFor(is_int8 ? Dtype::kFloat32 : ModelDtype(dtype));
-  const int64_t n = weight.size(0), k = weight.size(1) - (is_int8 ? kScaleRows : 0);
-  TORCH_CHECK_VALUE(k >= 0, "an int8 weight holds ", kScaleRows, " bytes of scales in each row; use quantize_int8");
-  const int64_t groups = (n + kGroup - 1) / kGroup;
-  Tensor packed = empty_huge(groups * weight.size(1) * kGroup * weight.element_size()).view(dtype);
-  packed = packed.view({groups, weight.size(1), kGroup});
-  const WeightView view{weight.const_data_ptr(), is_int8};
+  const bool in_blocks = dtype == at::kByte, is_int8 = dtype == at::kChar;
+  if (in_blocks) {
+    CheckTensor("weight", weight, dtype, {kAny, kAny, kAny});
+  } else {
+    CheckTensor("weight", weight, dtype, {kAny, kAny});
+  }
+  const int64_t n = weight.size(0), groups = (n + kGroup - 1) / kGroup;
+  WeightView view{weight.const_data_ptr(), is_int8 ? WeightType::kInt8 : WeightType::kDense};
+  int64_t k = weight.size(1);
+  std::vector<int64_t> sizes = {groups, k, kGroup};
+  if (is_int8) {
+    k -= kScaleRows;
+    TORCH_CHECK_VALUE(k >= 0 && k % kBlock == 0, "an int8 weight holds whole blocks of ", kBlock, " and ", kScaleRows,
+                      " bytes of scales in each row, got ", weight.size(1), "; use quantise_int8");
+  } else if (in_blocks) {
+    const BlockLayout* layout = LayoutOfFileBytes(weight.size(2));
+    TORCH_CHECK_VALUE(layout != nullptr, "weight has blocks of ", weight.size(2), " bytes, which no known type has");
+    view.type = layout->type;
+    k *= layout->size;
+    sizes[2] = layout->image_bytes * kGroup;
+  }
+  Tensor packed = empty_huge(sizes[0] * sizes[1] * sizes[2] * weight.element_size()).view(dtype).view(sizes);
+  void* to = packed.mutable_data_ptr();
+  const Kernels* dense = view.type == WeightType::kDense ? &KernelsFor(ModelDtype(dtype)) : nullptr;
   InParallel([&](Team& team) {
-    team.ForEach(groups, 64,
-                 [&](int64_t begin, int64_t end) { kernels.pack(view, n, k, begin, end, packed.mutable_data_ptr()); });
+    team.ForEach(groups, 64, [&](int64_t begin, int64_t end) {
+      if (dense != nullptr) {
+        dense->pack(view.data, n, k, begin, end, to);
+      } else {
+        PackQuantised(view, n, k, begin, end, to);
+      }
+    });
   });
   return packed;
 }
 
 Tensor select_rows(const Tensor& weight, const Tensor& rows) {
   const at::ScalarType dtype = weight.scalar_type();
-  const bool is_int8 = dtype == at::kChar;
-  CheckTensor("weight", weight, dtype, {kAny, kAny, kGroup});
+  CheckTensor("weight", weight, dtype, {kAny, kAny, kAny});
   CheckTensor("rows", rows, at::kLong, {kAny});
   const int64_t* row = rows.const_data_ptr<int64_t>();
   CheckRange("rows", row, rows.numel(), 0, weight.size(0) * kGroup);
-  const Kernels& kernels = KernelsFor(is_int8 ? Dtype::kFloat32 : ModelDtype(dtype));
-  const int64_t k = weight.size(1) - (is_int8 ? kScaleRows : 0);
-  Tensor selected = at::zeros({(rows.numel() + kGroup - 1) / kGroup, weight.size(1), kGroup}, weight.options());
-  for (int64_t i = 0; i < rows.numel(); ++i)
-    kernels.copy_row({weight.const_data_ptr(), is_int8}, row[i], k, i, selected.mutable_data_ptr());
+  int64_t k = weight.size(1);
+  if (dtype == at::kChar) k = std::max<int64_t>(0, k - kScaleRows);
+  if (const BlockLayout* layout = LayoutOfPackedBytes(weight.size(2)); dtype == at::kByte && layout != nullptr)
+    k *= layout->size;
+  const bool is_dense = dtype != at::kByte && dtype != at::kChar;
+  const WeightView view = CheckPacked("weight", weight, dtype, std::max<int64_t>(1, weight.size(0) * kGroup), k);
+  const int64_t groups = (rows.numel() + kGroup - 1) / kGroup;
+  Tensor selected = at::zeros({groups, weight.size(1), weight.size(2)}, weight.options());
+  for (int64_t i = 0; i < rows.numel(); ++i) {
+    if (is_dense) {
+      KernelsFor(ModelDtype(dtype)).copy_row(view.data, row[i], k, i, selected.mutable_data_ptr());
+    } else {
+      CopyQuantisedRow(view, row[i], k, i, selected.mutable_data_ptr());
+    }
+  }
   return selected;
 }
 
-Tensor embed_tokens(const Tensor& tokens, const Tensor& embedding, int64_t hidden_size) {
+Tensor embed_tokens(const Tensor& tokens, const Tensor& embedding, int64_t hidden_size, at::ScalarType dtype,
+                    double multiplier) {
   CheckTensor("tokens", tokens, at::kLong, {kAny});
-  CheckTensor("embedding", embedding, embedding.scalar_type(), {kAny, hidden_size, kGroup});
+  CheckSize("hidden_size", hidden_size);
+  TORCH_CHECK_VALUE(embedding.dim() == 3 && embedding.size(0) > 0, "embedding must be packed, got ", embedding.sizes());
+  const int64_t rows = embedding.size(0) * kGroup;
+  const WeightView view = CheckPacked("embedding", embedding, dtype, rows, hidden_size);
   const int64_t* ids = tokens.const_data_ptr<int64_t>();
-  CheckRange("tokens", ids, tokens.numel(), 0, embedding.size(0) * kGroup);
-  const Kernels& kernels = KernelsFor(ModelDtype(embedding.scalar_type()));
+  CheckRange("tokens", ids, tokens.numel(), 0, rows);
+  const Kernels& kernels = KernelsFor(ModelDtype(dtype));
   Buffer out(tokens.numel() * hidden_size);
-  for (int64_t i = 0; i < tokens.numel(); ++i)
-    kernels.embed(embedding.const_data_ptr(), ids[i], hidden_size, out + i * hidden_size);
-  return Narrowed(kernels, out, {tokens.numel(), hidden_size}, embedding.scalar_type());
+  for (int64_t i = 0; i < tokens.numel(); ++i) Embed(kernels, view, ids[i], hidden_size, out + i * hidden_size);
+  kernels.multiply(static_cast<float>(multiplier), tokens.numel() * hidden_size, out);
+  return Narrowed(kernels, out, {tokens.numel(), hidden_size}, dtype);
 }
 
 Tensor linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, int64_t out_features) {
   const at::ScalarType dtype = x.scalar_type();
   CheckTensor("x", x, dtype, {kAny, kAny});
   const WeightView view = CheckPacked("weight", weight, dtype, out_features, x.size(1));
-  const void* bias_data = CheckBias("bias", bias, dtype, out_features);
+  const void* bias_data = CheckOptional("bias", bias, dtype, out_features);
   const Kernels& kernels = KernelsFor(ModelDtype(dtype));
   const int64_t rows = x.size(0), groups = weight.size(0);
-  const Buffer input = Widened(kernels, x);
+  const Buffer wide = Widened(kernels, x);
   Buffer out(rows * out_features);
+  IntegerSizes integer_sizes;
+  integer_sizes.Add(view, x.size(1));
+  const IntegerBuffer integers(integer_sizes, rows);
   InParallel([&](Team& team) {
+    const LinearInput input(team, wide, rows, x.size(1), {view}, integers);
     team.ForEach(groups, 4, [&](int64_t begin, int64_t end) {
-      kernels.linear(input, rows, x.size(1), view, bias_data, out_features, begin, end, true, out);
+      Linear(kernels, input, view, bias_data, out_features, begin, end, true, out);
     });
   });
   return Narrowed(kernels, out, {rows, out_features}, dtype);
 }
 
-Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps) {
+Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps, double offset) {
   const at::ScalarType dtype = x.scalar_type();
   CheckTensor("x", x, dtype, {kAny, kAny});
   CheckTensor("weight", weight, dtype, {x.size(1)});
   const Kernels& kernels = KernelsFor(ModelDtype(dtype));
   const int64_t size = x.size(1);
   Buffer rows = Widened(kernels, x);
-  const ContractFloatMode mode;
   for (int64_t r = 0; r < x.size(0); ++r)
-    kernels.rms_norm(rows + r * size, weight.const_data_ptr(), size, static_cast<float>(eps), rows + r * size);
+    kernels.rms_norm(rows + r * size, weight.const_data_ptr(), size, Constants(eps, offset), rows + r * size);
   return Narrowed(kernels, rows, x.sizes(), dtype);
 }
 
-Tensor norm_qkv_rope_append(const Tensor& hidden, const Tensor& norm_weight, const Tensor& wq, const Tensor& wk,
-                            const Tensor& wv, const OptionalTensor& qkv_bias, const Tensor& cos, const Tensor& sin,
-                            const Tensor& positions, const Tensor& slot_mapping, Tensor k_pages, Tensor v_pages,
-                            int64_t num_heads, double eps) {
+Tensor norm_qkv_rope_append(const Tensor& hidden, const OptionalTensor& norm_weight, const Tensor& wq, const Tensor& wk,
+                            const Tensor& wv, const OptionalTensor& qkv_bias, const OptionalTensor& cos,
+                            const OptionalTensor& sin, const Tensor& positions, const Tensor& slot_mapping,
+                            Tensor k_pages, Tensor v_pages, int64_t num_heads, double eps, double norm_offset,
+                            const OptionalTensor& q_norm, const OptionalTensor& k_norm) {
   const at::ScalarType dtype = hidden.scalar_type();
   CheckTensor("hidden", hidden, dtype, {kAny, kAny});
-  CheckTensor("k_pages", k_pages, dtype, {kAny, kAny, kAny, kAny});
+  CheckPagesOf(k_pages, v_pages, dtype, false);
+  CheckSize("num_heads", num_heads);
   const int64_t rows = hidden.size(0), pages = k_pages.size(0), page_size = k_pages.size(3);
-  const Shape shape{hidden.size(1), 0, num_heads, k_pages.size(1), k_pages.size(2)};
-  CheckTensor("v_pages", v_pages, dtype, {pages, shape.kv_heads, page_size, shape.head_dim});
-  CheckTensor("norm_weight", norm_weight, dtype, {shape.hidden_size});
+  const LayerSizes sizes{hidden.size(1), 0, num_heads, k_pages.size(1), k_pages.size(2), Constants(eps, norm_offset)};
   LayerWeights weights{};
-  weights.attn_norm = norm_weight.const_data_ptr();
-  weights.wq = CheckPacked("wq", wq, dtype, shape.q_size(), shape.hidden_size);
-  weights.wk = CheckPacked("wk", wk, dtype, shape.kv_size(), shape.hidden_size);
-  weights.wv = CheckPacked("wv", wv, dtype, shape.kv_size(), shape.hidden_size);
-  weights.qkv_bias = CheckBias("qkv_bias", qkv_bias, dtype, shape.q_size() + 2 * shape.kv_size());
-  CheckTensor("cos", cos, at::kFloat, {kAny, shape.head_dim / 2});
-  CheckTensor("sin", sin, at::kFloat, {cos.size(0), shape.head_dim / 2});
+  weights.attn_norm = CheckOptional("norm_weight", norm_weight, dtype, sizes.hidden_size);
+  weights.wq = CheckPacked("wq", wq, dtype, sizes.q_size(), sizes.hidden_size);
+  weights.wk = CheckPacked("wk", wk, dtype, sizes.kv_size(), sizes.hidden_size);
+  weights.wv = CheckPacked("wv", wv, dtype, sizes.kv_size(), sizes.hidden_size);
+  weights.qkv_bias = CheckOptional("qkv_bias", qkv_bias, dtype, sizes.q_size() + 2 * sizes.kv_size());
+  const QkNorms norms = CheckQkNorms(q_norm, k_norm, dtype, sizes.q_size(), sizes.kv_size(), sizes.head_dim);
+  weights.q_norm = norms.q;
+  weights.k_norm = norms.k;
+  weights.norms_heads = norms.heads;
+  const RopeTables rope = CheckRope(cos, sin, sizes.head_dim);
   CheckTensor("positions", positions, at::kLong, {rows});
   CheckTensor("slot_mapping", slot_mapping, at::kLong, {rows});
-  CheckRange("positions", positions.const_data_ptr<int64_t>(), rows, 0, cos.size(0));
+  CheckRange("positions", positions.const_data_ptr<int64_t>(), rows, 0, rope.cos == nullptr ? kMaxSize : cos->size(0));
   CheckRange("slot_mapping", slot_mapping.const_data_ptr<int64_t>(), rows, -1, pages * page_size);
   const Kernels& kernels = KernelsFor(ModelDtype(dtype));
-  Workspace ws(shape, rows, 0);
+  IntegerSizes integers;
+  for (const WeightView weight : {weights.wq, weights.wk, weights.wv}) integers.Add(weight, sizes.hidden_size);
+  Workspace ws(sizes, rows, 0, integers);
   kernels.widen(hidden.const_data_ptr(), hidden.numel(), ws.hidden);
-  InParallel([&](Team& team) {
-    NormQkvRopeAppend(team, kernels, shape, weights, static_cast<float>(eps), cos.const_data_ptr<float>(),
-                      sin.const_data_ptr<float>(), rows, positions.const_data_ptr<int64_t>(),
-                      slot_mapping.const_data_ptr<int64_t>(), k_pages.mutable_data_ptr(), v_pages.mutable_data_ptr(),
-                      page_size, ws);
-  });
-  return Narrowed(kernels, ws.q, {rows, num_heads, shape.head_dim}, dtype);
+  const RowSlots row_slots{rows, positions.const_data_ptr<int64_t>(), slot_mapping.const_data_ptr<int64_t>()};
+  const LayerPages layer_pages{k_pages.mutable_data_ptr(), v_pages.mutable_data_ptr(), page_size};
+  InParallel([&](Team& team) { NormQkvRopeAppend(team, kernels, sizes, weights, rope, row_slots, layer_pages, ws); });
+  return Narrowed(kernels, ws.q, {rows, num_heads, sizes.head_dim}, dtype);
 }
 
 Tensor paged_attention(const Tensor& q, const Tensor& k_pages, const Tensor& v_pages, const Tensor& block_table,
-                       const Tensor& query_start_loc, const Tensor& positions, double scale) {
+                       const Tensor& query_start_loc, const Tensor& positions, double scale, int64_t window,
+                       double cap) {
   const at::ScalarType dtype = q.scalar_type();
   CheckTensor("q", q, dtype, {kAny, kAny, kAny});
   const int64_t rows = q.size(0);
+  CheckPagesOf(k_pages, v_pages, dtype, false);
   CheckTensor("k_pages", k_pages, dtype, {kAny, kAny, q.size(2), kAny});
   const int64_t pages = k_pages.size(0), page_size = k_pages.size(3);
-  const Shape shape{0, 0, q.size(1), k_pages.size(1), q.size(2)};
-  TORCH_CHECK_VALUE(shape.num_heads % shape.kv_heads == 0, "q has ", shape.num_heads, " heads, expected a multiple of ",
-                    shape.kv_heads, ", the KV heads");
-  CheckTensor("v_pages", v_pages, dtype, {pages, shape.kv_heads, page_size, shape.head_dim});
+  const LayerSizes sizes{0, 0, q.size(1), k_pages.size(1), q.size(2)};
+  CheckSize("the heads of q", sizes.num_heads);
+  TORCH_CHECK_VALUE(sizes.num_heads % sizes.kv_heads == 0, "q has ", sizes.num_heads, " heads, expected a multiple of ",
+                    sizes.kv_heads, ", the KV heads");
   CheckTensor("positions", positions, at::kLong, {rows});
+  TORCH_CHECK_VALUE(window >= 0, "window must be 0 (none) or more, got ", window);
   CheckStarts(query_start_loc, rows);
   const int64_t sequences = query_start_loc.numel() - 1;
   CheckTensor("block_table", block_table, at::kInt, {sequences, kAny});
@@ -195,45 +260,54 @@ Tensor paged_attention(const Tensor& q, const Tensor& k_pages, const Tensor& v_p
     }
   }
   const Kernels& kernels = KernelsFor(ModelDtype(dtype));
-  Workspace ws(shape, rows, last);
+  Workspace ws(sizes, rows, last);
   kernels.widen(q.const_data_ptr(), q.numel(), ws.q);
-  const AttentionPlan plan(sequence_of_row.data(), position, rows, sequences);
+  const AttentionTasks tasks(sequence_of_row.data(), position, rows, sequences, window);
+  const ScoreRules rules{static_cast<float>(scale), static_cast<float>(cap), window};
+  const LayerPages layer_pages{const_cast<void*>(k_pages.const_data_ptr()), const_cast<void*>(v_pages.const_data_ptr()),
+                               page_size};
+  const BlockTable table{block_table.const_data_ptr<int32_t>(), block_table.size(1)};
   InParallel([&](Team& team) {
-    PagedAttention(team, kernels, shape, rows, position, plan, k_pages.const_data_ptr(), v_pages.const_data_ptr(),
-                   page_size, block_table.const_data_ptr<int32_t>(), block_table.size(1), static_cast<float>(scale),
-                   ws);
+    PagedAttention(team, kernels, sizes, tasks, {rows, position, nullptr}, layer_pages, table, rules, ws);
   });
-  return Narrowed(kernels, ws.attention, {rows, shape.q_size()}, dtype);
+  return Narrowed(kernels, ws.attention, {rows, sizes.q_size()}, dtype);
 }
 
-Tensor out_residual(const Tensor& attention, const Tensor& wo, const OptionalTensor& out_bias, const Tensor& residual) {
-  return ResidualOp(attention, wo, out_bias, residual);
+Tensor out_residual(const Tensor& attention, const Tensor& wo, const OptionalTensor& out_bias, const Tensor& residual,
+                    const OptionalTensor& post_norm, double eps, double norm_offset, double multiplier) {
+  return ResidualOp(attention, wo, out_bias, residual, post_norm, Constants(eps, norm_offset), multiplier);
 }
 
-Tensor down_residual(const Tensor& activation, const Tensor& w_down, const Tensor& residual) {
-  return ResidualOp(activation, w_down, std::nullopt, residual);
+Tensor down_residual(const Tensor& activation, const Tensor& w_down, const Tensor& residual,
+                     const OptionalTensor& down_bias, const OptionalTensor& post_norm, double eps, double norm_offset,
+                     double multiplier) {
+  return ResidualOp(activation, w_down, down_bias, residual, post_norm, Constants(eps, norm_offset), multiplier);
 }
 
-Tensor norm_gate_up_silu(const Tensor& hidden, const Tensor& norm_weight, const Tensor& w_gate, const Tensor& w_up,
-                         int64_t intermediate_size, double eps) {
+Tensor norm_gate_up_silu(const Tensor& hidden, const OptionalTensor& norm_weight, const Tensor& w_gate,
+                         const Tensor& w_up, int64_t intermediate_size, double eps, double norm_offset,
+                         const OptionalTensor& gate_up_bias, bool use_gelu) {
   const at::ScalarType dtype = hidden.scalar_type();
   CheckTensor("hidden", hidden, dtype, {kAny, kAny});
   const int64_t rows = hidden.size(0);
-  const Shape shape{hidden.size(1), intermediate_size, 0, 0, 0};
-  CheckTensor("norm_weight", norm_weight, dtype, {shape.hidden_size});
-  const WeightView gate = CheckPacked("w_gate", w_gate, dtype, intermediate_size, shape.hidden_size);
-  const WeightView up = CheckPacked("w_up", w_up, dtype, intermediate_size, shape.hidden_size);
+  const LayerSizes sizes{hidden.size(1), intermediate_size, 0, 0, 0, Constants(eps, norm_offset)};
+  LayerWeights weights{};
+  weights.mlp_norm = CheckOptional("norm_weight", norm_weight, dtype, sizes.hidden_size);
+  weights.w_gate = CheckPacked("w_gate", w_gate, dtype, intermediate_size, sizes.hidden_size);
+  weights.w_up = CheckPacked("w_up", w_up, dtype, intermediate_size, sizes.hidden_size);
+  weights.gate_up_bias = CheckOptional("gate_up_bias", gate_up_bias, dtype, 2 * intermediate_size);
   const Kernels& kernels = KernelsFor(ModelDtype(dtype));
-  Workspace ws(shape, rows, 0);
+  IntegerSizes integers;
+  for (const WeightView weight : {weights.w_gate, weights.w_up}) integers.Add(weight, sizes.hidden_size);
+  Workspace ws(sizes, rows, 0, integers);
   kernels.widen(hidden.const_data_ptr(), hidden.numel(), ws.hidden);
-  InParallel([&](Team& team) {
-    NormGateUpSilu(team, kernels, shape, norm_weight.const_data_ptr(), gate, up, static_cast<float>(eps), rows, ws);
-  });
+  InParallel([&](Team& team) { NormGateUpSilu(team, kernels, sizes, weights, use_gelu, rows, ws); });
   return Narrowed(kernels, ws.gate, {rows, intermediate_size}, dtype);
 }
 
 std::tuple<Tensor, Tensor> norm_head_argmax(const Tensor& hidden, const Tensor& norm_weight, const Tensor& lm_head,
-                                            int64_t vocab_size, double eps) {
+                                            int64_t vocab_size, double eps, double norm_offset, double multiplier,
+                                            double cap) {
   const at::ScalarType dtype = hidden.scalar_type();
   CheckTensor("hidden", hidden, dtype, {kAny, kAny});
   const int64_t rows = hidden.size(0), hidden_size = hidden.size(1);
@@ -242,8 +316,8 @@ std::tuple<Tensor, Tensor> norm_head_argmax(const Tensor& hidden, const Tensor& 
   const Kernels& kernels = KernelsFor(ModelDtype(dtype));
   const Buffer x = Widened(kernels, hidden);
   Tensor logits = at::empty({rows, vocab_size}, at::kFloat), tokens = at::empty({rows}, at::kLong);
-  Head head(norm_weight.const_data_ptr(), view, hidden_size, vocab_size, static_cast<float>(eps), rows,
-            logits.mutable_data_ptr<float>());
+  const LogitRules rules{Constants(eps, norm_offset), static_cast<float>(multiplier), static_cast<float>(cap)};
+  Head head(norm_weight.const_data_ptr(), view, hidden_size, vocab_size, rules, rows, logits.mutable_data_ptr<float>());
   InParallel([&](Team& team) { head.Run(team, kernels, x); });
   CheckNoNan(head.has_nan);
   std::copy(head.tokens.begin(), head.tokens.end(), tokens.mutable_data_ptr<int64_t>());
@@ -251,29 +325,33 @@ std::tuple<Tensor, Tensor> norm_head_argmax(const Tensor& hidden, const Tensor& 
 }
 
 std::tuple<Tensor, Tensor> accept_draft(const Tensor& tokens, const Tensor& targets, const Tensor& query_start_loc,
-                                        const Tensor& num_drafts) {
+                                        const Tensor& num_drafts, const Tensor& judged) {
   CheckTensor("tokens", tokens, at::kLong, {kAny});
   CheckTensor("targets", targets, at::kLong, {kAny});
   CheckStarts(query_start_loc, tokens.numel());
   const int64_t sequences = query_start_loc.numel() - 1;
-  CheckTensor("num_drafts", num_drafts, at::kLong, {sequences});
   const int32_t* starts = query_start_loc.const_data_ptr<int32_t>();
-  const int64_t* drafts = num_drafts.const_data_ptr<int64_t>();
-  CheckDraftCounts(drafts, starts, sequences);
-  int64_t judged = 0;
-  for (int64_t b = 0; b < sequences; ++b) judged += JudgedRows(drafts[b]);
-  CheckTensor("targets", targets, at::kLong, {judged});
-  Tensor num_accepted = at::empty({sequences}, at::kLong), next_tokens = at::empty({sequences}, at::kLong);
+  const DraftCounts counts = CheckedDraftCounts(num_drafts, judged, starts, sequences);
+  int64_t num_targets = 0;
+  for (int64_t b = 0; b < sequences; ++b) num_targets += counts.JudgedRows(b);
+  CheckTensor("targets", targets, at::kLong, {num_targets});
+  Tensor num_accepted = at::zeros({sequences}, at::kLong), next_tokens = at::full({sequences}, -1, at::kLong);
   const int64_t* target = targets.const_data_ptr<int64_t>();
   for (int64_t b = 0; b < sequences; ++b) {
-    const int64_t* draft = tokens.const_data_ptr<int64_t>() + starts[b + 1] - std::max<int64_t>(drafts[b], 0);
-    int64_t accepted = std::min<int64_t>(drafts[b], 0);
-    while (accepted < drafts[b] && draft[accepted] == target[accepted]) ++accepted;
+    if (!counts.judged[b]) continue;
+    const int64_t* draft = tokens.const_data_ptr<int64_t>() + starts[b + 1] - counts.drafts[b];
+    int64_t accepted = 0;
+    while (accepted < counts.drafts[b] && draft[accepted] == target[accepted]) ++accepted;
     num_accepted.mutable_data_ptr<int64_t>()[b] = accepted;
-    next_tokens.mutable_data_ptr<int64_t>()[b] = accepted < 0 ? -1 : target[accepted];
-    target += JudgedRows(drafts[b]);
+    next_tokens.mutable_data_ptr<int64_t>()[b] = target[accepted];
+    target += counts.JudgedRows(b);
   }
   return {num_accepted, next_tokens};
+}
+
+// What the next decoding step of one sequence gets.
+int64_t pass_threads() {
+  return ThreadCount::Shared().Choose(PassKind::kVerifyFewRows, static_cast<int>(NumThreads()));
 }
 
 std::string instruction_set() { return InstructionSetName(CurrentInstructionSet()); }

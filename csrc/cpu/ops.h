@@ -1,4 +1,4 @@
-// The CPU implementations behind bindings.cpp; what each computes is said in layerskip_kernels/reference.py.
+// The CPU implementations behind bindings.cpp; what each computes is said in layerskip_kernels/ops/reference.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -17,27 +17,37 @@ using TensorList = at::TensorList;
 Tensor exp(const Tensor& x);
 Tensor log(const Tensor& x);
 Tensor silu(const Tensor& x);
+Tensor gelu(const Tensor& x);
+Tensor tanh(const Tensor& x);
 Tensor inverse_sqrt(const Tensor& x);
 Tensor pack_weight(const Tensor& weight);
 Tensor select_rows(const Tensor& weight, const Tensor& rows);
-Tensor embed_tokens(const Tensor& tokens, const Tensor& embedding, int64_t hidden_size);
+Tensor embed_tokens(const Tensor& tokens, const Tensor& embedding, int64_t hidden_size, at::ScalarType dtype,
+                    double multiplier);
 Tensor linear(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, int64_t out_features);
-Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps);
+Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps, double offset);
 
-Tensor norm_qkv_rope_append(const Tensor& hidden, const Tensor& norm_weight, const Tensor& wq, const Tensor& wk,
-                            const Tensor& wv, const OptionalTensor& qkv_bias, const Tensor& cos, const Tensor& sin,
-                            const Tensor& positions, const Tensor& slot_mapping, Tensor k_pages, Tensor v_pages,
-                            int64_t num_heads, double eps);
+Tensor norm_qkv_rope_append(const Tensor& hidden, const OptionalTensor& norm_weight, const Tensor& wq, const Tensor& wk,
+                            const Tensor& wv, const OptionalTensor& qkv_bias, const OptionalTensor& cos,
+                            const OptionalTensor& sin, const Tensor& positions, const Tensor& slot_mapping,
+                            Tensor k_pages, Tensor v_pages, int64_t num_heads, double eps, double norm_offset,
+                            const OptionalTensor& q_norm, const OptionalTensor& k_norm);
 Tensor paged_attention(const Tensor& q, const Tensor& k_pages, const Tensor& v_pages, const Tensor& block_table,
-                       const Tensor& query_start_loc, const Tensor& positions, double scale);
-Tensor out_residual(const Tensor& attention, const Tensor& wo, const OptionalTensor& out_bias, const Tensor& residual);
-Tensor norm_gate_up_silu(const Tensor& hidden, const Tensor& norm_weight, const Tensor& w_gate, const Tensor& w_up,
-                         int64_t intermediate_size, double eps);
-Tensor down_residual(const Tensor& activation, const Tensor& w_down, const Tensor& residual);
+                       const Tensor& query_start_loc, const Tensor& positions, double scale, int64_t window,
+                       double cap);
+Tensor out_residual(const Tensor& attention, const Tensor& wo, const OptionalTensor& out_bias, const Tensor& residual,
+                    const OptionalTensor& post_norm, double eps, double norm_offset, double multiplier);
+Tensor norm_gate_up_silu(const Tensor& hidden, const OptionalTensor& norm_weight, const Tensor& w_gate,
+                         const Tensor& w_up, int64_t intermediate_size, double eps, double norm_offset,
+                         const OptionalTensor& gate_up_bias, bool use_gelu);
+Tensor down_residual(const Tensor& activation, const Tensor& w_down, const Tensor& residual,
+                     const OptionalTensor& down_bias, const OptionalTensor& post_norm, double eps, double norm_offset,
+                     double multiplier);
 std::tuple<Tensor, Tensor> norm_head_argmax(const Tensor& hidden, const Tensor& norm_weight, const Tensor& lm_head,
-                                            int64_t vocab_size, double eps);
+                                            int64_t vocab_size, double eps, double norm_offset, double multiplier,
+                                            double cap);
 std::tuple<Tensor, Tensor> accept_draft(const Tensor& tokens, const Tensor& targets, const Tensor& query_start_loc,
-                                        const Tensor& num_drafts);
+                                        const Tensor& num_drafts, const Tensor& judged);
 
 Tensor philox(const Tensor& counters, int64_t seed);
 Tensor gumbel(const Tensor& words);
@@ -50,20 +60,20 @@ Tensor rejection_sample(const Tensor& draft_scores, const Tensor& scores, const 
 
 void run_layers(TensorList weights, Tensor k_cache, Tensor v_cache, Tensor hidden_cache, const Tensor& tokens,
                 const Tensor& positions, const Tensor& depths, const Tensor& query_start_loc, const Tensor& block_table,
-                int64_t stop, int64_t num_heads, int64_t intermediate_size, int64_t vocab_size, double eps,
-                double scale);
-Tensor draft_step(TensorList weights, Tensor k_cache, Tensor v_cache, Tensor hidden_cache, const Tensor& tokens,
-                  const Tensor& positions, const Tensor& num_drafts, const Tensor& block_table,
-                  const OptionalTensor& draft_head, const OptionalTensor& draft_ids, int64_t exit_layer,
-                  int64_t max_drafts, int64_t num_heads, int64_t intermediate_size, int64_t vocab_size, double eps,
-                  double scale);
-std::tuple<Tensor, Tensor, Tensor> verify_step(TensorList weights, Tensor k_cache, Tensor v_cache, Tensor hidden_cache,
+                int64_t stop, at::IntArrayRef ints, at::ArrayRef<double> floats);
+std::tuple<Tensor, Tensor, Tensor, Tensor> draft_pass(
+    TensorList weights, Tensor k_cache, Tensor v_cache, Tensor hidden_cache, const Tensor& tokens,
+    const Tensor& positions, const Tensor& num_drafts, const Tensor& block_table, const OptionalTensor& draft_head,
+    const OptionalTensor& draft_ids, TensorList sampling, TensorList stops, int64_t exit_layer, int64_t max_drafts,
+    bool keep_scores, at::IntArrayRef ints, at::ArrayRef<double> floats);
+std::tuple<Tensor, Tensor, Tensor> verify_pass(TensorList weights, Tensor k_cache, Tensor v_cache, Tensor hidden_cache,
                                                const Tensor& tokens, const Tensor& positions, const Tensor& depths,
                                                const Tensor& query_start_loc, const Tensor& num_drafts,
-                                               const Tensor& block_table, int64_t num_heads, int64_t intermediate_size,
-                                               int64_t vocab_size, double eps, double scale);
+                                               const Tensor& judged, const Tensor& block_table, at::IntArrayRef ints,
+                                               at::ArrayRef<double> floats);
 
 Tensor empty_huge(int64_t num_bytes);
+int64_t pass_threads();
 std::string instruction_set();
 std::vector<std::string> instruction_sets();
 void set_instruction_set(const std::string& name);

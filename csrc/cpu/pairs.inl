@@ -6,10 +6,7 @@
 // A part of kernels.inl, whose namespaces it is in.
 
 // Segments of whole cache lines: then no product is left over that would have to be computed alone.
-template <class W>
-LAYERSKIP_FN bool PairsFit(int64_t k) {
-  return k % (kSegments * kLineInputs<W>) == 0;
-}
+LAYERSKIP_FN bool PairsFit(int64_t k) { return k % (kSegments * kLineInputs<BFloat16>) == 0; }
 
 // The magnitudes of bf16 numbers as patterns shifted left by one, less one, so that zero becomes the largest.
 LAYERSKIP_FN __m512i Magnitudes(__m512i numbers) {
@@ -82,130 +79,86 @@ int MakePairs(const float* x, int64_t n, uint32_t* words) {
   return ExponentOf(least);
 }
 
-// The pairs of a cache line of weights, for 16 columns each.
-LAYERSKIP_FN void LoadPairs(const BFloat16* line, __m512i (&pairs)[1]) { pairs[0] = _mm512_loadu_si512(line); }
-
-// int8 -> bf16 by looking up both bytes of 0..127; the sign goes into the upper one.
-struct Int8Tables {
-  constexpr Int8Tables() {
-    for (int number = 1; number < 128; ++number) {
-      int exponent = 0;
-      while (number >> (exponent + 1)) ++exponent;
-      const int bits = ((127 + exponent) << 7) | ((number << (7 - exponent)) & 0x7f);
-      lower[number] = static_cast<uint8_t>(bits & 0xff);
-      upper[number] = static_cast<uint8_t>(bits >> 8);
-    }
-    // Unpacking reads the lower and the upper halves of each eight bytes into one vector each: columns 4 l .. 4 l + 3
-    // of inputs 1, 0 (a pair) from the lower, of inputs 3, 2 from the upper half of lane l.
-    for (int lane = 0; lane < 4; ++lane)
-      for (int half = 0; half < 2; ++half)
-        for (int i = 0; i < 8; ++i)
-          order[16 * lane + 8 * half + i] = static_cast<uint8_t>(16 * (2 * half + 1 - i % 2) + 4 * lane + i / 2);
-  }
-  uint8_t lower[128] = {}, upper[128] = {}, order[64] = {};
-};
-
-LAYERSKIP_FN __m512i LookUp(const uint8_t* table, __m512i indices) {
-  return _mm512_permutex2var_epi8(_mm512_loadu_si512(table), indices, _mm512_loadu_si512(table + 64));
-}
-
-LAYERSKIP_FN void LoadPairs(const int8_t* line, __m512i (&pairs)[2]) {
-  alignas(64) static constexpr Int8Tables kTable;
-  const __m512i bytes = _mm512_permutexvar_epi8(_mm512_loadu_si512(kTable.order), _mm512_loadu_si512(line));
-  const __m512i magnitudes = _mm512_abs_epi8(bytes);
-  const __m512i signs = _mm512_and_si512(bytes, _mm512_set1_epi8(-128));
-  const __m512i lower = LookUp(kTable.lower, magnitudes);
-  const __m512i upper = _mm512_or_si512(LookUp(kTable.upper, magnitudes), signs);
-  pairs[0] = _mm512_unpacklo_epi8(lower, upper);
-  pairs[1] = _mm512_unpackhi_epi8(lower, upper);
-}
-
-template <class W, int kRows, int kGroups, bool kWatch>
+template <int kRows, int kGroups, bool kWatch>
 struct PairProducts {
   static constexpr bool kWholeLines = true;
   const uint32_t* x;
   int64_t k;
-  const W* weight;
+  const BFloat16* weight;
   __m512i least_magnitude;
 
   // `tiny`: not zero where a weight was smaller.
   LAYERSKIP_FN void FoldLine(int64_t i, F32x16 (&acc)[kRows][kGroups], uint32_t& tiny) const {
-    constexpr int kPairs = kLineInputs<W> / 2;
+    static_assert(kLineInputs<BFloat16> == 2, "a line is a pair of inputs for 16 columns");
     const uint32_t* x_i = x + (i >> 1);
     const int64_t stride = k >> 1;
-    __m512i w[kGroups][kPairs];
+    __m512i w[kGroups];
 #pragma GCC unroll 4
-    for (int g = 0; g < kGroups; ++g) LoadPairs(weight + g * GroupSize<W>(k) + i * kGroup, w[g]);
+    for (int g = 0; g < kGroups; ++g) w[g] = _mm512_loadu_si512(weight + g * GroupSize(k) + i * kGroup);
     if constexpr (kWatch) {
-      __m512i least = Magnitudes(w[0][0]);
-      for (int g = 1; g < kGroups; ++g) least = _mm512_min_epu16(least, Magnitudes(w[g][0]));
+      __m512i least = Magnitudes(w[0]);
+      for (int g = 1; g < kGroups; ++g) least = _mm512_min_epu16(least, Magnitudes(w[g]));
       tiny |= _mm512_cmplt_epu16_mask(least, least_magnitude);
     }
-#pragma GCC unroll 2
-    for (int p = 0; p < kPairs; ++p) {
 #pragma GCC unroll 12
-      for (int r = 0; r < kRows; ++r) {
-        const __m512i x_r = _mm512_set1_epi32(static_cast<int>(x_i[r * stride + p]));
+    for (int r = 0; r < kRows; ++r) {
+      const __m512i x_r = _mm512_set1_epi32(static_cast<int>(x_i[r * stride]));
 #pragma GCC unroll 4
-        for (int g = 0; g < kGroups; ++g) acc[r][g] = AddPairs(acc[r][g], x_r, w[g][p]);
-      }
+      for (int g = 0; g < kGroups; ++g) acc[r][g] = AddPairs(acc[r][g], x_r, w[g]);
     }
   }
 };
 
 // The rows of a block for kernels.inl's LinearTask.
-template <class W>
-class Operands<BFloat16, W> {
+template <>
+class Operands<BFloat16> {
  public:
   Operands(const float* x, int64_t rows, int64_t k) : x_(x), k_(k) {
     // Few rows wait for bf16 weights however they are multiplied, and their x need not be paired first (docs/log.md).
-    if (!PairsFit<W>(k) || (kPaired<W> && rows <= kFewRows)) return;
+    if (!PairsFit(k) || rows <= kFewRows) return;
     static thread_local PairBuffer buffer;
     uint32_t* pairs = buffer.Words(rows * k / 2);
     least_exponent_ = LeastExponent(MakePairs(x, rows * k, pairs));
     pairs_ = pairs;
   }
 
-  void NextTile() { weights_ = kPaired<W> ? kUnknown : Judged(least_exponent_ > kOfInteger); }
+  void NextTile() { weights_ = kUnknown; }
 
   template <int kRows, int kGroups>
-  void Dot(int64_t row, const W* weight, F32x16 (&y)[kRows][kGroups]) {
+  void Dot(int64_t row, const BFloat16* weight, F32x16 (&y)[kRows][kGroups]) {
     if (pairs_ != nullptr && weights_ != kTiny) DotPairs(row, weight, y);
     if (pairs_ == nullptr || weights_ == kTiny) DotSingly(row, weight, y);
   }
 
  private:
   enum Weights { kUnknown, kFine, kTiny };
-  static constexpr int kOfInteger = 127, kFewRows = 4;
-
-  static Weights Judged(bool tiny) { return tiny ? kTiny : kFine; }
+  static constexpr int kFewRows = 4;
 
   // A tile's weights are watched in the first of its passes, and in one of fewer rows.
   template <int kRows, int kGroups>
-  LAYERSKIP_FN void DotPairs(int64_t row, const W* weight, F32x16 (&y)[kRows][kGroups]) {
+  LAYERSKIP_FN void DotPairs(int64_t row, const BFloat16* weight, F32x16 (&y)[kRows][kGroups]) {
     const uint32_t* x = pairs_ + row * k_ / 2;
     const auto least = _mm512_set1_epi16(static_cast<int16_t>(Min(least_exponent_ << 8, 0xffff) - 1));
-    if constexpr (kPaired<W>) {
-      if (kRows < kRowsPerPass || weights_ == kUnknown) {
-        weights_ = Judged(DotTile(PairProducts<W, kRows, kGroups, true>{x, k_, weight, least}, k_, weight, y) != 0);
-        return;
-      }
+    if (kRows < kRowsPerPass || weights_ == kUnknown) {
+      const PairProducts<kRows, kGroups, true> watching{x, k_, weight, least};
+      weights_ = DotTile(watching, k_, weight, y) != 0 ? kTiny : kFine;
+      return;
     }
-    if constexpr (!kPaired<W> || kRows == kRowsPerPass)
-      DotTile(PairProducts<W, kRows, kGroups, false>{x, k_, weight, least}, k_, weight, y);
+    if constexpr (kRows == kRowsPerPass)
+      DotTile(PairProducts<kRows, kGroups, false>{x, k_, weight, least}, k_, weight, y);
   }
 
   // From row `kFirst` of the tile on, a few rows at a time.
   template <int kFirst = 0, int kRows, int kGroups>
-  LAYERSKIP_FN void DotSingly(int64_t row, const W* weight, F32x16 (&y)[kRows][kGroups]) {
+  LAYERSKIP_FN void DotSingly(int64_t row, const BFloat16* weight, F32x16 (&y)[kRows][kGroups]) {
     constexpr int kSome = kRows - kFirst < kFewRows ? kRows - kFirst : kFewRows;
     DotFew(row + kFirst, weight, *reinterpret_cast<F32x16(*)[kSome][kGroups]>(&y[kFirst]));
     if constexpr (kFirst + kSome < kRows) DotSingly<kFirst + kSome>(row, weight, y);
   }
 
   template <int kRows, int kGroups>
-  void DotFew(int64_t row, const W* weight, F32x16 (&y)[kRows][kGroups]) {
-    DotTile(SingleProducts<BFloat16, W, kRows, kGroups>{x_ + row * k_, k_, weight}, k_, weight, y);
+  void DotFew(int64_t row, const BFloat16* weight, F32x16 (&y)[kRows][kGroups]) {
+    DotTile(SingleProducts<BFloat16, kRows, kGroups>{x_ + row * k_, k_, weight}, k_, weight, y);
   }
 
   const float* x_;

@@ -1,5 +1,7 @@
 // Rule 7's ops: random words, noise, filters, and the two ways to choose a token. Each row is one thread's work and
 // knows nothing of the others.
+#include "sampling.h"
+
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 
@@ -11,7 +13,6 @@
 #include <vector>
 
 #include "checks.h"
-#include "layers.h"
 #include "ops.h"
 #include "parallel.h"
 
@@ -19,42 +20,23 @@ namespace layerskip {
 
 namespace {
 
-constexpr float kNever = -std::numeric_limits<float>::infinity();
-constexpr float kMassOne = 0x1p40f;  // the likeliest token's probability, in the integers that are summed
-constexpr int64_t kBuckets = 4096;   // of scores, to find a filter's cut: 64 per unit
+constexpr int64_t kBuckets = 4096;  // of scores, to find a filter's cut: 64 per unit
 constexpr float kBucketsPerUnit = 64.0f;
 
 const Kernels& SamplingKernels() { return KernelsFor(Dtype::kFloat32); }
 
-// A row's greatest score, or no choice: NaN, +inf, or nothing but -inf.
+// A row's greatest score.
 Maximum Greatest(const float* scores, int64_t n) { return SamplingKernels().argmax(scores, n); }
-bool IsChoice(const Maximum& m) { return !m.has_nan && kNever < m.value && m.value < -kNever; }
-
-void CheckChoices(bool all_rows) {
-  TORCH_CHECK(all_rows,
-              "no token can be chosen: a score is NaN or +infinite, or all are -infinite. The logits overflowed, or "
-              "every token was excluded: check temperature, penalties and logit_bias");
-}
-
-// What a thread needs for rows of n scores: allocated before the threads start, because they must not throw.
-// Not initialised, so that what a row does not need costs nothing.
-struct Scratch {
-  using Integers = std::unique_ptr<int64_t[]>;
-  explicit Scratch(int64_t n)
-      : a(n), b(n), p(new int64_t[n]), q(new int64_t[n]), ids(new int64_t[n]), sums(new int64_t[kBuckets]) {}
-  Buffer a, b;
-  Integers p, q, ids, sums;
-};
 
 // Calls choose(row, scratch), which says whether there was something to choose, for all rows on all threads.
 template <class F>
 void ForRows(int64_t rows, int64_t n, const F& choose) {
-  std::vector<Scratch> scratch;
-  for (int64_t i = 0; i < std::min<int64_t>(rows, at::get_num_threads()); ++i) scratch.emplace_back(n);
+  std::vector<SamplingScratch> scratch;
+  for (int64_t i = 0; i < std::min(rows, NumThreads()); ++i) scratch.emplace_back(n);
   std::atomic<bool> all_rows{true};
   InParallel([&](const Team& team) {
-    const auto threads = static_cast<int64_t>(scratch.size());  // a team may be larger or smaller
-    for (int64_t r = team.rank; team.rank < threads && r < rows; r += std::min(team.size, threads))
+    const auto threads = std::min(team.size, static_cast<int64_t>(scratch.size()));
+    for (int64_t r = team.rank; team.rank < threads && r < rows; r += threads)
       if (!choose(r, scratch[team.rank])) all_rows = false;
   });
   CheckChoices(all_rows);
@@ -72,7 +54,8 @@ struct Cut {
 // The cut after the first tokens whose weights reach `limit`. Integer weights: their sums need no order. Sorts only
 // the narrow range of scores in which the cut lies.
 template <class Weight>
-Cut FindCut(const float* scores, int64_t n, float maximum, const Weight& weight, int64_t limit, Scratch& scratch) {
+Cut FindCut(const float* scores, int64_t n, float maximum, const Weight& weight, int64_t limit,
+            SamplingScratch& scratch) {
   const auto bucket_of = [&](float score) {
     const float distance = (maximum - score) * kBucketsPerUnit;  // rises as scores fall, so buckets keep the order
     return distance < static_cast<float>(kBuckets - 1) ? static_cast<int64_t>(distance) : kBuckets - 1;
@@ -95,9 +78,13 @@ Cut FindCut(const float* scores, int64_t n, float maximum, const Weight& weight,
 
 int64_t Mass(float probability) { return static_cast<int64_t>(probability * kMassOne); }
 
-// What is left of a row of n scores.
-bool FilterRow(const float* row, int64_t n, float temperature, int64_t top_k, double top_p, float min_p,
-               Scratch& scratch, float* scores) {
+}  // namespace
+
+SamplingScratch::SamplingScratch(int64_t n)
+    : a(n), b(n), p(new int64_t[n]), q(new int64_t[n]), ids(new int64_t[n]), sums(new int64_t[kBuckets]) {}
+
+bool FilterRow(const float* row, int64_t n, const Filters& filters, SamplingScratch& scratch, float* scores) {
+  const auto& [temperature, top_k, top_p, min_p] = filters;
   const Kernels& kernels = SamplingKernels();
   if (temperature == 0.0f) {
     std::copy_n(row, n, scores);
@@ -126,11 +113,18 @@ bool FilterRow(const float* row, int64_t n, float temperature, int64_t top_k, do
 
 // ---- choices ----
 
-// argmax(scores + noise); `noisy` [n] is scratch.
 int64_t Draw(const float* scores, int64_t n, const NoiseKey& key, float* noisy) {
   SamplingKernels().add_gumbel(scores, n, key, noisy);
   return Greatest(noisy, n).index;
 }
+
+void CheckChoices(bool all_rows) {
+  TORCH_CHECK(all_rows,
+              "no token can be chosen: a score is NaN or +infinite, or all are -infinite. The logits overflowed, or "
+              "every token was excluded: check temperature, penalties and logit_bias");
+}
+
+namespace {
 
 // Probabilities as integers; returns their sum, which is exact in any order.
 double Masses(const float* scores, int64_t n, float maximum, float* probabilities, int64_t* masses) {
@@ -142,7 +136,7 @@ double Masses(const float* scores, int64_t n, float maximum, float* probabilitie
 
 // The rejection rule on one row; returns -1 where there is nothing to choose.
 int64_t KeepOrRedraw(const float* draft_scores, const float* scores, int64_t n, int64_t draft, NoiseKey key,
-                     Scratch& scratch) {
+                     SamplingScratch& scratch) {
   const Maximum q_greatest = Greatest(draft_scores, n), p_greatest = Greatest(scores, n);
   if (!IsChoice(q_greatest) || !IsChoice(p_greatest)) return -1;
   const double q_total = Masses(draft_scores, n, q_greatest.value, scratch.a, scratch.q.get());
@@ -212,7 +206,6 @@ Tensor gumbel(const Tensor& words) {
   const int64_t* from = words.const_data_ptr<int64_t>();
   const std::vector<uint32_t> low(from, from + words.numel());
   Tensor noise = at::empty(words.sizes(), at::kFloat);
-  const ContractFloatMode mode;
   SamplingKernels().gumbel(low.data(), words.numel(), noise.mutable_data_ptr<float>());
   return noise;
 }
@@ -232,8 +225,8 @@ Tensor filter_logits(const Tensor& scores, const Tensor& temperatures, const Ten
   const double* top_p = top_ps.const_data_ptr<double>();
   Tensor filtered = at::empty_like(scores);
   float* out = filtered.mutable_data_ptr<float>();
-  ForRows(rows, n, [&](int64_t r, Scratch& scratch) {
-    return FilterRow(score + r * n, n, temperature[r], top_k[r], top_p[r], min_p[r], scratch, out + r * n);
+  ForRows(rows, n, [&](int64_t r, SamplingScratch& scratch) {
+    return FilterRow(score + r * n, n, {temperature[r], top_k[r], top_p[r], min_p[r]}, scratch, out + r * n);
   });
   return filtered;
 }
@@ -248,7 +241,7 @@ Tensor gumbel_argmax(const Tensor& scores, const Tensor& positions, const Tensor
   const bool* noise = noisy.const_data_ptr<bool>();
   Tensor tokens = at::empty({rows}, at::kLong);
   int64_t* token = tokens.mutable_data_ptr<int64_t>();
-  ForRows(rows, n, [&](int64_t r, Scratch& scratch) {
+  ForRows(rows, n, [&](int64_t r, SamplingScratch& scratch) {
     const Maximum greatest = Greatest(score + r * n, n);
     const bool choice = IsChoice(greatest);
     token[r] = choice && noise[r] ? Draw(score + r * n, n, keys[r], scratch.a) : greatest.index;
@@ -269,7 +262,7 @@ Tensor rejection_sample(const Tensor& draft_scores, const Tensor& scores, const 
   const float *q = draft_scores.const_data_ptr<float>(), *p = scores.const_data_ptr<float>();
   Tensor tokens = at::empty({rows}, at::kLong);
   int64_t* token = tokens.mutable_data_ptr<int64_t>();
-  ForRows(rows, n, [&](int64_t r, Scratch& scratch) {
+  ForRows(rows, n, [&](int64_t r, SamplingScratch& scratch) {
     token[r] = KeepOrRedraw(q + r * n, p + r * n, n, draft[r], keys[r], scratch);
     return token[r] >= 0;
   });

@@ -27,13 +27,11 @@ cudaError_t Launch(const Op& op, cudaStream_t stream) {
   return cudaGetLastError();
 }
 
-template cudaError_t Launch(const AppendKv<uint16_t>&, cudaStream_t);
-template cudaError_t Launch(const AppendKv<uint32_t>&, cudaStream_t);
-template cudaError_t Launch(const MovePages<Word<2>>&, cudaStream_t);
-template cudaError_t Launch(const MovePages<Word<16>>&, cudaStream_t);
-template cudaError_t Launch(const GatherKv<uint16_t>&, cudaStream_t);
-template cudaError_t Launch(const GatherKv<uint32_t>&, cudaStream_t);
-template cudaError_t Launch(const MakeSlotMapping&, cudaStream_t);
-template cudaError_t Launch(const CommitLengths&, cudaStream_t);
+template cudaError_t Launch(const CopyPages<Word<2>>&, cudaStream_t);
+template cudaError_t Launch(const CopyPages<Word<16>>&, cudaStream_t);
+template cudaError_t Launch(const MoveKv<uint16_t, true>&, cudaStream_t);
+template cudaError_t Launch(const MoveKv<uint16_t, false>&, cudaStream_t);
+template cudaError_t Launch(const MoveKv<uint32_t, true>&, cudaStream_t);
+template cudaError_t Launch(const MoveKv<uint32_t, false>&, cudaStream_t);
 
 }  // namespace layerskip

@@ -8,7 +8,7 @@
 namespace layerskip {
 
 // Asynchronous: what the kernel refuses is in the op's error record once the stream has run it. Returns the launch's
-// own error. All pointers of the op must be the device's; `records` may be pinned host memory.
+// own error. All pointers of the op must be the device's, or of pinned host memory.
 template <class Op>
 cudaError_t Launch(const Op& op, cudaStream_t stream);
 

@@ -1,7 +1,7 @@
 // The arithmetic contract's scalar rules (docs/arithmetic.md), one body for every compiler that builds them.
 //
 // Torch-free and branch-free: g++ vectorises these lines, nvcc compiles them for the device, and
-// layerskip_kernels/reference.py writes the same steps in PyTorch. Every product and every sum is rounded
+// layerskip_kernels/ops/reference writes the same steps in PyTorch. Every product and every sum is rounded
 // on its own (-ffp-contract=off, --fmad=false).
 #pragma once
 
@@ -15,11 +15,7 @@
 
 namespace layerskip {
 
-#if defined(LAYERSKIP_FREE_ORDER)
-inline constexpr int kSegments = 1;  // csrc/cpu/free_order
-#else
-inline constexpr int kSegments = 8;  // rule 1: contiguous segments of a dot product
-#endif
+inline constexpr int kSegments = 8;     // rule 1: contiguous segments of a dot product
 inline constexpr int kNormLanes = 256;  // rule 2: strided lanes of a sum of squares
 inline constexpr int kChunk = 256;      // rule 4: positions per attention chunk
 
@@ -89,35 +85,60 @@ LAYERSKIP_FN float Round(float x) {
   return ToFloat(FromFloat<T>(x));
 }
 
-// ---- rule 5: exp, log, silu ----
+// ---- rule 5: exp, log, silu, gelu, tanh ----
 
 inline constexpr float kLog2E = 0x1.715476p+0f;
 inline constexpr float kLn2Hi = 0x1.63p-1f;  // nine bits: n * kLn2Hi is exact
 inline constexpr float kLn2Lo = -0x1.bd0106p-13f;
 inline constexpr float kRoundMagic = 0x1.8p+23f;  // adding it rounds to an integer, held in the low bits
 
+inline constexpr double kGeluSlope = 0x1.9884533d43651p+0;  // 2 sqrt(2 / pi)
+inline constexpr double kGeluCube = 0.044715;
+
 struct ScaledExp {  // exp(x) = (mantissa + error) * 2^exponent
   float mantissa, error;
   int32_t exponent;
 };
 
-LAYERSKIP_FN ScaledExp ExpParts(float x) {
+struct Reduced {  // x = exponent * ln 2 + r + r_error
+  float r, r_error;
+  int32_t exponent;
+};
+
+LAYERSKIP_FN Reduced Reduce(float x) {
   const float shifted = x * kLog2E + kRoundMagic;
   const float n = shifted - kRoundMagic;
   const float a = x - n * kLn2Hi;
   const float b = n * kLn2Lo;
   const float r = a - b;
-  const float r_error = (a - r) - b;
+  return {r, (a - r) - b, static_cast<int32_t>(BitCast<uint32_t>(shifted) - 0x4b400000u)};
+}
+
+// (exp(r) - 1 - r) / r^2
+LAYERSKIP_FN float ExpPolynomial(float r) {
   float q = 0x1.6db47ep-10f;
   q = q * r + 0x1.123b92p-7f;
   q = q * r + 0x1.55545ep-5f;
   q = q * r + 0x1.55548ep-3f;
-  q = q * r + 0x1p-1f;
+  return q * r + 0x1p-1f;
+}
+
+LAYERSKIP_FN ScaledExp ExpOf(Reduced x) {
+  const float r = x.r, q = ExpPolynomial(r);
   const float sum = 1.0f + r;
   const float sum_error = (1.0f - sum) + r;
-  const float rest = sum_error + (q * (r * r) + r_error);
+  const float rest = sum_error + (q * (r * r) + x.r_error);
   const float mantissa = sum + rest;
-  return {mantissa, (sum - mantissa) + rest, static_cast<int32_t>(BitCast<uint32_t>(shifted) - 0x4b400000u)};
+  return {mantissa, (sum - mantissa) + rest, x.exponent};
+}
+
+LAYERSKIP_FN ScaledExp ExpParts(float x) { return ExpOf(Reduce(x)); }
+
+// exp(x + low); low: what x is short of.
+LAYERSKIP_FN ScaledExp ExpParts(float x, float low) {
+  const Reduced rounded = Reduce(x);
+  const float r = rounded.r + low;
+  return ExpOf({r, rounded.r_error + ((rounded.r - r) + low), rounded.exponent});
 }
 
 LAYERSKIP_FN float PowerOfTwo(int32_t n) { return BitCast<float>(static_cast<uint32_t>(n + 127) << 23); }
@@ -139,10 +160,9 @@ LAYERSKIP_FN float Exp(float x) {
   return ScaleByPowerOfTwo(e.mantissa, e.exponent);
 }
 
-// x / (1 + exp(-x)), the quotient corrected once by what rounding the denominator lost. Where exp(-x) would
-// overflow, the denominator is held scaled by 2^-64.
-LAYERSKIP_FN float Silu(float x) {
-  const ScaledExp e = ExpParts(Clamp(-x, -105.0f, 128.0f));
+// x / (1 + e), the quotient corrected once by what rounding the denominator lost. Where e would overflow, the
+// denominator is held scaled by 2^-64.
+LAYERSKIP_FN float LogisticProduct(float x, ScaledExp e) {
   const int32_t shift = e.exponent > 64 ? 64 : 0;
   const float one = e.exponent > 64 ? 0.0f : 1.0f;
   const float power = ScaleByPowerOfTwo(e.mantissa, e.exponent - shift);
@@ -151,11 +171,47 @@ LAYERSKIP_FN float Silu(float x) {
   const float power_part = denominator - one;
   const float sum_error = (one - (denominator - power_part)) + (power - power_part);
   const float quotient = x / denominator;
-  float y = quotient - (quotient * (sum_error + power_error)) / denominator;
-  y = y * PowerOfTwo(-shift);
+  const float y = quotient - (quotient * (sum_error + power_error)) / denominator;
+  return y * PowerOfTwo(-shift);
+}
+
+LAYERSKIP_FN float Silu(float x) {
+  float y = LogisticProduct(x, ExpParts(Clamp(-x, -105.0f, 128.0f)));
   y = x > 128.0f ? x : y;
   return x < -128.0f ? -0.0f : y;
 }
+
+// x / (1 + exp(-z)), z = 2 sqrt(2 / pi) (x + 0.044715 x^3): computed in double, and its rounding to float is kept.
+LAYERSKIP_FN float Gelu(float x) {
+  const double wide = Clamp(x, -11.0f, 11.0f);
+  const double z = (kGeluSlope * wide) * (1.0 + kGeluCube * (wide * wide));
+  const float high = static_cast<float>(-z);
+  const float low = static_cast<float>(-z - static_cast<double>(high));
+  float y = LogisticProduct(x, ExpParts(high, low));
+  y = x > 11.0f ? x : y;
+  return x < -11.0f ? -0.0f : y;
+}
+
+// e / (e + 2) for e = exp(2 |x|) - 1, corrected once by what rounding e and e + 2 lost, with x's sign.
+LAYERSKIP_FN float Tanh(float x) {
+  const float doubled = BitCast<float>(BitCast<uint32_t>(x) & 0x7fffffffu) * 2.0f;
+  const Reduced y = Reduce(doubled > 20.0f ? 20.0f : doubled);
+  const float power = PowerOfTwo(y.exponent);
+  const float whole = power - 1.0f, part = power * y.r;
+  const float sum = whole + part;
+  const float rest = ((whole - sum) + part) + power * (ExpPolynomial(y.r) * (y.r * y.r) + y.r_error);
+  const float e = sum + rest;
+  const float e_error = (sum - e) + rest;
+  const float denominator = 2.0f + e;
+  const float e_part = denominator - 2.0f;
+  const float denominator_error = (2.0f - (denominator - e_part)) + (e - e_part);
+  const float quotient = e / denominator;
+  const float result = quotient + (e_error - quotient * (denominator_error + e_error)) / denominator;
+  return BitCast<float>((BitCast<uint32_t>(result) & 0x7fffffffu) | (BitCast<uint32_t>(x) & 0x80000000u));
+}
+
+// cap * tanh(x / cap)
+LAYERSKIP_FN float SoftCap(float x, float cap) { return cap * Tanh(x / cap); }
 
 struct LogParts {  // (1 + f) * 2^e, f in [sqrt(1/2) - 1, sqrt(2) - 1)
   float f, e;

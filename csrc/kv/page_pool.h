@@ -151,6 +151,8 @@ class PagePool {
 
   using Lock = std::lock_guard<std::mutex>;
 
+  static bool IsStaircase(const std::vector<int32_t>& depths, int64_t num_layers);
+
   const Sequence& Find(SequenceId id) const;
   Sequence& Find(SequenceId id);
   std::vector<Sequence*> FindBatch(const std::vector<SequenceId>& seqs, const std::vector<int64_t>& values,

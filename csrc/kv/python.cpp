@@ -221,6 +221,7 @@ Raises ValueError for an unknown id.)");
 
 PYBIND11_MODULE(_kv, m) {
   m.doc() = "The page pool: pages, lengths and depths of the sequences in a paged KV cache. Holds no tensors.";
+  m.attr("TORCH") = LAYERSKIP_TORCH;  // the release that the other extensions are built for
   BindCacheFull(m);
   py::class_<PagePool> pool(m, "PagePool",
                             R"(``num_pages`` pages of ``page_size`` positions, shared by sequences.

@@ -35,10 +35,11 @@ class DataConfig:
 @dataclass(frozen=True, slots=True)
 class ModelSource:
     """Either ``source``, what ``load_model`` takes (``default``: its default model), or ``sizes``, the fields of a
-    ``LlamaConfig`` for a model from scratch. ``vocab_size``: of the vocabulary that is learnt with it. ``grown_from``:
-    the folder of a trained model of the same width and fewer layers, whose vocabulary and layers it starts with; the
-    layers on top add nothing at first, so the exit below them is the whole model. ``attention``: Transformers'
-    ``attn_implementation``; short rows train faster with ``eager`` on a CPU."""
+    ``LlamaConfig``, or with ``model_type`` of another family's config, for a model from scratch. ``vocab_size``: of
+    the vocabulary that is learnt with it. ``grown_from``: the folder of a trained model of the same width and fewer
+    layers, whose vocabulary and layers it starts with; the layers on top add nothing at first, so the exit below them
+    is the whole model. ``attention``: Transformers' ``attn_implementation``; short rows train faster with ``eager`` on
+    a CPU."""
 
     source: str | None = None
     sizes: dict[str, Any] | None = None

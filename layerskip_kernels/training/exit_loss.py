@@ -35,6 +35,7 @@ def exit_losses(
     num_items: Tensor | int | None = None,
     rows_per_chunk: int = 1024,
     vocabularies: list[Tensor | None] | None = None,
+    softcap: float | None = None,
 ) -> ExitLosses:
     """Weighted cross-entropy of several exits through one LM head.
 
@@ -43,7 +44,8 @@ def exit_losses(
     (1 - a) * label + a * softmax(last exit), through which no gradient flows. ``num_items``: what the sums over rows
     are divided by (None: rows). ``vocabularies``: per exit the tokens it chooses from, int64 [n] of 0..V-1 (None: all,
     as for the last exit); a row whose label is not among them counts as 0 there, and the last exit's prediction is
-    taken among them. The products run in autocast's dtype where autocast is on; sums are fp32.
+    taken among them. ``softcap`` c: logits are c tanh(logits / c) (None: as they are). The products run in autocast's
+    dtype where autocast is on; sums are fp32.
     """
     vocabularies = [None] * len(states) if vocabularies is None else vocabularies
     if len(states) != len(coefficients):
@@ -55,7 +57,7 @@ def exit_losses(
     grad = torch.is_grad_enabled()
     state_grad = grad and any(state.requires_grad for state in states)
     head_grad = grad and head.requires_grad
-    settings = _Settings(coefficients, distillation, rows_per_chunk, vocabularies, state_grad, head_grad)
+    settings = _Settings(coefficients, distillation, rows_per_chunk, vocabularies, softcap, state_grad, head_grad)
     total, sums, agreeing = _ExitLosses.apply(settings, head, labels, *states)
     return ExitLosses(total / divisor, sums / max(rows, 1), agreeing / max(rows, 1))
 
@@ -66,6 +68,7 @@ class _Settings:
     distillation: float
     rows_per_chunk: int
     vocabularies: list[Tensor | None]
+    softcap: float | None
     state_grad: bool
     head_grad: bool  # not where the head is frozen, as with adapters
 
@@ -157,6 +160,11 @@ def _chunk(
         state, coefficient, head = inputs[exit_index][chunk], settings.coefficients[exit_index], heads[exit_index]
         index, counted = head.targets(labels)
         logits = (state @ head.weight.T).to(sums.dtype)
+        slope: Tensor | None = None
+        if settings.softcap is not None:
+            logits.div_(settings.softcap).tanh_()
+            slope = 1.0 - logits.square() if settings.needs_grad else None
+            logits.mul_(settings.softcap)
         argmax = head.tokens(logits.argmax(-1))
         best = argmax if best is None else best
         agreeing[exit_index] += (argmax == best).sum()
@@ -173,6 +181,7 @@ def _chunk(
             predicted = probs.clone() if settings.needs_grad else probs
         if settings.needs_grad:
             grad = _logit_grad(probs, index, teacher, share, coefficient)
+            grad = grad if slope is None else grad.mul_(slope)
             _accumulate(ctx, exit_index, chunk, state, head, _of(counted, grad))
     return total
 

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from layerskip_kernels.loading import locate
+from layerskip_kernels.errors import UnsupportedModel
+from layerskip_kernels.model.sources import locate
 
 __all__ = ["Transplant", "copying_heads", "transplant_heads"]
 
@@ -49,8 +50,13 @@ def transplant_heads(model: Any, transplants: list[Transplant]) -> None:
     """Let the adapters of ``model``, a ``PeftModel`` around a Llama, start with heads of its own deeper layers.
 
     Each head takes head_dim of the rank of an adapter that it changes, and what is left starts as PEFT has it. Raises
-    ValueError for a head that does not exist, for two of them in one place and for too small a rank.
+    ValueError for a head that does not exist, for two of them in one place and for too small a rank, and
+    UnsupportedModel for another family, whose heads read otherwise normed states.
     """
+    if not transplants:
+        return
+    if model.config.model_type != "llama":
+        raise UnsupportedModel("model_type", model.config.model_type, "'llama', for lora.transplants")
     llama = model.base_model.model
     layers, head_dim = llama.model.layers, llama.config.head_dim
     taken: dict[tuple[int, str], int] = {}  # ranks of each adapter
@@ -119,7 +125,7 @@ def copying_heads(model: LlamaForCausalLM, length: int = 32, batch: int = 8) -> 
 def main() -> None:
     parser = argparse.ArgumentParser(description="how much each attention head copies")
     parser.add_argument("model", help="what load_model takes")
-    folder, _ = locate(parser.parse_args().model)
+    folder, _ = locate(parser.parse_args().model, torch.float32)
     model = LlamaForCausalLM.from_pretrained(
         folder, dtype=torch.float32, use_safetensors=True, attn_implementation="eager"
     )

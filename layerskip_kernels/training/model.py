@@ -1,20 +1,22 @@
-"""A Llama that can be trained for early exit: Transformers' own, with a training forward that drops and exits."""
+"""A model that can be trained for early exit: Transformers' own of any family, with a training forward that drops and
+exits."""
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import transformers
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from transformers import LlamaForCausalLM
-from transformers.masking_utils import create_causal_mask
 from transformers.utils import ModelOutput
 
+from layerskip_kernels.model.families import FAMILIES
 from layerskip_kernels.training.exit_loss import exit_losses
 
-__all__ = ["EarlyExitOutput", "ExitPlan", "LayerSkipLlama"]
+__all__ = ["EarlyExitOutput", "EarlyExitTraining", "ExitPlan", "trainable_class"]
 
 IGNORED = -100  # the label of a position that no loss counts
 
@@ -49,8 +51,19 @@ class EarlyExitOutput(ModelOutput):
     num_rows: Tensor | None = None
 
 
-class LayerSkipLlama(LlamaForCausalLM):
-    """``LlamaForCausalLM``, except where ``forward`` is given an ``exit_plan`` beside ``labels``."""
+@functools.cache
+def trainable_class(model_type: str) -> Any:
+    """Transformers' causal language model of a family (a key of FAMILIES), with ``EarlyExitTraining`` before it."""
+    theirs = getattr(transformers, FAMILIES[model_type].class_name)
+    return type(f"LayerSkip{theirs.__name__}", (EarlyExitTraining, theirs), {})
+
+
+class EarlyExitTraining(nn.Module):
+    """The family's own forward, except where it is given an ``exit_plan`` beside ``labels``."""
+
+    model: Any
+    lm_head: Any
+    config: Any
 
     def forward(
         self,
@@ -73,7 +86,7 @@ class LayerSkipLlama(LlamaForCausalLM):
         learnt = (targets.flatten() != IGNORED).nonzero().squeeze(1)
         states = self._states(input_ids, attention_mask, exit_plan)
         losses = exit_losses(
-            [self.model.norm(state.flatten(0, 1).index_select(0, learnt)) for state in states.values()],
+            [self._before_head(state.flatten(0, 1).index_select(0, learnt)) for state in states.values()],
             self.lm_head.weight,
             targets.flatten()[learnt],
             [exit_plan.weights[layer] for layer in layers],
@@ -81,6 +94,7 @@ class LayerSkipLlama(LlamaForCausalLM):
             num_items_in_batch,
             exit_plan.rows_per_chunk,
             [None if layer == last else exit_plan.draft_vocab for layer in layers],
+            getattr(self.config, "final_logit_softcapping", None),
         )
         loss, num_rows = losses.total, torch.tensor(learnt.numel(), device=learnt.device)
         drafting = {layer: state for layer, state in states.items() if layer < last}
@@ -101,40 +115,71 @@ class LayerSkipLlama(LlamaForCausalLM):
             total = total + (moved if attention_mask is None else moved * attention_mask).sum()
         return total
 
+    def _before_head(self, state: Tensor) -> Tensor:
+        """What the LM head multiplies, for states [rows, D] of any layer; logits are divided here where a family has
+        a divisor."""
+        return self.model.norm(state) / getattr(self.config, "logits_scaling", 1.0)
+
     def _states(self, ids: Tensor, attention_mask: Tensor | None, plan: ExitPlan) -> dict[int, Tensor]:
-        """What the plan's layers put out, by layer; [B, T, D] each."""
-        x = self.model.embed_tokens(ids)
-        position_ids = torch.arange(ids.shape[1], device=ids.device).unsqueeze(0)
-        mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=x,
-            attention_mask=attention_mask,
-            past_key_values=None,
-            position_ids=position_ids,
-        )
-        rotary = self.model.rotary_emb(x, position_ids=position_ids)
-        kept = [None] * len(self.model.layers) if plan.dropped is None else _kept_rows(plan.dropped, x.device)
-        states = {}
-        for index in range(max(plan.weights) + 1):
-            x = self._run_layer(index, x, mask, rotary, plan, kept[index])
-            if index in plan.weights:
-                states[index] = x
-        return states
+        """What the plan's layers put out, by layer; [B, T, D] each. Embeddings, masks and RoPE are the family's own."""
+        layers = self.model.layers[: max(plan.weights) + 1]
+        kept = [None] * len(layers) if plan.dropped is None else _kept_rows(plan.dropped, ids.device)
+        run = _Run()
+        planned = [_PlannedLayer(layer, index, plan, kept[index], run) for index, layer in enumerate(layers)]
+        with _in_place_of_layers(self.model, planned):
+            self.model(input_ids=ids, attention_mask=attention_mask, use_cache=False)
+        return run.states
 
-    def _run_layer(self, index: int, x: Tensor, mask: Any, rotary: Any, plan: ExitPlan, kept: Tensor | None) -> Tensor:
-        """One layer, on the samples ``kept`` (None: all), which do not skip it."""
-        if kept is None:
-            return self._contribute(index, x, mask, rotary, plan)
-        if not len(kept):
+
+@dataclass
+class _Run:
+    """``states``: what the plan asks for, by layer. ``in_tuples``: whether the family's layers put out tuples, as many
+    do in Transformers 4; the first layer, which no sample skips, tells."""
+
+    states: dict[int, Tensor] = field(default_factory=dict)
+    in_tuples: bool = False
+
+
+class _PlannedLayer:
+    """A layer as a plan runs it, on the samples ``kept`` (None: all), which do not skip it."""
+
+    def __init__(self, layer: Any, index: int, plan: ExitPlan, kept: Tensor | None, run: _Run) -> None:
+        self.layer, self.index, self.plan, self.kept, self.run = layer, index, plan, kept, run
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.layer, name)  # some families ask a layer for its kind
+
+    def __call__(self, x: Tensor, **inputs: Any) -> Any:
+        out = self._on_kept(x, inputs)
+        if self.index in self.plan.weights:
+            self.run.states[self.index] = out
+        return (out,) if self.run.in_tuples else out
+
+    def _on_kept(self, x: Tensor, inputs: dict[str, Any]) -> Tensor:
+        if self.kept is None:
+            return self._contribute(x, inputs)
+        if not len(self.kept):
             return x
-        subset = x.index_select(0, kept)
-        kept_mask, kept_rotary = _rows(mask, kept, len(x)), tuple(_rows(part, kept, len(x)) for part in rotary)
-        return x.index_copy(0, kept, self._contribute(index, subset, kept_mask, kept_rotary, plan))
+        subset = {name: _rows(value, self.kept, len(x)) for name, value in inputs.items()}
+        return x.index_copy(0, self.kept, self._contribute(x.index_select(0, self.kept), subset))
 
-    def _contribute(self, index: int, x: Tensor, mask: Any, rotary: Any, plan: ExitPlan) -> Tensor:
-        out = self.model.layers[index](x, attention_mask=mask, position_embeddings=rotary, use_cache=False)
-        scale = 1.0 if plan.residual_scale is None else plan.residual_scale[index]
+    def _contribute(self, x: Tensor, inputs: dict[str, Any]) -> Tensor:
+        out = self.layer(x, **inputs)
+        if isinstance(out, tuple):
+            self.run.in_tuples, out = True, out[0]
+        scale = 1.0 if self.plan.residual_scale is None else self.plan.residual_scale[self.index]
         return out if scale == 1.0 else x + scale * (out - x)
+
+
+@contextmanager
+def _in_place_of_layers(model: nn.Module, planned: list[_PlannedLayer]) -> Iterator[None]:
+    """While it lasts, ``model.forward`` calls ``planned``: an attribute of the object hides the module of that name,
+    which parameters and checkpoints still know."""
+    model.__dict__["layers"] = planned
+    try:
+        yield
+    finally:
+        del model.__dict__["layers"]
 
 
 @contextmanager
@@ -156,8 +201,10 @@ def _kept_rows(dropped: Tensor, device: torch.device) -> list[Tensor | None]:
     return [part if len(part) < dropped.shape[1] else None for part in on_device]
 
 
-def _rows(tensor: Tensor | None, kept: Tensor, batch: int) -> Tensor | None:
-    """The kept samples of something that may have one row per sample."""
-    if tensor is None or tensor.shape[0] != batch or batch == 1:
-        return tensor
-    return tensor.index_select(0, kept)
+def _rows(value: Any, kept: Tensor, batch: int) -> Any:
+    """The kept samples of what a layer is given, which may have one row per sample."""
+    if isinstance(value, tuple):
+        return tuple(_rows(part, kept, batch) for part in value)
+    if not isinstance(value, Tensor) or value.shape[0] != batch or batch == 1:
+        return value
+    return value.index_select(0, kept)

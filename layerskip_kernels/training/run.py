@@ -2,38 +2,38 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
-from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-import datasets
 import tokenizers
 import torch
 from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import nn
-from transformers import LlamaConfig, TrainingArguments, set_seed
+from transformers import AutoConfig, TrainingArguments, set_seed
 
-from layerskip_kernels.adapter import ADAPTER_WEIGHTS
 from layerskip_kernels.config import NUM_SPECULATIONS
-from layerskip_kernels.defaults import DraftDefaults, write_defaults
-from layerskip_kernels.draft_vocab import read_draft_vocab
-from layerskip_kernels.loading import locate, read_checkpoint
+from layerskip_kernels.errors import UnsupportedModel
+from layerskip_kernels.machine import has_bf16_units
+from layerskip_kernels.model.defaults import DraftDefaults, write_defaults
+from layerskip_kernels.model.draft_vocab import read_draft_vocab
+from layerskip_kernels.model.families import FAMILIES
+from layerskip_kernels.model.hf_config import read_hf_config
+from layerskip_kernels.model.json_file import read_json_object
+from layerskip_kernels.model.llama_tensors import FUSED
+from layerskip_kernels.model.loading import read_checkpoint
+from layerskip_kernels.model.lora import ADAPTER_WEIGHTS
+from layerskip_kernels.model.sources import locate
 from layerskip_kernels.training.config import LoraSettings, TrainingConfig
+from layerskip_kernels.training.examples import write_examples
 from layerskip_kernels.training.export import export_adapter, export_model
 from layerskip_kernels.training.heads import transplant_heads
-from layerskip_kernels.training.model import LayerSkipLlama
-from layerskip_kernels.training.text_data import (
-    END_OF_TEXT,
-    Collator,
-    as_dataset,
-    packed_rows,
-    prompt_rows,
-    read_texts,
-    train_tokenizer,
-)
+from layerskip_kernels.training.kept import check_checkpoints
+from layerskip_kernels.training.materials import load_rows, load_vocabulary, origin_of_training, source_folder
+from layerskip_kernels.training.model import EarlyExitTraining, trainable_class
+from layerskip_kernels.training.progress import Progress, announce
+from layerskip_kernels.training.text_data import END_OF_TEXT, Collator
 from layerskip_kernels.training.trainer import (
     LayerSkipTrainer,
     MarkComplete,
@@ -43,8 +43,6 @@ from layerskip_kernels.training.trainer import (
 )
 
 __all__ = ["build_trainer", "export", "export_checkpoint", "train"]
-
-TOKENIZER_TEXTS = 20_000  # a vocabulary is learnt from at most so many
 
 # What a training that resumes bit for bit needs, and what suits a run in a terminal; the file's ``training`` overrides.
 ARGUMENTS: dict[str, Any] = {
@@ -67,6 +65,8 @@ def train(config: TrainingConfig) -> Path | None:
     trainer = build_trainer(config)
     trainer.add_callback(stop)
     checkpoint = last_checkpoint(Path(config.output_dir))
+    if trainer.is_world_process_zero():
+        announce(trainer, 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2]))
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     if stop.received is not None:
         return None
@@ -88,24 +88,27 @@ def export_checkpoint(config: TrainingConfig, folder: Path) -> Path:
 
 
 def build_trainer(config: TrainingConfig) -> LayerSkipTrainer:
-    """The trainer of a config: vocabulary, data sets (both made once, in the output folder) and model."""
+    """The trainer of a config: vocabulary, data sets (both kept in the output folder) and model.
+
+    Raises ValueError when the folder holds checkpoints of other data or of another model.
+    """
     output = Path(config.output_dir)
     output.mkdir(parents=True, exist_ok=True)
-    device = {"use_cpu": not torch.accelerator.is_available()}  # else bf16 is refused where there is no GPU
-    arguments = TrainingArguments(output_dir=config.output_dir, **{**ARGUMENTS, **device, **config.training})
+    arguments = _arguments(config)
     set_seed(arguments.seed)
     with arguments.main_process_first(desc="reading the texts"):
-        tokenizer = _tokenizer(config, output / "tokenizer.json")
+        check_checkpoints(output, last_checkpoint(output), origin_of_training(config))
+        tokenizer = load_vocabulary(config)
         model = _model(config, tokenizer)
         end_of_text = _end_of_text(model)
-        splits = {name: _dataset(config, name, tokenizer, end_of_text) for name in ("train", "validation")}
+        splits = {name: load_rows(config, name, tokenizer, end_of_text) for name in ("train", "validation")}
     return LayerSkipTrainer(
         model=model if config.lora is None else _with_adapters(model, config.lora),
         args=arguments,
         train_dataset=splits["train"],
         eval_dataset=splits["validation"],
         data_collator=Collator(end_of_text),
-        callbacks=[MarkComplete(), MetricsFile()],
+        callbacks=[MarkComplete(), MetricsFile(), Progress()],
         layer_dropout=config.layer_dropout,
         early_exit=config.early_exit,
         eval_exits=tuple(config.eval_exits),
@@ -113,49 +116,76 @@ def build_trainer(config: TrainingConfig) -> LayerSkipTrainer:
     )
 
 
-def export(model: nn.Module, config: TrainingConfig, folder: Path) -> None:
-    """Write what ``load_model`` reads: the model in bf16, or its adapters alone; and the draft vocabulary of its exit,
-    where that learnt one."""
+def _arguments(config: TrainingConfig) -> TrainingArguments:
+    on_cpu = bool(config.training.get("use_cpu", not torch.accelerator.is_available()))
+    given = {**ARGUMENTS, "use_cpu": on_cpu, **config.training}  # without use_cpu, bf16 is refused on a CPU
+    if given.get("bf16") and on_cpu and not has_bf16_units():
+        given["bf16"] = False
+        print(
+            "layerskip: bf16 is off: this processor has no instructions for it, and emulating them takes twice the "
+            "time of fp32",
+            file=sys.stderr,
+        )
+    return TrainingArguments(output_dir=config.output_dir, **given)
+
+
+def export(model: Any, config: TrainingConfig, folder: Path) -> None:
+    """Write what ``load_model`` reads: the model in bf16, or its adapters alone; with the exit that it was trained
+    for, the draft vocabulary of that where it learnt one, and prompts to show and measure it with."""
     if config.lora is None:
-        export_model(model, Path(config.output_dir) / "tokenizer.json", folder)
+        export_model(model, Path(config.output_dir) / "tokenizer.json", folder, source=source_folder(config))
     else:
         export_adapter(model, config.model.source, folder)
     recipe = config.early_exit
-    if recipe is not None and recipe.draft_vocab is not None and recipe.weights is not None:
-        exit_layer = min(layer for layer, weight in recipe.weights.items() if weight > 0.0)
-        ids = tuple(read_draft_vocab(Path(recipe.draft_vocab)))
+    ids = None if recipe is None or recipe.draft_vocab is None else tuple(read_draft_vocab(Path(recipe.draft_vocab)))
+    exit_layer = trained_exit(config, int(model.config.num_hidden_layers))
+    if exit_layer is not None:
+        write_examples(config.data, folder)  # write_defaults keeps them
         write_defaults(folder, DraftDefaults(exit_layer, NUM_SPECULATIONS, ids))
 
 
-def _tokenizer(config: TrainingConfig, path: Path) -> tokenizers.Tokenizer:
-    """The vocabulary in the output folder: the model's own, or one learnt from the texts."""
-    if not path.is_file():
-        trained = config.model.source or config.model.grown_from
-        if trained is not None:
-            shutil.copyfile(locate(trained)[0] / "tokenizer.json", path)
-        else:
-            texts = ("".join(record.values()) for record in read_texts(map(Path, config.data.train)))
-            train_tokenizer(islice(texts, TOKENIZER_TEXTS), config.model.vocab_size, path)
-    return tokenizers.Tokenizer.from_file(str(path))
+def trained_exit(config: TrainingConfig, num_layers: int) -> int | None:
+    """The exit that a model was trained to draft with: the first one that has a weight, else the first one evaluated,
+    else a third of the layers; None for a model of one layer, which has none."""
+    weights = (config.early_exit.weights if config.early_exit is not None else None) or {}
+    if num_layers < 2:
+        return None
+    for named in ([layer for layer, weight in weights.items() if weight > 0.0], config.eval_exits):
+        if below := [layer for layer in named if layer < num_layers]:
+            return min(below)
+    return num_layers // 3 or 1
 
 
-def _model(config: TrainingConfig, tokenizer: tokenizers.Tokenizer) -> LayerSkipLlama:
+def _model(config: TrainingConfig, tokenizer: tokenizers.Tokenizer) -> Any:
     if config.model.source is not None:
-        directory, _ = locate(config.model.source)
-        return LayerSkipLlama.from_pretrained(
-            directory, dtype=torch.float32, use_safetensors=True, attn_implementation=config.model.attention
+        directory, _ = locate(config.model.source, torch.float32)
+        given = read_json_object(directory / "config.json")
+        read_hf_config(given.values, given.where)  # what load_model would refuse is refused before it is trained
+        theirs = trainable_class(given.values["model_type"])
+        attention = _attention(config, theirs)
+        return theirs.from_pretrained(
+            directory, dtype=torch.float32, use_safetensors=True, attn_implementation=attention
         )
     end_of_text = tokenizer.token_to_id(END_OF_TEXT)
     fields: dict[str, Any] = {"tie_word_embeddings": True, "bos_token_id": end_of_text, "eos_token_id": end_of_text}
-    fields |= {**(config.model.sizes or {}), "vocab_size": tokenizer.get_vocab_size()}
-    fields["attn_implementation"] = config.model.attention
-    model = LayerSkipLlama(LlamaConfig(**fields))
+    fields |= {"pad_token_id": None, **(config.model.sizes or {}), "vocab_size": tokenizer.get_vocab_size()}
+    family = fields.pop("model_type", "llama")
+    if family not in FAMILIES:
+        raise UnsupportedModel("model.sizes: model_type", family, ", ".join(map(repr, FAMILIES)))
+    theirs = trainable_class(family)
+    model = theirs(AutoConfig.for_model(family, **fields, attn_implementation=_attention(config, theirs)))
     if config.model.grown_from is not None:
         _grow(model, Path(config.model.grown_from))
     return model
 
 
-def _grow(model: LayerSkipLlama, folder: Path) -> None:
+def _attention(config: TrainingConfig, theirs: Any) -> str:
+    """The config's, or "eager" in place of "sdpa" for a family that Transformers has no other for."""
+    wanted = config.model.attention
+    return "eager" if wanted == "sdpa" and not theirs._supports_sdpa else wanted
+
+
+def _grow(model: Any, folder: Path) -> None:
     """Start with a shallower model's weights; the layers that it lacks add nothing to the residual until trained."""
     weights = read_checkpoint(folder, torch.float32)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -169,7 +199,7 @@ def _grow(model: LayerSkipLlama, folder: Path) -> None:
             layer.mlp.down_proj.weight.zero_()
 
 
-def _end_of_text(model: LayerSkipLlama) -> int:
+def _end_of_text(model: EarlyExitTraining) -> int:
     end = model.config.eos_token_id
     end = end[0] if isinstance(end, list) else end
     if end is None:
@@ -177,17 +207,17 @@ def _end_of_text(model: LayerSkipLlama) -> int:
     return end
 
 
-def _with_adapters(model: LayerSkipLlama, lora: LoraSettings) -> nn.Module:
+def _with_adapters(model: EarlyExitTraining, lora: LoraSettings) -> nn.Module:
     early = rf"layers\.({'|'.join(map(str, range(lora.early_layers)))})\.\w+\.\w+"
     settings = LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
         rank_pattern={early: lora.early_rank} if lora.early_layers else {},
         alpha_pattern={early: lora.early_alpha} if lora.early_layers else {},
-        target_modules=lora.targets,
+        target_modules=_adapted_modules(model, lora.targets),
         task_type="CAUSAL_LM",
     )
-    adapted = get_peft_model(model, settings)
+    adapted: Any = get_peft_model(model, settings)  # type: ignore[arg-type]
     if lora.grown_from is None:
         transplant_heads(adapted, lora.transplants)
     else:
@@ -197,20 +227,11 @@ def _with_adapters(model: LayerSkipLlama, lora: LoraSettings) -> nn.Module:
     return adapted
 
 
-def _dataset(
-    config: TrainingConfig, name: str, tokenizer: tokenizers.Tokenizer, end_of_text: int
-) -> datasets.Dataset | None:
-    paths = [Path(path) for path in getattr(config.data, name)]
-    if not paths:
-        return None
-    records = read_texts(paths)
-    first = next(records, None)
-    if first is None:
-        raise ValueError(f"data.{name} holds no texts")
-    records, length = chain([first], records), config.data.sequence_length
-    if "prompt" in first:
-        rows = prompt_rows(records, tokenizer, end_of_text, length)
-    else:
-        rows = packed_rows((record["text"] for record in records), tokenizer, end_of_text, length)
-    dataset = as_dataset(rows, Path(config.output_dir) / "data" / f"{name}.arrow")
-    return dataset.select(range(min(len(dataset), config.data.validation_rows))) if name == "validation" else dataset
+def _adapted_modules(model: EarlyExitTraining, targets: list[str]) -> list[str]:
+    """The linear layers that ``lora.targets`` names, or those that they are fused into."""
+    present = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    fused = {part.split(".")[1]: name.split(".")[1] for name, parts in FUSED.items() for part in parts}
+    modules = [target if target in present else fused.get(target, target) for target in targets]
+    if unknown := [target for target, module in zip(targets, modules, strict=True) if module not in present]:
+        raise ValueError(f"lora.targets: the model has no linear layer {unknown[0]!r}; it has {sorted(present)}")
+    return list(dict.fromkeys(modules))

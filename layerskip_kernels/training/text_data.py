@@ -5,24 +5,23 @@ is learnt), or any other file as one text. Rows of pre-training are packed: text
 end-of-text token, cut into rows of the same length. Rows of fine-tuning hold one example each, padded at the end.
 """
 
-import json
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import datasets
 import tokenizers
 import torch
 from datasets.arrow_writer import ArrowWriter
 from torch import Tensor
 from torch.utils.data import Sampler
 
+from layerskip_kernels.model.json_lines import json_lines_of, require_text
 from layerskip_kernels.training.model import IGNORED
 
 __all__ = [
-    "END_OF_TEXT", "Collator", "SimilarLengths", "as_dataset", "packed_rows", "prompt_rows", "read_texts",
-    "train_tokenizer",
+    "END_OF_TEXT", "Collator", "SimilarLengths", "packed_rows", "prompt_rows", "read_texts",
+    "train_tokenizer", "write_rows",
 ]  # fmt: skip
 
 END_OF_TEXT = "<|endoftext|>"
@@ -33,17 +32,16 @@ def read_texts(paths: Iterable[Path]) -> Iterator[dict[str, str]]:
     """The records of some files, in order: {"text"} or {"prompt", "completion"}."""
     for path in paths:
         if path.suffix != ".jsonl":
-            yield {"text": path.read_text(encoding="utf-8")}
+            yield {"text": path.read_text(encoding="utf-8-sig")}
             continue
-        with path.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                yield _record(json.loads(line), f"{path}:{number}")
+        for where, record in json_lines_of(path):
+            yield _record(record, where)
 
 
 def _record(record: Any, where: str) -> dict[str, str]:
     for names in (("text",), ("prompt", "completion")):
         if isinstance(record, dict) and all(isinstance(record.get(name), str) for name in names):
-            return {name: record[name] for name in names}
+            return {name: require_text(record[name], where, "a string") for name in names}
     raise ValueError(f'{where} must be {{"text": str}} or {{"prompt": str, "completion": str}}, got {record!r:.80}')
 
 
@@ -103,17 +101,12 @@ def prompt_rows(
         yield {"input_ids": prompt + completion, "labels": [IGNORED] * len(prompt) + completion}
 
 
-def as_dataset(rows: Iterable[dict[str, list[int]]], path: Path) -> datasets.Dataset:
-    """Write rows to ``path`` as Arrow, unless that was done before, and map the file into memory."""
-    if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_suffix(".unfinished")
-        writer = ArrowWriter(path=str(unfinished))
-        for row in rows:
-            writer.write(row)
-        writer.finalize()
-        unfinished.rename(path)
-    return datasets.Dataset.from_file(str(path))
+def write_rows(rows: Iterable[dict[str, list[int]]], path: Path) -> None:
+    """Write rows to ``path`` as Arrow."""
+    writer = ArrowWriter(path=str(path))
+    for row in rows:
+        writer.write(row)
+    writer.finalize()
 
 
 class SimilarLengths(Sampler[int]):

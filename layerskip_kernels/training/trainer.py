@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import sys
@@ -16,8 +17,8 @@ import torch
 from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from layerskip_kernels.draft_vocab import read_draft_vocab
 from layerskip_kernels.machine import usable_cores
+from layerskip_kernels.model.draft_vocab import read_draft_vocab
 from layerskip_kernels.training.dropout import LayerDropout, dropped_samples
 from layerskip_kernels.training.early_exit import EarlyExitLoss
 from layerskip_kernels.training.model import ExitPlan
@@ -29,7 +30,7 @@ COMPLETE = "complete"  # in a checkpoint's folder once all of it is written
 
 
 class LayerSkipTrainer(Trainer):
-    """``Trainer`` for a ``LayerSkipLlama``, or for one with LoRA adapters around it.
+    """``Trainer`` for a model with ``EarlyExitTraining``, or for one with LoRA adapters around it.
 
     ``layer_dropout``, ``early_exit``: the recipe (None: without it). ``eval_exits``: the exit layers that evaluation
     looks at, beside the last. ``similar_lengths``: batches of rows about as long as each other. Steps are optimizer
@@ -110,11 +111,24 @@ class LayerSkipTrainer(Trainer):
             self._exit_losses.setdefault(layer + 1, []).append(value)
         return (loss, outputs) if return_outputs else loss
 
+    def forget_exit_losses(self) -> None:
+        """Leave what was computed so far out of the next log."""
+        self._exit_losses.clear()
+
+    def num_training_steps(self) -> int:
+        """Optimizer steps of the whole training, as Trainer counts them."""
+        if self.args.max_steps > 0:
+            return self.args.max_steps
+        dataset: Any = self.train_dataset
+        batches = math.ceil(len(dataset) / (self.args.train_batch_size * self.args.world_size))
+        per_epoch = max(1, math.ceil(batches / self.args.gradient_accumulation_steps))
+        return math.ceil(self.args.num_train_epochs * per_epoch)
+
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Adds ``loss_exit_E``: the mean cross-entropy of each exit since the last log, on this rank."""
         if "loss" in logs:
             logs |= {f"loss_exit_{e}": float(torch.stack(v).mean()) for e, v in sorted(self._exit_losses.items())}
-            self._exit_losses.clear()
+            self.forget_exit_losses()
         super().log(logs, *args, **kwargs)
 
     @torch.no_grad()

@@ -1,8 +1,12 @@
 // Threads with sequences of their own on one pool: whatever pages they come to share, each reads back what its own
-// tokens wrote. Under ThreadSanitizer this also shows that no page is written while another thread may read it.
+// tokens wrote. Under ThreadSanitizer this also shows that no page is written while another thread may read it, and
+// that every function of the pool holds its lock.
 //
 // Arguments: threads (4), steps of each (3000), seed (0).
+#include <atomic>
+#include <chrono>
 #include <cstdlib>
+#include <functional>
 #include <map>
 #include <random>
 #include <thread>
@@ -132,6 +136,69 @@ class Worker {
   std::map<SequenceId, Text> texts_;
 };
 
+// One function at a time, again and again on a thread that calls nothing else, beside one that changes the pool:
+// without its lock, nothing orders the two, and ThreadSanitizer sees it.
+void TestEachFunction() {
+  const std::vector<int32_t> tokens = {1, 0, 1, 0};
+  PagePool pool(64, kPageSize, kLayers, PoolOptions{"model", [](PageId, PageId) {}});
+  const SequenceId id = pool.AddSequence(), pending = pool.AddSequence();
+  pool.Append({pending}, {2});
+  std::vector<SequenceId> to_free(300);
+  for (SequenceId& each : to_free) each = pool.AddSequence();
+  const std::vector<SequenceId> both = {id, pending};
+  std::atomic<int64_t> sum{0};  // so that nothing is optimised away
+  const std::map<std::string, std::function<void(int)>> functions = {
+      {"num_free", [&](int) { sum += pool.num_free(); }},
+      {"num_cached", [&](int) { sum += pool.num_cached(); }},
+      {"num_available", [&](int) { sum += pool.num_available(); }},
+      {"num_sequences", [&](int) { sum += pool.num_sequences(); }},
+      {"Stats", [&](int) { sum += pool.Stats().num_owned; }},
+      {"AddSequence", [&](int) { sum += pool.AddSequence(tokens); }},
+      {"Fork", [&](int) { sum += pool.Fork(id); }},
+      {"FreeSequence", [&](int i) { pool.FreeSequence(to_free[i]); }},
+      {"Append", [&](int) { pool.Append({id}, {0}); }},
+      {"RaiseRows", [&](int) { pool.RaiseRows({pending}, {1}, 1); }},
+      {"Commit", [&](int) { pool.Commit({id}, {0}); }},
+      {"PagesNeeded", [&](int) { sum += pool.PagesNeeded(both, {1, 2}); }},
+      {"Publish", [&](int) { pool.Publish(id, {}); }},
+      {"NumPublished", [&](int) { sum += pool.NumPublished(id); }},
+      {"Truncate", [&](int) { pool.Truncate(id, 0); }},
+      {"Rollback", [&](int) { pool.Rollback(id); }},
+      {"Length", [&](int) { sum += pool.Length(id); }},
+      {"Committed", [&](int) { sum += pool.Committed(id); }},
+      {"Depths", [&](int) { sum += pool.Depths(pending).size(); }},
+      {"Pages", [&](int) { sum += pool.Pages(pending).size(); }},
+      {"RefCount", [&](int i) { sum += pool.RefCount(i % 64); }},
+      {"NameOf", [&](int i) { sum += pool.NameOf(i % 64).has_value(); }},
+      {"Lengths", [&](int) { sum += pool.Lengths(both).size(); }},
+      {"CommittedLengths", [&](int) { sum += pool.CommittedLengths(both).size(); }},
+      {"MakeBlockTable", [&](int) { sum += pool.MakeBlockTable(both).rows; }},
+      {"MakePendingDepths", [&](int) { sum += pool.MakePendingDepths(both).starts.size(); }},
+      {"CheckIntegrity", [&](int) { pool.CheckIntegrity(); }},
+  };
+  int32_t next = 0;  // tokens that no text before began with
+  for (const auto& [name, call] : functions) {
+    std::atomic<bool> done{false};
+    std::thread writer([&] {
+      for (; !done.load(std::memory_order_relaxed); ++next) {
+        const SequenceId text = pool.AddSequence({next, 1, 2, 3});
+        pool.Append({text}, {kPageSize + 1});
+        pool.RaiseRows({text}, {kPageSize + 1}, kLayers);
+        pool.Commit({text}, {kPageSize});
+        pool.Publish(text, {next, 1, 2});
+        pool.FreeSequence(text);
+      }
+    });
+    for (int i = 0; i < 300; ++i) {
+      call(i);
+      if (i % 30 == 0) std::this_thread::sleep_for(std::chrono::microseconds(100));  // so that the writer comes by
+    }
+    done.store(true, std::memory_order_relaxed);
+    writer.join();
+  }
+  pool.CheckIntegrity();
+}
+
 void TestThreads(int num_threads, int64_t steps, uint32_t seed) {
   const int64_t num_pages = 12 * num_threads;
   std::vector<uint64_t> rows(num_pages * kPageSize);
@@ -166,6 +233,7 @@ void TestThreads(int num_threads, int64_t steps, uint32_t seed) {
 
 int main(int argc, char** argv) {
   const auto argument = [&](int i, int64_t otherwise) { return argc > i ? std::atoll(argv[i]) : otherwise; };
+  layerskip::TestEachFunction();
   layerskip::TestThreads(argument(1, 4), argument(2, 3000), argument(3, 0));
   return layerskip::num_failures;
 }

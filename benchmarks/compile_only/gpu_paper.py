@@ -1,0 +1,63 @@
+"""The tables of docs/performance.md, "On a GPU, counted on paper": what `gpu_static.py --markdown` prints."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from layerskip_kernels.evaluation.datasheets import GPUS, Gpu
+
+ISSUES = 4  # instructions of warps that a multiprocessor starts in a clock: one for each of its four schedulers
+CLOCKS_PER_LOAD = 4  # of the load/store units for a 16-byte load of a warp: 512 bytes at 128 a clock
+NAMES = {"_qkv_rope_append_kernel": "qkv", "_linear_residual_kernel": "out, down", "_gate_up_silu_kernel": "gate, up",
+         "_head_kernel": "head", "_attend_kernel": "attention"}  # fmt: skip
+
+
+def clock(gpu: Gpu) -> float:
+    """Hz, of the data sheet's fp32 peak: 128 multiply-adds a clock and multiprocessor."""
+    return gpu.fp32 * 1e12 / (gpu.multiprocessors * 128 * 2)
+
+
+def times(plan: dict[str, Any], gpu: Gpu) -> tuple[float, float, float]:
+    """Seconds by bytes, by the instructions of the streaming loops, and by their loads."""
+    clocks = gpu.multiprocessors * clock(gpu)
+    by_issue, by_loads = plan["instructions"] / (ISSUES * clocks), plan["loads"] * CLOCKS_PER_LOAD / clocks
+    return plan["bytes"] / (gpu.bandwidth * 1e9), by_issue, by_loads
+
+
+def step_table(report: dict[str, Any], target: str, gpu: Gpu) -> list[str]:
+    columns = ("model", "rows", "MB", "read again, MB", "10^6 instructions", "of them fma", "by bytes, ms",
+               "by instructions, ms", "by loads, ms")  # fmt: skip
+    lines = [f"| {' | '.join(columns)} |", "| --- " * len(columns) + "|"]
+    for plan in report["plans"]:
+        if (plan["target"], plan["kind"], plan["dtype"]) != (target, "decode", "bf16"):
+            continue
+        numbers = " | ".join(f"{seconds * 1e3:.2f}" for seconds in times(plan, gpu))
+        lines.append(f"| {plan['shape']} | {plan['rows']} | {plan['bytes'] / 1e6:.0f} | {plan['again'] / 1e6:.0f} | "
+                     f"{plan['instructions'] / 1e6:.0f} | {plan['multiply_adds'] / plan['instructions']:.0%} | "
+                     f"{numbers} |")  # fmt: skip
+    return lines
+
+
+def kernel_table(report: dict[str, Any]) -> list[str]:
+    """The largest of each kernel's compilations, in bf16, over the models."""
+    lines = ["| kernel | GPU | rows | threads | registers | resident | warps | KiB on their way | wanted |",
+             "| --- " * 9 + "|"]  # fmt: skip
+    worst: dict[tuple[str, str, int], dict[str, Any]] = {}
+    for k in report["kernels"]:
+        key = (k["name"], k["target"], k["rows"])
+        if (
+            k["name"] in NAMES
+            and k["dtype"] == "bf16"
+            and k["registers"] > worst.get(key, k | {"registers": 0})["registers"]
+        ):
+            worst[key] = k
+    for (name, target, rows), k in sorted(worst.items()):
+        warp = 64 if target == "gfx942" else 32
+        flight = f"{k['in_flight'] / 1024:.0f} | {k['wanted'] / 1024:.1f}" if k["wanted"] else " | "
+        lines.append(f"| {NAMES[name]} | {target} | {rows} | {k['threads']} | {k['registers']} | {k['resident']} | "
+                     f"{k['resident'] * k['threads'] // warp} | {flight} |")  # fmt: skip
+    return lines
+
+
+def as_markdown(report: dict[str, Any], target: str = "sm_90", gpu: str = "h100") -> str:
+    return "\n".join([*step_table(report, target, GPUS[gpu]), "", *kernel_table(report)])

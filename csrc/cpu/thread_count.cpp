@@ -1,0 +1,89 @@
+#include "thread_count.h"
+
+#if defined(__linux__)
+#include <sys/resource.h>
+#endif
+
+#include <algorithm>
+
+namespace layerskip {
+
+int ThreadCount::Choose(PassKind kind, int most) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  State& state = states_[static_cast<int>(kind)];
+  if (state.most != most) {
+    state = State{};
+    state.most = most;
+  }
+  return Threads(state, state.trial >= 0 ? state.trial : state.level);
+}
+
+void ThreadCount::Note(PassKind kind, int threads, int64_t work, double seconds, bool disturbed) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  State& state = states_[static_cast<int>(kind)];
+  const double cost = seconds / static_cast<double>(std::max<int64_t>(1, work));
+  if (state.trial >= 0) {
+    if (threads != Threads(state, state.trial)) return;  // of a pass that began before the trial
+    state.trial_cost += (cost - state.trial_cost) / ++state.trial_passes;
+    if (state.trial_passes == kTrialPasses || state.trial_cost > kHopeless * state.cost) EndTrial(state);
+    return;
+  }
+  if (threads != Threads(state, state.level)) return;
+  state.cost += state.cost == 0.0 ? cost : kLearning * (cost - state.cost);
+  state.lowest = state.lowest == 0.0 ? cost : std::min(cost, state.lowest + kRise * state.lowest);
+  const bool slow = cost > kSlow * state.lowest;
+  state.trouble = kForgetting * state.trouble + (disturbed || slow ? 1.0 : 0.0);
+  ++state.passes;
+  StartTrial(state);
+}
+
+// Fewer threads where they are held up, and now and then; where there are fewer than all, more, once nothing disturbs
+// them any longer.
+void ThreadCount::StartTrial(State& state) {
+  const bool quiet = state.trouble < kQuiet || state.passes >= kLongestPatience;
+  const int down_after = state.trouble > kTrouble ? state.down_patience : state.idle_patience;
+  if (Threads(state, state.level) > 1 && state.passes >= down_after) {
+    state.trial = state.level + state.down;
+    state.down = Threads(state, state.trial) > 1 ? state.down + 1 : 1;
+  } else if (state.level > 0 && quiet && state.passes >= state.up_patience) {
+    state.trial = state.level - 1;
+  }
+  state.trial_passes = 0;
+  state.trial_cost = 0.0;
+}
+
+void ThreadCount::EndTrial(State& state) {
+  const bool fewer = state.trial > state.level;
+  if (state.trial_cost < kFaster * state.cost) {
+    state.level = state.trial;
+    state.down = 1;
+    state.cost = state.lowest = state.trial_cost;
+    state.down_patience = kDownPatience;
+    state.idle_patience = kIdlePatience;
+    state.up_patience = kUpPatience;
+  } else if (!fewer) {
+    state.up_patience = std::min(2 * state.up_patience, kLongestPatience);
+  } else if (state.trouble > kTrouble) {
+    state.down_patience = std::min(2 * state.down_patience, kLongestPatience);
+  } else {
+    state.idle_patience = std::min(2 * state.idle_patience, kLongestIdle);
+  }
+  state.trial = -1;
+  state.passes = 0;
+  state.trouble = fewer ? 0.0 : state.trouble;
+}
+
+ThreadCount& ThreadCount::Shared() {
+  static ThreadCount shared;
+  return shared;
+}
+
+int64_t LostCores() {
+#if defined(__linux__)
+  rusage usage{};
+  if (getrusage(RUSAGE_THREAD, &usage) == 0) return usage.ru_nivcsw;
+#endif
+  return 0;
+}
+
+}  // namespace layerskip

@@ -1,0 +1,1 @@
+"""The ``layerskip`` command: a file for each group of commands, their options, and what they show."""

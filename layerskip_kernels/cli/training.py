@@ -1,0 +1,92 @@
+"""The commands of ``layerskip`` that train."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, get_args
+
+from layerskip_kernels.cli.interrupts import raise_on_interrupt
+from layerskip_kernels.cli.options import (
+    add_command,
+    add_exit_option,
+    add_generation_options,
+    add_json_options,
+    add_model_options,
+    add_threads_option,
+    generation_config,
+    load,
+    positive,
+    report,
+)
+from layerskip_kernels.config import GenerationConfig, Strategy
+
+__all__ = ["add_commands"]
+
+
+def add_commands(commands: Any) -> None:
+    """Add the commands to the subparsers of `cli`."""
+    train = add_command(commands, "train", _train, "train a model for early exit, or go on with a training")
+    train.add_argument("config", metavar="CONFIG.yaml", help="what to train on what (see docs/training.md)")
+    train.add_argument("--export", metavar="DIR", help="train nothing: write the newest checkpoint's model to DIR")
+    add_threads_option(train)
+    parse = add_command(commands, "parse-data", _parse_data, "write the data of the semantic-parsing task")
+    parse.add_argument("folder", metavar="FOLDER", help="where train.jsonl, validation.jsonl and test.jsonl go")
+    for split, size in (("train", 64_000), ("validation", 1_000), ("test", 2_000)):
+        parse.add_argument(f"--{split}", type=positive, default=size, metavar="N", help=f"utterances ({size})")
+    parse.add_argument("--seed", type=int, default=0, metavar="S", help="of the drawings (0)")
+
+    score = add_command(commands, "parse-eval", _parse_eval, "count a model's exact parses, and its accepted drafts")
+    score.add_argument("data", metavar="TEST.jsonl", help="what parse-data wrote")
+    score.add_argument("--limit", type=positive, metavar="N", help="only the first N utterances")
+    score.add_argument("--strategy", choices=get_args(Strategy), default=GenerationConfig().strategy)
+    add_exit_option(score)
+    add_model_options(score)
+    add_generation_options(score)
+    add_json_options(score)
+
+
+def _parse_data(args: argparse.Namespace) -> int:
+    from layerskip_kernels.recipes.parse_task import SPLITS, write_parse_data
+
+    write_parse_data(Path(args.folder), {split: getattr(args, split) for split in SPLITS}, args.seed)
+    print(f"written to {args.folder}")
+    return 0
+
+
+def _parse_eval(args: argparse.Namespace) -> int:
+    from layerskip_kernels.recipes.parse_eval import evaluate_parses, read_examples
+
+    examples = read_examples(Path(args.data), args.limit)
+    scores = evaluate_parses(load(args), examples, generation_config(args))
+    report(args, asdict(scores), str(scores))
+    return 0
+
+
+def _train(args: argparse.Namespace) -> int:
+    packages = {"yaml": "pyyaml", **{name: name for name in ("transformers", "accelerate", "datasets", "peft")}}
+    missing = [package for name, package in packages.items() if not importlib.util.find_spec(name)]
+    if missing:
+        raise ValueError(f"training needs more packages; run: pip install {' '.join(missing)}")
+    import torch
+
+    from layerskip_kernels.machine import keep_freed_memory, usable_cores
+    from layerskip_kernels.training.config import read_config
+    from layerskip_kernels.training.run import export_checkpoint, train
+
+    raise_on_interrupt()
+    keep_freed_memory()
+    torch.set_num_threads(args.threads or usable_cores())
+    config = read_config(Path(args.config))
+    if args.export:
+        checkpoint = export_checkpoint(config, Path(args.export))
+        print(f"{checkpoint} written to {args.export}")
+        return 0
+    folder = train(config)
+    if folder is None:
+        print(f"saved; go on with: layerskip train {args.config}")
+        return 143
+    print(f"trained; try: layerskip generate --model {folder} --prompt ...")
+    return 0

@@ -1,0 +1,339 @@
+"""How tokens are chosen from logits, and where a text ends: samplers, log-probabilities, stop strings.
+
+A sampler is a function of logits and of the tokens before them, nothing else: no step, batch or draft leaves a
+trace in it. That is why speculation in the mode "exact" gives the text of plain sampling bit for bit.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from layerskip_kernels.config import GenerationConfig
+from layerskip_kernels.decoding.types import Draft
+from layerskip_kernels.model.model import Model
+from layerskip_kernels.operands import DraftSampling
+from layerskip_kernels.ops import Backend
+from layerskip_kernels.ops.reference import MASS_ONE
+
+__all__ = ["Sampler", "StopStrings", "TokenLogprobs", "choose_tokens", "judge_drafts", "make_sampler", "top_logprobs"]
+
+
+@dataclass(frozen=True, eq=False)
+class Sampler:
+    """How one sequence's tokens are chosen (GenerationConfig says what each setting does); make_sampler makes it.
+
+    ``seed`` and ``sample`` (which of the texts of a prompt) select the noise; ``prompt_length`` tells the prompt
+    from what was generated; ``end_ids`` are the tokens that may not come before min_new_tokens.
+    """
+
+    config: GenerationConfig
+    seed: int
+    sample: int
+    prompt_length: int
+    end_ids: Tensor
+    bias_ids: Tensor
+    biases: Tensor
+
+    @property
+    def draws(self) -> bool:
+        """Whether there is noise; without, it takes the greatest of the processed logits."""
+        return self.config.temperature > 0
+
+    @property
+    def rejects(self) -> bool:
+        """Whether drafts are judged by the classical rejection rule."""
+        return self.draws and self.config.acceptance == "rejection"
+
+    def processes(self, tokens: Sequence[int]) -> bool:
+        """Whether ``process`` may change the logits of what follows ``tokens``, or of anything after it."""
+        c = self.config
+        penalises = c.repetition_penalty != 1 or bool(c.frequency_penalty or c.presence_penalty)
+        return bool(c.logit_bias) or penalises or len(tokens) - self.prompt_length < c.min_new_tokens
+
+    def process(self, logits: Tensor, tokens: Sequence[int]) -> Tensor:
+        """Bias, penalties and the ban on ending early: logits fp32 [V] after ``tokens`` -> fp32 [V], a copy."""
+        c, scores = self.config, logits.clone()
+        scores[self.bias_ids] += self.biases
+        if c.repetition_penalty != 1:
+            seen = torch.tensor(sorted(set(tokens)))
+            met = scores[seen]
+            scores[seen] = torch.where(met < 0, met * c.repetition_penalty, met / c.repetition_penalty)
+        if c.frequency_penalty or c.presence_penalty:
+            counts = Counter(tokens[self.prompt_length :])
+            generated = torch.tensor(list(counts), dtype=torch.int64)
+            times = torch.tensor(list(counts.values()), dtype=torch.float32)
+            scores[generated] = (scores[generated] - c.frequency_penalty * times) - c.presence_penalty
+        if len(tokens) - self.prompt_length < c.min_new_tokens:
+            scores[self.end_ids] = -torch.inf
+        return scores
+
+
+def make_sampler(model: Model, config: GenerationConfig, prompt_length: int, sample: int = 0) -> Sampler | None:
+    """The sampler of a sequence, or None where the config asks for the model's greatest logit and nothing else.
+
+    ``sample``: which of the prompt's texts this is. A config without a seed gets a new one: resolve_seed gives
+    several sequences the same. Raises ValueError for a token id outside the model's vocabulary.
+    """
+    _check_stop_strings(model, config)
+    vocab_size = model.config.vocab_size
+    for token_id in [*config.logit_bias, *config.stop_token_ids, *(config.eos_token_ids or ())]:
+        if token_id >= vocab_size:
+            raise ValueError(
+                f"logit_bias, stop_token_ids and eos_token_ids must name tokens in 0..{vocab_size - 1}, got {token_id}"
+            )
+    plain = not (config.logit_bias or config.presence_penalty or config.frequency_penalty or config.min_new_tokens)
+    if plain and config.temperature == 0 and config.repetition_penalty == 1:
+        return None
+    seed = resolve_seed(config).seed
+    assert seed is not None
+    return Sampler(
+        config,
+        seed,
+        sample,
+        prompt_length,
+        torch.tensor(sorted(end_token_ids(model, config)), dtype=torch.int64),
+        torch.tensor(list(config.logit_bias), dtype=torch.int64),
+        torch.tensor(list(config.logit_bias.values()), dtype=torch.float32),
+    )
+
+
+def resolve_seed(config: GenerationConfig) -> GenerationConfig:
+    """The config with a seed: its own, or a new one."""
+    return config if config.seed is not None else replace(config, seed=secrets.randbits(63))
+
+
+def end_token_ids(model: Model, config: GenerationConfig) -> set[int]:
+    """The tokens that end a text: end-of-text tokens and stop tokens."""
+    eos = model.config.eos_token_ids if config.eos_token_ids is None else config.eos_token_ids
+    return {*eos, *stop_token_ids(model, config)}
+
+
+def stop_token_ids(model: Model, config: GenerationConfig) -> set[int]:
+    """The stop tokens: those of the config, and special tokens that are stop strings, since the text lacks them."""
+    special = {} if model.tokenizer is None or not config.stop else model.tokenizer.special_tokens
+    return {*config.stop_token_ids, *(special[text] for text in config.stop_strings if text in special)}
+
+
+def _check_stop_strings(model: Model, config: GenerationConfig) -> None:
+    """Refuse stop strings that could never be found in a text of this model."""
+    if not config.stop:
+        return
+    if model.tokenizer is None:
+        raise ValueError("this model came without a tokenizer, so stop strings can't be found; use stop_token_ids")
+    if not config.skip_special_tokens:
+        return
+    for text in config.stop_strings:
+        for token in model.tokenizer.special_tokens:
+            if token in text and token != text:
+                raise ValueError(
+                    f"the stop string {text!r} contains the special token {token!r}, which texts don't show; give "
+                    f"{token!r} alone, or set skip_special_tokens=False"
+                )
+
+
+# ---- choosing ----
+
+
+def choose_tokens(
+    ops: Backend, logits: Tensor, samplers: Sequence[Sampler], histories: Sequence[Sequence[int]]
+) -> tuple[Tensor, Tensor]:
+    """Draw a token of each row of logits fp32 [T, V], whose tokens before it are ``histories[row]``.
+
+    Returns tokens int64 [T] and the scores fp32 [T, V] that they were drawn from: processed, divided by the
+    temperature, filtered. Raises RuntimeError where nothing can be chosen (NaN, or every token excluded).
+    """
+    configs = [sampler.config for sampler in samplers]
+    processed = [s.process(row, history) for row, s, history in zip(logits, samplers, histories, strict=True)]
+    scores = ops.filter_logits(
+        torch.stack(processed),
+        torch.tensor([c.temperature for c in configs], dtype=torch.float32),
+        torch.tensor([c.top_k for c in configs]),
+        torch.tensor([c.top_p for c in configs], dtype=torch.float64),
+        torch.tensor([c.min_p for c in configs], dtype=torch.float32),
+    )
+    noisy = torch.tensor([sampler.draws for sampler in samplers])
+    return ops.gumbel_argmax(scores, *_places(samplers, histories), noisy), scores
+
+
+def draft_sampling(samplers: Sequence[Sampler | None]) -> DraftSampling | None:
+    """How drafts are drawn by samplers that process nothing; None where all of them take the greatest logit."""
+    if not any(sampler is not None and sampler.draws for sampler in samplers):
+        return None
+    settings = [
+        (0.0, 0, 1.0, 0.0, 0, 0) if s is None or not s.draws
+        else (s.config.temperature, s.config.top_k, s.config.top_p, s.config.min_p, s.seed, s.sample)
+        for s in samplers
+    ]  # fmt: skip
+    dtypes = torch.float32, torch.int64, torch.float64, torch.float32, torch.int64, torch.int64
+    columns = zip(*settings, strict=True)
+    return DraftSampling(*(torch.tensor(column, dtype=dtype) for column, dtype in zip(columns, dtypes, strict=True)))
+
+
+def _places(samplers: Sequence[Sampler], histories: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor, Tensor]:
+    """What selects each row's noise: the position of the token to be chosen, the seed and the sample."""
+    positions = torch.tensor([len(history) for history in histories])
+    return positions, torch.tensor([s.seed for s in samplers]), torch.tensor([s.sample for s in samplers])
+
+
+def judge_drafts(
+    ops: Backend,
+    draft: Draft,
+    logits: Tensor,
+    samplers: Sequence[Sampler | None],
+    num_accepted: Tensor,
+    next_tokens: Tensor,
+) -> None:
+    """What the samplers make of drafts and of the full model's logits [sum(num_tokens + 1), V].
+
+    Overwrites num_accepted and next_tokens int64 [B] of the sequences that have a sampler.
+    """
+    if not any(samplers):
+        return
+    judged = [
+        _Judged(b, sampler, draft.of(b), sequence.tokens, draft.logit_rows[b])
+        for b, (sequence, sampler) in enumerate(zip(draft.sequences, samplers, strict=True))
+        if sampler is not None and not draft.num_waiting[b]
+    ]
+    if not judged:
+        return
+    rows = [row for j in judged for row in range(j.first_row, j.first_row + len(j.drafts) + 1)]
+    row_samplers = [j.sampler for j in judged for _ in range(len(j.drafts) + 1)]
+    histories = [[*j.tokens, *j.drafts[:i]] for j in judged for i in range(len(j.drafts) + 1)]
+    chosen, scores = choose_tokens(ops, logits[rows], row_samplers, histories)
+    start = 0
+    for j in judged:
+        targets, theirs = chosen[start : start + len(j.drafts) + 1], slice(start, start + len(j.drafts))
+        start += len(j.drafts) + 1
+        drafts = torch.tensor(j.drafts, dtype=torch.int64)
+        if j.sampler.rejects and j.drafts:
+            draft_scores = draft.scores_of(j.b, logits.size(1))
+            places = _places(row_samplers[theirs], histories[theirs])
+            targets[:-1] = ops.rejection_sample(draft_scores, scores[theirs], drafts, *places)
+        agreed = int((targets[:-1] == drafts).long().cumprod(0).sum())
+        num_accepted[j.b], next_tokens[j.b] = agreed, targets[agreed]
+
+
+class _Judged(NamedTuple):
+    """A sequence with a sampler: its index in the batch, its drafts, the tokens before, its first row of logits."""
+
+    b: int
+    sampler: Sampler
+    drafts: list[int]
+    tokens: list[int]
+    first_row: int
+
+
+# ---- log-probabilities ----
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """A token's natural log-probability by the model's own logits, and the likeliest tokens with theirs."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+def top_logprobs(ops: Backend, logits: Tensor, tokens: Sequence[int], count: int) -> list[TokenLogprobs]:
+    """Of each row of logits fp32 [T, V] the log-probability of its token and of the ``count`` likeliest.
+
+    Equal ones are in order of their ids. The sum over the vocabulary is exact in integers, so a row's result
+    does not depend on its neighbours or on threads.
+    """
+    logits = logits.cpu()
+    x = logits - logits.amax(dim=1, keepdim=True)
+    totals = (ops.exp(x) * MASS_ONE).to(torch.int64).sum(dim=1)
+    logprobs = x - ops.log((totals.double() / MASS_ONE).float())[:, None]
+    return [
+        TokenLogprobs(token, float(row[token]), _greatest(row, min(count, len(row))))
+        for row, token in zip(logprobs, tokens, strict=True)
+    ]
+
+
+def _greatest(row: Tensor, count: int) -> tuple[tuple[int, float], ...]:
+    if count == 0:
+        return ()
+    ids = (row >= row.topk(count).values[-1]).nonzero()[:, 0]  # topk promises no order of equal values
+    best = ids[row[ids].argsort(descending=True, stable=True)[:count]]
+    return tuple(zip(best.tolist(), row[best].tolist(), strict=True))
+
+
+# ---- stop strings ----
+
+
+class StopStrings:
+    """Watches a growing text for strings that end it, wherever the borders of tokens lie.
+
+    ``push`` text as it comes and show what it returns: text that may be the start of a stop string is held back.
+    Once ``found`` names one, the text is over and ends before it; ``finish`` returns what was held back when it
+    ended otherwise. Of strings that end at the same character, the longest counts. Time is linear in the text
+    (Knuth, Morris and Pratt 1977).
+    """
+
+    def __init__(self, strings: Iterable[str]) -> None:
+        self._patterns = [_Pattern(string) for string in strings]
+        self._held = ""
+        self.found: str | None = None
+
+    def push(self, text: str, may_end: bool = True) -> str:
+        """The text that is safe to show now. What comes after a stop string is dropped.
+
+        ``may_end``: False lets strings that end in this text pass.
+        """
+        if self.found is not None:
+            return ""
+        for n, character in enumerate(text, 1):
+            for pattern in self._patterns:
+                pattern.push(character)
+            ended = [pattern.string for pattern in self._patterns if pattern.complete]
+            if ended and may_end:
+                self.found = max(ended, key=len)
+                return self._release(text[:n], len(self.found))
+        return self._release(text, max((pattern.partial for pattern in self._patterns), default=0))
+
+    def finish(self) -> str:
+        """What was held back, if no stop string was found."""
+        return self._release("", 0) if self.found is None else ""
+
+    def _release(self, text: str, held: int) -> str:
+        whole = self._held + text
+        self._held = whole[len(whole) - held :]
+        return whole[: len(whole) - held]
+
+
+class _Pattern:
+    """How much of one string the end of the text matches."""
+
+    def __init__(self, string: str) -> None:
+        self.string = string
+        self.matched = 0
+        # borders[n]: the longest proper prefix of string[:n] that also ends it.
+        self._borders = [0, 0]
+        for character in string[1:]:
+            border = self._longest(self._borders[-1], character)
+            self._borders.append(border)
+
+    @property
+    def complete(self) -> bool:
+        return self.matched == len(self.string)
+
+    @property
+    def partial(self) -> int:
+        """Length of the longest unfinished match."""
+        return self._borders[self.matched] if self.complete else self.matched
+
+    def push(self, character: str) -> None:
+        self.matched = self._longest(self.partial, character)
+
+    def _longest(self, matched: int, character: str) -> int:
+        while matched and self.string[matched] != character:
+            matched = self._borders[matched]
+        return matched + (self.string[matched] == character)

@@ -1,0 +1,320 @@
+"""The stages of decoding, as plain functions: prefill, draft_step, verify_step. ``cache.commit`` is the fourth.
+
+Each is one call into the backend. A batch may be ragged in every way: lengths, draft lengths, accepted counts.
+When a step raises, the cache is as it was before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from layerskip_kernels.decoding.adapting import adapt_rows, raise_to_exit
+from layerskip_kernels.decoding.kv_cache import PagedKVCache
+from layerskip_kernels.decoding.sampling import Sampler, choose_tokens, draft_sampling, judge_drafts
+from layerskip_kernels.decoding.types import CachedSequence, Draft, Verdict
+from layerskip_kernels.model.model import Model
+from layerskip_kernels.operands import DraftRows, DraftStops, PendingRows
+
+__all__ = ["draft_step", "prefill", "verify_step"]
+
+PREFILL_ROWS = 256  # rows of a prompt that go through the layers at once: bounds the scratch memory
+
+Samplers = Sequence[Sampler | None]  # one for each sequence; None: its greatest logit
+
+
+def prefill(
+    model: Model, cache: PagedKVCache, sequences: Sequence[CachedSequence], samplers: Samplers | None = None
+) -> Verdict:
+    """Bring all known tokens of the sequences into the cache, and say what follows. To be committed.
+
+    Long prompts go through in runs of PREFILL_ROWS, all but the last committed here; when a later one raises, they
+    are taken back.
+    """
+    with rollback_on_error(cache, sequences):
+        while long := [s for s in sequences if len(s.tokens) - cache.length(s) > PREFILL_ROWS]:
+            waiting = [len(s.tokens) - cache.length(s) - PREFILL_ROWS for s in long]
+            cache.commit(verify_step(model, cache, Draft.joined(long, [], waiting)))
+        return verify_step(model, cache, Draft.none(sequences), samplers)
+
+
+def draft_step(
+    model: Model,
+    cache: PagedKVCache,
+    sequences: Sequence[CachedSequence],
+    exit_layer: int,
+    num_speculations: int | Sequence[int],
+    samplers: Samplers | None = None,
+    stops: DraftStops | None = None,
+) -> Draft:
+    """Draft tokens with the first ``exit_layer`` layers (LayerSkip, arXiv 2404.16710, section 4.3).
+
+    ``num_speculations``: how many, for all sequences or one number for each (0: that one does not draft).
+    ``samplers`` (None: greedy): how each sequence's tokens are drawn; verify_step needs the same. ``stops`` (None: no
+    such): where each sequence stops before its count; where a backend has no confidences, a sampler processes logits,
+    or drafts pass an exit adapter, nothing stops. The drafts' K and V of those layers (and of the exit adapter's) and
+    their hidden states at the exit stay in the cache for verify_step. Raises ValueError for an exit layer outside
+    1..L-1 or another than the exit adapter's, for a count below 1 (or 0 in a list), for a sequence not prefilled or
+    without positions left; CacheFull when pages run short.
+    """
+    cache.check_model(model)
+    model.check_exit(exit_layer)
+    counts = _draft_counts(num_speculations, len(sequences))
+    for sequence, count in zip(sequences, counts, strict=True):
+        if len(sequence.tokens) != cache.length(sequence) + 1:
+            raise ValueError(
+                f"sequence {sequence.id} has {len(sequence.tokens)} tokens and {cache.length(sequence)} of them in the "
+                "cache; call prefill and commit its verdict before drafting"
+            )
+        if len(sequence.tokens) + count > cache.max_positions:
+            raise ValueError(
+                f"sequence {sequence.id} has {len(sequence.tokens)} tokens; {count} drafts would pass the model's "
+                f"{cache.max_positions} positions; draft fewer"
+            )
+    drafting = [s for s, count in zip(sequences, counts, strict=True) if count]
+    with rollback_on_error(cache, drafting):
+        _append(cache, drafting, [count + 1 for count in counts if count])
+        draft = _draft(model, cache, sequences, exit_layer, counts, samplers or [None] * len(sequences), stops)
+        for sequence, count, drafted in zip(sequences, counts, draft.counts, strict=True):
+            if drafted < count:
+                cache.pool.truncate(sequence.id, cache.length(sequence) + drafted + 1)
+        # The last draft has a row already, but has passed no layer yet.
+        cache.pool.raise_rows([s.id for s in drafting], [cache.pool.length(s.id) - 1 for s in drafting], exit_layer)
+    return draft
+
+
+def verify_step(model: Model, cache: PagedKVCache, draft: Draft, samplers: Samplers | None = None) -> Verdict:
+    """Raise every pending row to the last layer in one batched pass, and judge the drafts. To be committed.
+
+    Drafted rows go on from their kept hidden states; only the last draft of each sequence still passes the early
+    layers. With ``Draft.none`` this is plain decoding, and a chunk of a prompt shares the pass over the weights.
+    ``samplers`` (None: greedy): how each sequence's tokens are drawn, as in draft_step.
+    """
+    cache.check_model(model)
+    sequences = draft.sequences
+    with rollback_on_error(cache, sequences):
+        append_rows(cache, draft)
+        rows = raise_to_exit(model, cache, pending_rows(model, cache, draft))
+        num_accepted, next_tokens, logits = model.ops.verify_pass(
+            model.weights, model.sizes, cache.tensors, rows, draft.num_tokens, draft.judged
+        )
+        # One copy, for which the host waits once. Logits are large: only samplers have them copied.
+        wanted = [num_accepted, next_tokens, draft.tokens, *([logits] if any(samplers or ()) else [])]
+        num_accepted, next_tokens, drafted, *copied = model.ops.to_host(cache.k, *wanted)
+        if drafted is not draft.tokens:
+            draft = replace(draft, tokens=drafted)
+        if copied:
+            [logits] = copied
+            judge_drafts(model.ops, draft, logits, samplers or (), num_accepted, next_tokens)
+        ids = [s.id for s in sequences]
+        cache.pool.raise_rows(ids, cache.pool.lengths(ids).tolist(), model.config.num_layers)
+    return Verdict(draft, num_accepted, next_tokens, logits)
+
+
+def _draft(
+    model: Model,
+    cache: PagedKVCache,
+    sequences: Sequence[CachedSequence],
+    exit_layer: int,
+    counts: Sequence[int],
+    samplers: Samplers,
+    stops: DraftStops | None,
+) -> Draft:
+    """All drafts in one call of the backend.
+
+    But samplers that process logits take calls for each token, and so does an exit adapter.
+    """
+    pairs = zip(sequences, samplers, strict=True)
+    processing = [sampler is not None and sampler.processes(sequence.tokens) for sequence, sampler in pairs]
+    if not model.ops.drafts_adapt:
+        processing, stops = [any(samplers)] * len(sequences), None
+    if model.exit_adapter is not None:
+        processing = [True] * len(sequences)
+    if not any(processing):
+        return _draft_in_one_call(model, cache, sequences, exit_layer, counts, samplers, stops)
+    parts = []
+    for one_by_one in (False, True):
+        group = [b for b, count in enumerate(counts) if count and processing[b] == one_by_one]
+        if group:
+            theirs = [sequences[b] for b in group], exit_layer, [counts[b] for b in group], [samplers[b] for b in group]
+            if one_by_one:
+                parts.append(_draft_one_by_one(model, cache, *theirs))
+            else:
+                rule = stops and stops.of(group, max(theirs[2]))
+                parts.append(_draft_in_one_call(model, cache, *theirs, rule))
+    return Draft.joined(sequences, parts)
+
+
+def _draft_in_one_call(
+    model: Model,
+    cache: PagedKVCache,
+    sequences: Sequence[CachedSequence],
+    exit_layer: int,
+    counts: Sequence[int],
+    samplers: Samplers,
+    stops: DraftStops | None,
+) -> Draft:
+    ids = [s.id for s in sequences]
+    tokens, positions, block_table = model.ops.to_device(
+        torch.tensor([s.tokens[-1] for s in sequences]),
+        torch.from_numpy(cache.pool.committed_lengths(ids)),
+        torch.from_numpy(cache.pool.block_table(ids)),
+    )
+    rows = DraftRows(tokens=tokens, positions=positions, num_drafts=torch.tensor(counts), block_table=block_table)
+    rejecting = [b for b, sampler in enumerate(samplers) if sampler is not None and sampler.rejects]
+    drafted = model.ops.draft_pass(
+        model.weights, model.sizes, cache.tensors, rows, model.draft_head, exit_layer, max(counts),
+        draft_sampling(samplers), stops, bool(rejecting),
+    )  # fmt: skip
+    scores = {b: drafted.scores[b, : int(drafted.counts[b])] for b in rejecting}
+    confidences = {}
+    if model.ops.drafts_adapt:
+        kept = zip(drafted.confidences.tolist(), drafted.counts.tolist(), strict=True)
+        confidences = {b: row[:count] for b, (row, count) in enumerate(kept)}
+    return Draft(tuple(sequences), drafted.tokens, drafted.counts, (0,) * len(sequences), scores, confidences)
+
+
+def _draft_one_by_one(
+    model: Model,
+    cache: PagedKVCache,
+    sequences: Sequence[CachedSequence],
+    exit_layer: int,
+    counts: Sequence[int],
+    samplers: Samplers,
+) -> Draft:
+    """One draft of each sequence at a time: for an exit adapter, and samplers that depend on the drafts before."""
+    tokens = torch.full((len(sequences), max(counts)), -1)
+    scores: dict[int, list[Tensor]] = {}
+    histories = [list(sequence.tokens) for sequence in sequences]
+    for i in range(max(counts)):
+        rows = [b for b, count in enumerate(counts) if count > i]
+        drawing = [(r, b, sampler) for r, b in enumerate(rows) if (sampler := samplers[b]) is not None]
+        tokens[rows, i], logits = _exit_logits(
+            model, cache, [sequences[b] for b in rows], [histories[b] for b in rows], exit_layer, bool(drawing)
+        )
+        if logits is not None:
+            logit_rows, drawn, their_samplers = map(list, zip(*drawing, strict=True))
+            tokens[drawn, i], drawn_from = choose_tokens(
+                model.ops, logits[logit_rows], their_samplers, [histories[b] for b in drawn]
+            )
+            for b, row in zip(drawn, drawn_from, strict=True):
+                scores.setdefault(b, []).append(row)
+        for b in rows:
+            histories[b].append(int(tokens[b, i]))
+    stacked = {b: torch.stack(rows) for b, rows in scores.items()}
+    return Draft(tuple(sequences), tokens, torch.tensor(counts), (0,) * len(sequences), stacked)
+
+
+def _exit_logits(
+    model: Model,
+    cache: PagedKVCache,
+    sequences: Sequence[CachedSequence],
+    histories: Sequence[Sequence[int]],
+    exit_layer: int,
+    wanted: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Each history's last row through the first layers: its best token [T] and, if ``wanted``, logits fp32 [T, V].
+
+    Tokens outside a draft vocabulary are -inf.
+    """
+    count = len(sequences)
+    rows = PendingRows(
+        tokens=torch.tensor([history[-1] for history in histories]),
+        positions=torch.tensor([len(history) - 1 for history in histories]),
+        depths=torch.zeros(count, dtype=torch.int32),
+        query_start_loc=torch.arange(count + 1, dtype=torch.int32),
+        block_table=torch.from_numpy(cache.pool.block_table([s.id for s in sequences])),
+    )
+    model.ops.run_layers(model.weights, model.sizes, cache.tensors, rows, exit_layer)
+    hidden = adapt_rows(model, cache, rows)
+    weights, sizes, head = model.weights, model.sizes, model.draft_head
+    norm = (weights if model.exit_adapter is None else model.exit_adapter.weights).final_norm
+    weight, size = (weights.lm_head, sizes.vocab_size) if head is None else (head.weight, len(head.ids))
+    found = model.ops.norm_head_argmax(hidden, norm, weight, size, *sizes.head)
+    tokens, *copied = model.ops.to_host(cache.k, *(found if wanted else found[:1]))
+    logits = copied[0] if copied else None
+    if head is None:
+        return tokens, logits
+    if logits is not None:
+        everywhere = torch.full((count, sizes.vocab_size), -torch.inf)
+        everywhere[:, head.ids] = logits
+        logits = everywhere
+    return head.ids[tokens], logits
+
+
+def _draft_counts(num_speculations: int | Sequence[int], num_sequences: int) -> list[int]:
+    if isinstance(num_speculations, int):
+        if num_speculations < 1:
+            raise ValueError(f"num_speculations must be at least 1, got {num_speculations}; Draft.none drafts nothing")
+        return [num_speculations] * num_sequences
+    counts = [int(count) for count in num_speculations]
+    if len(counts) != num_sequences or min(counts) < 0 or max(counts) < 1:
+        raise ValueError(
+            f"num_speculations must hold {num_sequences} counts of at least 0, one of them 1 or more, got {counts}"
+        )
+    return counts
+
+
+def _append(cache: PagedKVCache, sequences: Sequence[CachedSequence], counts: list[int]) -> None:
+    cache.pool.append([s.id for s in sequences], counts)
+
+
+def append_rows(cache: PagedKVCache, draft: Draft) -> None:
+    """Give a row to each known and drafted token that has none. Raises ValueError beyond the model's positions."""
+    added = zip(draft.sequences, draft.counts, draft.num_waiting, strict=True)
+    wanted = [len(sequence.tokens) + count - waiting for sequence, count, waiting in added]
+    for sequence, length in zip(draft.sequences, wanted, strict=True):
+        if length > cache.max_positions:
+            raise ValueError(
+                f"sequence {sequence.id} needs position {length - 1}; the model has {cache.max_positions} positions"
+            )
+    missing = [length - cache.pool.length(s.id) for s, length in zip(draft.sequences, wanted, strict=True)]
+    _append(cache, draft.sequences, missing)
+
+
+def pending_rows(model: Model, cache: PagedKVCache, draft: Draft) -> PendingRows:
+    """All pending rows of a draft's sequences."""
+    tokens: list[int] = []
+    positions: list[int] = []
+    drafted: list[tuple[int, int, int]] = []  # row, sequence, draft: on the device, perhaps, so not read here
+    for b, sequence in enumerate(draft.sequences):
+        start, stop = cache.length(sequence), cache.pool.length(sequence.id)
+        known = sequence.tokens[start:stop]
+        drafted += [(len(tokens) + len(known) + i, b, i) for i in range(stop - start - len(known))]
+        tokens += known + [0] * (stop - start - len(known))
+        positions += range(start, stop)
+    ids = [s.id for s in draft.sequences]
+    depths, query_start_loc = cache.pool.pending_depths(ids)
+    row_tokens, row_positions, places, drafts, block_table = model.ops.to_device(
+        torch.tensor(tokens),
+        torch.tensor(positions),
+        torch.tensor(drafted, dtype=torch.int64).view(-1, 3).T.contiguous(),
+        draft.tokens,
+        torch.from_numpy(cache.pool.block_table(ids)),
+    )
+    if drafted:
+        rows, of, nth = places
+        row_tokens = row_tokens.index_put((rows,), drafts[of, nth])
+    return PendingRows(
+        tokens=row_tokens,
+        positions=row_positions,
+        depths=torch.from_numpy(depths),
+        query_start_loc=torch.from_numpy(query_start_loc),
+        block_table=block_table,
+    )
+
+
+@contextmanager
+def rollback_on_error(cache: PagedKVCache, sequences: Sequence[CachedSequence]) -> Iterator[None]:
+    """Cut the sequences back to what was committed before, should anything raise."""
+    lengths = [cache.length(sequence) for sequence in sequences]
+    try:
+        yield
+    except BaseException:
+        for sequence, length in zip(sequences, lengths, strict=True):
+            cache.pool.truncate(sequence.id, length)
+        raise

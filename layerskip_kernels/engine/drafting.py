@@ -1,0 +1,134 @@
+"""How many tokens each request of a step drafts, and what the steps say about it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Literal
+from weakref import WeakKeyDictionary
+
+import torch
+
+from layerskip_kernels.decoding.types import Verdict
+from layerskip_kernels.engine.acceptance import Pool
+from layerskip_kernels.engine.costs import StepCosts
+from layerskip_kernels.engine.draft_lengths import DraftLengths
+from layerskip_kernels.engine.drafts import Drafts
+from layerskip_kernels.engine.request import Request
+from layerskip_kernels.engine.scheduler import Work
+from layerskip_kernels.model.model import Model
+from layerskip_kernels.operands import DraftHead, ModelWeights
+
+__all__ = ["DraftPlanner", "DraftPolicy"]
+
+DraftPolicy = Literal["measured", "fixed", "auto"]
+
+
+class Known:
+    """What one engine tells the next about a model. It changes how much is drafted, and never a token."""
+
+    def __init__(self) -> None:
+        self.pool = Pool()
+        self._costs: dict[int, StepCosts] = {}
+
+    def costs_of_threads(self) -> StepCosts:
+        """The costs with the present number of threads."""
+        return self._costs.setdefault(torch.get_num_threads(), StepCosts())
+
+
+_known: WeakKeyDictionary[ModelWeights | DraftHead, Known] = WeakKeyDictionary()
+
+
+def known_of(model: Model) -> Known:
+    """What is known of a model, which is what drafts with one head: it goes when the model goes."""
+    return _known.setdefault(model.draft_head or model.weights, Known())
+
+
+class DraftPlanner:
+    """Fixed numbers of drafts, or those that pay by the times and acceptance of earlier steps (see Engine).
+
+    Where none pay, it rests for some steps of the same requests: they draft nothing, and are not measured.
+    """
+
+    def __init__(self, model: Model, policy: DraftPolicy) -> None:
+        self._policy = policy
+        self._num_layers = model.config.num_layers
+        known = known_of(model)
+        self._lengths = DraftLengths(model, known.costs_of_threads(), known.pool)
+        self._resting: list[int] = []  # the requests that draft nothing for
+        self._rest = self._rested = 0  # so many steps to come, and gone by
+
+    def prompt_seconds(self, rows: int) -> float | None:
+        """How long so many rows of a prompt take; None before anything was measured."""
+        return self._lengths.prompt_seconds(rows)
+
+    def choose(self, plan: Sequence[Work]) -> list[Work]:
+        """The plan, with a number of drafts for each request that decodes."""
+        if self._rest and [work.request.id for work in plan] == self._resting and all(work.decodes for work in plan):
+            self._rest, self._rested = self._rest - 1, self._rested + 1
+            return list(plan)
+        self._lengths.rested(self._rested)
+        self._rest = self._rested = 0
+        decoding = [work for work in plan if work.decodes]
+        measured = [work for work in decoding if self._measures(work.request)]
+        chosen = {id(work): Drafts((*work.request.exits, 0)[0], work.request.max_drafts) for work in decoding}
+        if measured:
+            others = len(decoding) - len(measured)
+            rows, complete = _prompt_rows(plan)
+            requests = [work.request.draft_request for work in measured]
+            best = self._lengths.choose(requests, rows + others, complete + others)
+            if len(measured) == len(plan) and not any(drafts.count for drafts in best):
+                self._resting, self._rest = [work.request.id for work in plan], self._lengths.rest()
+            chosen |= {id(work): drafts for work, drafts in zip(measured, best, strict=True)}
+        return [replace(work, drafts=chosen.get(id(work), work.drafts)) for work in plan]
+
+    def record(self, plan: Sequence[Work], verdict: Verdict, draft_seconds: float, verify_seconds: float) -> None:
+        """Take note of what a step cost and gained, for each request and for the next choice."""
+        decoding = [b for b, work in enumerate(plan) if work.decodes]
+        for work in plan:
+            generation = work.request.generation
+            generation.cycles += not work.waiting and bool(generation.token_ids)
+            if not work.decodes:
+                generation.prefill_seconds += draft_seconds + verify_seconds
+        for b in decoding:
+            generation = plan[b].request.generation
+            generation.drafted += verdict.draft.counts[b]
+            generation.accepted += verdict.accepted[b]
+            generation.draft_seconds += draft_seconds
+            generation.verify_seconds += verify_seconds
+        if not self._rested:
+            self._learn(plan, decoding, verdict, draft_seconds, verify_seconds)
+
+    def _learn(
+        self,
+        plan: Sequence[Work],
+        decoding: Sequence[int],
+        verdict: Verdict,
+        draft_seconds: float,
+        verify_seconds: float,
+    ) -> None:
+        """Where nobody chooses drafts, only what prompts cost is asked for; an early exit says nothing about either."""
+        prompt = _prompt_rows(plan)
+        asked = prompt[0] > 0 or any(self._measures(plan[b].request) for b in decoding)
+        if asked and plan[0].request.depth == self._num_layers:
+            draft = verdict.draft
+            self._lengths.learn(
+                [plan[b].request.draft_request for b in decoding],
+                [(plan[b].drafts.exit_layer, draft.counts[b]) for b in decoding],
+                [verdict.accepted[b] for b in decoding],
+                prompt,
+                draft_seconds,
+                verify_seconds,
+                [draft.confidences.get(b) for b in decoding],
+            )
+
+    def _measures(self, request: Request) -> bool:
+        if self._policy == "auto":
+            return request.leaves_drafting_open
+        return self._policy == "measured" or request.config.asks_for_auto
+
+
+def _prompt_rows(plan: Sequence[Work]) -> tuple[int, int]:
+    """Rows of prompts, and how many of these prompts are complete with them: as StepRows counts them."""
+    prompts = [work for work in plan if not work.decodes]
+    return sum(work.rows for work in prompts), sum(not work.waiting for work in prompts)

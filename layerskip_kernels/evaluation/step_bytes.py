@@ -1,0 +1,46 @@
+"""What the steps read, in bytes, and what speed-up they allow, on paper."""
+
+from __future__ import annotations
+
+from layerskip_kernels.model.model import Model
+
+__all__ = ["ceiling", "draft_bytes", "head_bytes", "layer_bytes", "verify_bytes"]
+
+
+def layer_bytes(model: Model, layers: int = 1, positions: int = 0) -> int:
+    """What a pass through the first layers reads: their weights as they are packed, and K and V of ``positions``.
+
+    Once for all rows of the pass. Layers of a quantised model may differ in size.
+    """
+    c = model.config
+    kv = model.dtype.itemsize * 2 * positions * c.num_kv_heads * c.head_dim
+    return sum(layer.nbytes for layer in model.weights.layers[:layers]) + layers * kv
+
+
+def head_bytes(model: Model, drafting: bool = False) -> int:
+    """What the final norm and the LM head read; drafts may have a head of their own (Model.with_draft_vocab)."""
+    restricted = model.draft_head if drafting else None
+    head = model.weights.lm_head if restricted is None else restricted.weight
+    return model.weights.final_norm.nbytes + head.nbytes
+
+
+def draft_bytes(model: Model, exit_layer: int, num_drafts: int, length: int, num_sequences: int = 1) -> int:
+    """Weights and KV read by draft_step after ``length`` known tokens: a pass and a head for each draft."""
+    passes = sum(layer_bytes(model, exit_layer, num_sequences * (length + i)) for i in range(num_drafts))
+    return passes + num_drafts * head_bytes(model, drafting=True)
+
+
+def verify_bytes(model: Model, num_drafts: int, length: int) -> int:
+    """Weights and KV read by verify_step: every layer and the head once, whatever the exit layer was."""
+    return layer_bytes(model, model.config.num_layers, length + num_drafts) + head_bytes(model)
+
+
+def ceiling(num_layers: int, exit_layer: int, num_drafts: int, acceptance: float, head: float = 0.0) -> float:
+    """The speed-up over plain decoding if time were layers passed: S = L (1 + a d) / (d E + L).
+
+    ``acceptance`` a: accepted over drafted tokens; ``head``: what the LM head costs, in layers. It is paid with
+    every draft and once in a verification: S = (L + h) (1 + a d) / (d (E + h) + L + h). A batched verification
+    counts as one pass.
+    """
+    plain = num_layers + head
+    return plain * (1 + acceptance * num_drafts) / (num_drafts * (exit_layer + head) + plain)

@@ -1,0 +1,152 @@
+"""Exit adapters: a few layers, and a final norm, between an early exit and the LM head, which only drafts pass.
+
+The model stays bit for bit what it is: verification never sees the adapter. (In the family of Kangaroo, arXiv
+2404.18911, and the tuned lens, arXiv 2303.08112.) Each of the A layers is like one of the model's and has K and V of
+its own; with A = 0 the adapter is a final norm alone.
+
+A file ``exit_adapter.safetensors`` holds ``norm.weight`` [D] and ``layers.0.`` .. with the Hugging Face names of a
+layer's tensors, in 16 or 32 bits or quantised. Its metadata names the exit layer and the model it was made for, to
+which it is bound by a copy of that model's norms, ``model_norms``. (Training that hardly changes a norm is not
+noticed; a text is exact with any adapter.)
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from layerskip_kernels.config import ModelConfig
+from layerskip_kernels.errors import shown
+from layerskip_kernels.model.llama_tensors import check_names, layer_shapes
+from layerskip_kernels.model.safetensors_file import (
+    DTYPE_CODES,
+    TensorEntry,
+    read_header,
+    read_metadata,
+    read_tensor,
+    write_safetensors,
+)
+from layerskip_kernels.model.weight_files import TensorsOnDemand, check_entries
+from layerskip_kernels.operands import LayerWeights, ModelSizes, ModelWeights
+
+__all__ = [
+    "ADAPTER_FILE", "ExitAdapter", "adapter_shapes", "exit_sizes", "model_norms", "num_adapter_layers",
+    "read_exit_adapter", "write_exit_adapter",
+]  # fmt: skip
+
+ADAPTER_FILE = "exit_adapter.safetensors"
+MOST_LAYERS = 2
+LAYER_NAME = re.compile(r"layers\.(\d{1,3})\..+")
+NORMS_NAME = "model_norms"
+NORM_TOLERANCE = 2**-7  # one unit in the last place of bfloat16: float16 rounds first
+FORMAT = "1"
+
+
+@dataclass(frozen=True, eq=False)
+class ExitAdapter:
+    """An adapter after ``exit_layer`` layers, as run_layers takes it.
+
+    ``weights``: the model's embedding, heads and RoPE with the adapter's final norm and layers, of which there are
+    A + 1: a row that has passed the first of them is one at the exit, so that one is never run. ``sizes``: the same.
+    """
+
+    exit_layer: int
+    weights: ModelWeights
+    sizes: ModelSizes
+
+    @property
+    def num_layers(self) -> int:
+        """A."""
+        return max(0, len(self.weights.layers) - 1)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Those that are the adapter's own."""
+        return [self.weights.final_norm, *(t for layer in self.weights.layers[1:] for t in layer.tensors)]
+
+
+def exit_sizes(sizes: ModelSizes, exit_layer: int, num_layers: int) -> ModelSizes:
+    """The sizes of an adapter's layers: windows and RoPE as in the last layer before the exit."""
+    count, last = num_layers + 1, exit_layer - 1
+    return replace(sizes, windows=(sizes.windows[last],) * count, ropes=(sizes.ropes[last],) * count)
+
+
+def adapter_shapes(config: ModelConfig, num_layers: int) -> dict[str, tuple[int, ...]]:
+    """Name and shape of each tensor of an adapter of so many layers; projections are [out, in]."""
+    shapes: dict[str, tuple[int, ...]] = {"norm.weight": (config.hidden_size,)}
+    for layer in range(num_layers):
+        shapes |= {f"layers.{layer}.{name}": shape for name, shape in layer_shapes(config).items()}
+    return shapes
+
+
+def num_adapter_layers(names: Iterable[str]) -> int:
+    """How many layers the tensors of an adapter are of."""
+    return 1 + max((int(match[1]) for name in names if (match := LAYER_NAME.fullmatch(name))), default=-1)
+
+
+def model_norms(weights: ModelWeights) -> Tensor:
+    """What an adapter is bound to: all norms of a model one after the other, bfloat16 [n], on the CPU.
+
+    Norms are numbers in every file, and small, so it does not matter how the model is loaded.
+    """
+    names = [field.name for field in fields(LayerWeights) if "norm" in field.name]
+    norms = [getattr(layer, name) for layer in weights.layers for name in names]
+    return torch.cat([norm.cpu().bfloat16() for norm in (weights.final_norm, *norms) if norm is not None])
+
+
+def write_exit_adapter(
+    folder: Path, exit_layer: int, tensors: dict[str, Tensor], model_name: str, weights: ModelWeights
+) -> Path:
+    """Write ADAPTER_FILE into a folder and return where. ``tensors``: `adapter_shapes`; ``weights``: the model's."""
+    tensors = {NORMS_NAME: model_norms(weights), **tensors}
+    shapes = {name: (DTYPE_CODES[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items()}
+    metadata = {"format": FORMAT, "exit_layer": str(exit_layer), "model": model_name}
+    write_safetensors(folder / ADAPTER_FILE, shapes, tensors.items(), metadata)
+    return folder / ADAPTER_FILE
+
+
+def read_exit_adapter(
+    path: Path, config: ModelConfig, dtype: torch.dtype, model_name: str, weights: ModelWeights
+) -> tuple[int, dict[str, Tensor]]:
+    """The exit layer and the tensors of an adapter for a model: a file, or a folder with ADAPTER_FILE.
+
+    Numbers come in ``dtype``, quantised matrices as they are. Raises FileNotFoundError, or ValueError naming the file:
+    another model's adapter, no adapter at all, a missing, unknown, misshapen or damaged tensor.
+    """
+    path = path / ADAPTER_FILE if path.is_dir() else path
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is missing; an exit adapter is a file named {ADAPTER_FILE}, or its folder")
+    entries = read_header(path)
+    said = read_metadata(path)
+    if said.get("format") != FORMAT:
+        raise ValueError(f"{path} is not an exit adapter of format {FORMAT}: its metadata says {shown(said)}")
+    _check_model(path, entries.pop(NORMS_NAME, None), said.get("model"), model_name, weights)
+    exit_layer = said.get("exit_layer", "")
+    if not re.fullmatch(r"\d{1,4}", exit_layer) or not 1 <= int(exit_layer) < config.num_layers:
+        raise ValueError(f"{path}: exit_layer must be in 1..{config.num_layers - 1}, got {shown(exit_layer)}")
+    num_layers = num_adapter_layers(entries)
+    if num_layers > MOST_LAYERS:
+        raise ValueError(f"{path} has {num_layers} layers; an exit adapter has at most {MOST_LAYERS}")
+    shapes = adapter_shapes(config, num_layers)
+    check_names(path, set(entries), shapes)
+    check_entries(entries, shapes)
+    tensors = TensorsOnDemand(entries, shapes, dtype, keep_quantised=True)
+    return int(exit_layer), {name: tensors.pop(name) for name in shapes}
+
+
+def _check_model(
+    path: Path, entry: TensorEntry | None, made_for: str | None, model_name: str, weights: ModelWeights
+) -> None:
+    """Raise ValueError naming both models unless the norms that an adapter is bound to are this model's."""
+    expected = model_norms(weights)
+    found = None if entry is None or entry.shape != expected.shape or entry.dtype != "BF16" else read_tensor(entry)
+    if found is None or not torch.allclose(found.float(), expected.float(), rtol=NORM_TOLERANCE, atol=1e-6):
+        raise ValueError(
+            f"{path} is an exit adapter for {shown(made_for)}, not for {model_name!r}: their norms differ; use it with "
+            "the model it was trained on, or train one for this model"
+        )

@@ -1,0 +1,45 @@
+"""Opening the files of a model: regular files only, so that a pipe or a device in their place cannot block the load."""
+
+import os
+import stat
+from pathlib import Path
+from typing import BinaryIO
+
+__all__ = ["open_regular", "read_exactly"]
+
+KINDS = {
+    stat.S_IFDIR: "a directory",
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+
+
+def open_regular(path: Path, buffering: int = -1) -> BinaryIO:
+    """``path`` opened for reading bytes.
+
+    Raises FileNotFoundError when it is missing and ValueError, without waiting for a writer, when it is a directory, a
+    pipe, a socket or a device. Links are followed: the files of the hub's cache are links.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{path} is missing") from error
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+    kind = stat.S_IFMT(os.fstat(descriptor).st_mode)
+    if kind != stat.S_IFREG:
+        os.close(descriptor)
+        raise ValueError(f"{path} is {KINDS.get(kind, 'a special file')}; a regular file is expected there")
+    return os.fdopen(descriptor, "rb", buffering)
+
+
+def read_exactly(file: BinaryIO, buffer: memoryview, what: str) -> None:
+    """Fill ``buffer`` from a file; raises ValueError, naming ``what`` is read, where the file ends before."""
+    done = 0
+    while done < len(buffer):
+        count = file.readinto(buffer[done:])  # type: ignore[attr-defined]
+        if not count:
+            raise ValueError(f"{what} is truncated: {done} of {len(buffer)} bytes")
+        done += count

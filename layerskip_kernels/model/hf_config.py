@@ -1,0 +1,417 @@
+"""A Hugging Face ``config.json`` of one of the families (families.py) -> `ModelConfig`.
+
+Every field is either read, listed as harmless, or refused by name: a field that nobody reads may change the
+arithmetic, as Granite's multipliers do in a Llama, which has none.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from layerskip_kernels.config import LayerRope, ModelConfig, RopeScaling
+from layerskip_kernels.errors import UnsupportedModel
+from layerskip_kernels.model.families import FAMILIES, Family
+from layerskip_kernels.model.json_file import JsonObject
+
+__all__ = ["read_hf_config"]
+
+READ = {  # of every family
+    *("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings"),
+    *("bos_token_id", "eos_token_id", "hidden_act", "quantization_config"),
+    *("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor", "original_max_position_embeddings"),
+    *("layer_types", "auto_map", "dtype", "torch_dtype"),
+}
+# What Transformers and common tools write that changes no logits of a causal language model in evaluation.
+HARMLESS = {
+    # of every model
+    *("architectures", "transformers_version", "name_or_path", "task_specific_params", "problem_type", "id2label"),
+    *(
+        "label2id",
+        "num_labels",
+        "finetuning_task",
+        "tokenizer_class",
+        "use_cache",
+        "return_dict",
+        "output_hidden_states",
+    ),
+    *("output_attentions", "output_scores", "output_router_logits", "is_encoder_decoder", "is_decoder", "torchscript"),
+    *("tf_legacy_loss", "use_bfloat16", "chunk_size_feed_forward", "pruned_heads", "prefix", "attn_implementation"),
+    *("tie_encoder_decoder", "cross_attention_hidden_size", "add_cross_attention", "gradient_checkpointing"),
+    *("cache_implementation", "compile_config", "tie_last_hidden_states", "generation_config", "custom_pipelines"),
+    *("decoder_start_token_id", "sep_token_id", "bos_token", "eos_token", "pad_token", "unk_token"),
+    *("unk_token_id", "mask_token_id", "pad_token_id", "keys_to_ignore_at_inference", "model_max_length"),
+    # of training: dropout does nothing in evaluation
+    *("initializer_range", "attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop"),
+    *("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "pretraining_tp", "neftune_noise_alpha"),
+    *("max_sequence_length", "max_seq_len", "training_args", "seed", "use_flash_attention", "use_flash_attn"),
+    # of tools
+    *("unsloth_fixed", "unsloth_version", "transformers.js_config", "is_llama_config", "rope_interleaved"),
+    *("license", "model_name", "base_model", "adapters", "end_token_id", "has_no_defaults_at_init"),
+    # of generation, where config.json still holds it
+    *("assistant_confidence_threshold", "assistant_lookbehind", "bad_words_ids", "begin_suppress_tokens"),
+    *("diversity_penalty", "do_sample", "early_stopping", "encoder_no_repeat_ngram_size", "target_lookbehind"),
+    *("encoder_repetition_penalty", "epsilon_cutoff", "eta_cutoff", "exponential_decay_length_penalty"),
+    *("forced_bos_token_id", "forced_eos_token_id", "length_penalty", "max_length", "min_length", "max_new_tokens"),
+    *("no_repeat_ngram_size", "num_assistant_tokens", "num_assistant_tokens_schedule", "num_beam_groups"),
+    *("num_beams", "num_return_sequences", "remove_invalid_values", "repetition_penalty", "return_dict_in_generate"),
+    *("suppress_tokens", "temperature", "top_k", "top_p", "typical_p", "min_p", "stop_strings"),
+}
+# The values with which a field that is neither changes nothing; of multipliers, others than of switches.
+OFF: tuple[Any, ...] = (None, False, 0, "", [], {})
+MULTIPLIERS = ("embedding_multiplier", "residual_multiplier", "logits_scaling", "logit_scale", "scale_emb")
+OFF_OF: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(MULTIPLIERS, (None, 1)),
+    **dict.fromkeys(("full_attn_mod", "interpolate_factor"), (None, 1)),  # of Phi-4-mini
+    "attention_multiplier": (None,),
+}
+ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+LAYER_TYPES = ("full_attention", "sliding_attention")
+MAX_LISTED_LAYERS = 4096  # of which a list is made: a damaged file may ask for more than there is memory
+ROPE_FIELDS = {
+    *("rope_type", "type", "rope_theta", "factor", "low_freq_factor", "high_freq_factor", "partial_rotary_factor"),
+    *("original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"),
+    *("truncate", "finetuned"),
+}
+LONGROPE_FIELDS = {"short_factor", "long_factor", "short_mscale", "long_mscale"}
+ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope", "su")
+
+
+def _number(fields: JsonObject, name: str) -> float:
+    return fields.positive(name, default=1.0)
+
+
+def _cap(fields: JsonObject, name: str) -> float:
+    return 0.0 if fields.get(name) is None else fields.positive(name)
+
+
+# What a field of config.json sets, in the families that read it.
+SETTERS: dict[str, Callable[[JsonObject, str], dict[str, Any]]] = {
+    "attention_bias": lambda fields, name: dict.fromkeys(("qkv_bias", "out_bias"), fields.boolean(name, False)),
+    "mlp_bias": lambda fields, name: {"mlp_bias": fields.boolean(name, False)},
+    "embedding_multiplier": lambda fields, name: {"embedding_multiplier": _number(fields, name)},
+    "residual_multiplier": lambda fields, name: {"residual_multiplier": _number(fields, name)},
+    "attention_multiplier": lambda fields, name: {"attention_scale": _number(fields, name)},
+    "logits_scaling": lambda fields, name: {"logits_multiplier": 1.0 / _number(fields, name)},
+    "query_pre_attn_scalar": lambda fields, name: {"attention_scale": fields.positive(name) ** -0.5},
+    "attn_logit_softcapping": lambda fields, name: {"score_cap": _cap(fields, name)},
+    "final_logit_softcapping": lambda fields, name: {"logits_cap": _cap(fields, name)},
+}
+
+
+def read_hf_config(config: Mapping[str, Any], where: str = "config.json") -> ModelConfig:
+    """Read the contents of a Hugging Face ``config.json`` of one of the `FAMILIES`.
+
+    A field that Transformers lets a file omit gets the value that Transformers gives it. Raises ValueError naming
+    ``where`` and the field for one that is missing or of the wrong type or range, and UnsupportedModel naming them for
+    one that asks for another model.
+    """
+    if not isinstance(config, Mapping):
+        raise TypeError(f"config must be the dict of a config.json, got {type(config).__name__}")
+    fields = JsonObject(where, dict(config))
+    family = _family(fields)
+    _refuse_others(fields, family)
+    _refuse_unknown(fields, family)
+    given, fields = fields, family.with_defaults(fields)
+    hidden_size, num_heads = fields.integer("hidden_size", 1), fields.integer("num_attention_heads", 1)
+    num_kv_heads = fields.integer("num_key_value_heads", 1, default=num_heads)
+    if num_heads % num_kv_heads:
+        raise UnsupportedModel("num_key_value_heads", num_kv_heads, f"a divisor of {num_heads} heads", where)
+    head_dim = _read_head_dim(fields, hidden_size, num_heads)
+    vocab_size = fields.integer("vocab_size", 1)
+    plain = ModelConfig(
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        intermediate_size=fields.integer("intermediate_size", 1),
+        num_layers=fields.integer("num_hidden_layers", 1),
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        max_positions=fields.integer("max_position_embeddings", 1, default=2048),
+        rms_norm_eps=fields.positive("rms_norm_eps", default=1e-6),
+        rope_theta=10000.0,
+        tie_word_embeddings=fields.boolean("tie_word_embeddings", False),
+        bos_token_id=None if fields.get("bos_token_id") is None else fields.integer("bos_token_id", 0),
+        eos_token_ids=_read_eos(given, fields, vocab_size),
+    )
+    return _with_positions(_with_switches(plain, fields, family), fields, family)
+
+
+def _family(fields: JsonObject) -> Family:
+    name = fields.get("model_type")
+    if not isinstance(name, str) or name not in FAMILIES:
+        supported = ", ".join(map(repr, FAMILIES))
+        raise UnsupportedModel("model_type", fields.values.get("model_type"), supported, fields.where)
+    return FAMILIES[name]
+
+
+def _refuse_others(fields: JsonObject, family: Family) -> None:
+    def require(name: str, is_supported: bool, supported: str) -> None:
+        if not is_supported:
+            raise UnsupportedModel(name, fields.values.get(name), supported, fields.where)
+
+    quantised = fields.get("quantization_config")
+    require("quantization_config", not quantised, "no quantisation except inside a GGUF file")
+    code = fields.get("auto_map", {})
+    model_code = code.get("AutoModelForCausalLM", family.class_name) if isinstance(code, dict) else None
+    own = isinstance(model_code, str) and model_code.split(".")[-1] == family.class_name
+    require("auto_map", own, "no model code of its own")
+    if "layer_types" not in family.fields:
+        layers = fields.get("layer_types", [])
+        full = isinstance(layers, list) and all(layer == "full_attention" for layer in layers)
+        windowed = family.has_window is not None and layers != []
+        require("layer_types", full and not windowed, "'full_attention' in every layer")
+
+
+def _with_switches(config: ModelConfig, fields: JsonObject, family: Family) -> ModelConfig:
+    """With all that is the same in every layer."""
+    switches: dict[str, Any] = {"activation": _activation(fields, family)}
+    for name in family.fields:
+        if name in SETTERS:
+            switches |= SETTERS[name](fields, name)
+    if family.scaled_embedding:
+        switches["embedding_multiplier"] = config.hidden_size**0.5
+    return replace(config, **{**family.switches, **switches})
+
+
+def _activation(fields: JsonObject, family: Family) -> str:
+    name, known = family.activation_field, {**ACTIVATIONS, **family.activations}
+    default = family.switches.get("activation", "silu")
+    value = fields.get(name)
+    if value is not None and value not in known:
+        raise UnsupportedModel(name, value, ", ".join(map(repr, known)), fields.where)
+    return default if value is None else known[value]
+
+
+def _with_positions(config: ModelConfig, fields: JsonObject, family: Family) -> ModelConfig:
+    """With RoPE and windows, which may differ from layer to layer."""
+    layer_ropes: tuple[LayerRope, ...] = ()
+    if "no_rope_layers" in family.fields:
+        turned = _rope_layers(fields, config.num_layers)
+        layer_ropes = tuple("main" if turn else "none" for turn in turned)
+        fields = JsonObject(fields.where, {**fields.values, "no_rope_layers": turned})
+    slides = _sliding_layers(fields, family, config.num_layers)
+    if family.local_rope:
+        layer_ropes = tuple("local" if slide else "main" for slide in slides)
+    window = _window(fields, family)
+    windows = tuple(window if slide else 0 for slide in slides) if window and any(slides) else ()
+    main, local = _rope_objects(fields, family)
+    rotary_dim = _rotary_dim(fields, main, family, config.head_dim)
+    theta = main.positive("rope_theta", default=fields.positive("rope_theta", default=10000.0))
+    scaling = _read_rope_scaling(fields, main, theta, rotary_dim or config.head_dim)
+    max_positions = config.max_positions
+    if scaling.kind == "longrope":
+        max_positions = min(max_positions, scaling.original_max_positions)
+    return replace(
+        config,
+        rope_theta=theta,
+        rope_scaling=scaling,
+        local_rope_theta=local.positive("rope_theta", default=fields.positive("rope_local_base_freq", default=10000.0)),
+        layer_ropes=() if set(layer_ropes) == {"main"} else layer_ropes,
+        layer_windows=windows,
+        rotary_dim=rotary_dim,
+        max_positions=max_positions,
+    )
+
+
+def _refuse_unknown(fields: JsonObject, family: Family) -> None:
+    """Refuse by name what is neither read nor harmless, unless it is switched off."""
+    for name, value in fields.values.items():
+        known = name in READ or name in family.fields or name in HARMLESS or name.startswith("_")
+        if known or value in OFF_OF.get(name, OFF):
+            continue
+        supported = "a file without it (a field that this package does not know may change the model's arithmetic)"
+        raise UnsupportedModel(name[:100], value, supported, fields.where)
+
+
+def _read_head_dim(fields: JsonObject, hidden_size: int, num_heads: int) -> int:
+    if fields.get("head_dim") is None:
+        if hidden_size % num_heads:
+            supported = f"a multiple of num_attention_heads ({num_heads}), or give head_dim"
+            raise UnsupportedModel("hidden_size", hidden_size, supported, fields.where)
+        head_dim = hidden_size // num_heads
+    else:
+        head_dim = fields.integer("head_dim", 1)
+    if head_dim % 2:
+        raise UnsupportedModel("head_dim", head_dim, "an even number: RoPE rotates pairs", fields.where)
+    return head_dim
+
+
+def _read_eos(given: JsonObject, fields: JsonObject, vocab_size: int) -> tuple[int, ...]:
+    if "eos_token_id" in given.values:
+        return given.integers("eos_token_id", 0, vocab_size - 1)
+    default = fields.get("eos_token_id")
+    return () if default is None or default >= vocab_size else (default,)
+
+
+# ---- what differs from layer to layer ----
+
+
+def _listed_layers(fields: JsonObject, num_layers: int) -> range:
+    if num_layers > MAX_LISTED_LAYERS:
+        raise UnsupportedModel("num_hidden_layers", num_layers, f"1..{MAX_LISTED_LAYERS}", fields.where)
+    return range(num_layers)
+
+
+def _rope_layers(fields: JsonObject, num_layers: int) -> list[bool]:
+    """For each layer, whether it has RoPE: the 1s of ``no_rope_layers``, or all but each N-th layer."""
+    layers = _listed_layers(fields, num_layers)
+    marks = fields.get("no_rope_layers")
+    if marks is None:
+        interval = fields.integer("no_rope_layer_interval", 1, default=4)
+        return [(layer + 1) % interval != 0 for layer in layers]
+    if not isinstance(marks, list) or len(marks) < num_layers or any(mark not in (0, 1) for mark in marks):
+        fields.refuse("no_rope_layers", f"a list of {num_layers} numbers, 1 for RoPE and 0 for none")
+    return [bool(marks[layer]) for layer in layers]
+
+
+def _sliding_layers(fields: JsonObject, family: Family, num_layers: int) -> list[bool]:
+    """For each layer, whether it is one with a window; empty in a family without."""
+    if family.has_window is None:
+        return []
+    layers = _listed_layers(fields, num_layers)
+    types = fields.get("layer_types")
+    if types is None:
+        return [family.has_window(fields, layer) for layer in layers]
+    if not isinstance(types, list) or len(types) != num_layers or any(kind not in LAYER_TYPES for kind in types):
+        supported = f"a list of {num_layers} of {', '.join(map(repr, LAYER_TYPES))}"
+        raise UnsupportedModel("layer_types", types, supported, fields.where)
+    return [kind == "sliding_attention" for kind in types]
+
+
+def _window(fields: JsonObject, family: Family) -> int:
+    """How many positions a row of such a layer sees; 0: all."""
+    switched_off = "use_sliding_window" in family.fields and not fields.boolean("use_sliding_window", False)
+    if family.has_window is None or switched_off or fields.get("sliding_window") is None:
+        return 0
+    return fields.integer("sliding_window", 1)
+
+
+# ---- RoPE ----
+
+
+def _rope_objects(fields: JsonObject, family: Family) -> tuple[JsonObject, JsonObject]:
+    """The settings of RoPE, of most layers and of those with a window where theirs are others.
+
+    As in Transformers, ``rope_scaling`` counts alone where a file has ``rope_parameters``, too.
+    """
+    name = "rope_scaling" if fields.get("rope_scaling") else "rope_parameters"
+    rope = _rope_object(fields, name)
+    local = JsonObject(rope.where, {})
+    if family.local_rope and name == "rope_parameters":
+        rope, local = _rope_object(rope, "full_attention", rope.values), _rope_object(rope, "sliding_attention")
+        if local.get("rope_type", local.get("type", "default")) != "default":
+            raise UnsupportedModel("rope_type", local.values, "'default' in layers with a window", local.where)
+    for settings in (rope, local):
+        for field, value in settings.values.items():
+            known = ROPE_FIELDS | LONGROPE_FIELDS if _is_longrope(settings) else ROPE_FIELDS
+            if field not in known and value is not None:
+                raise UnsupportedModel(f"{name}[{field[:100]!r}]", value, "no such field", fields.where)
+    return rope, local
+
+
+def _rope_object(fields: JsonObject, name: str, siblings: Mapping[str, Any] | None = None) -> JsonObject:
+    if not isinstance(fields.get(name, {}), dict):
+        raise UnsupportedModel(name, fields.get(name), "an object with 'rope_type', or null", fields.where)
+    for other in siblings or ():
+        if other not in LAYER_TYPES:
+            raise UnsupportedModel(f"rope_parameters[{other[:100]!r}]", siblings, "one for each type", fields.where)
+    return fields.object(name)
+
+
+def _rotary_dim(fields: JsonObject, rope: JsonObject, family: Family, head_dim: int) -> int | None:
+    partial = rope.get("partial_rotary_factor", fields.get("partial_rotary_factor", 1.0))
+    if partial == 1:
+        return None
+    allowed = "partial_rotary_factor" in family.fields
+    if not allowed or type(partial) not in (int, float) or not 0 < partial < 1:
+        supported = "a number above 0 and up to 1" if allowed else "1.0"
+        raise UnsupportedModel("partial_rotary_factor", partial, supported, fields.where)
+    rotary_dim = int(head_dim * partial)
+    if rotary_dim < 2 or rotary_dim % 2:
+        supported = f"one that turns an even number of the {head_dim} of a head, not {rotary_dim}"
+        raise UnsupportedModel("partial_rotary_factor", partial, supported, fields.where)
+    return rotary_dim
+
+
+def _read_rope_scaling(fields: JsonObject, rope: JsonObject, theta: float, rotary_dim: int) -> RopeScaling:
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ROPE_TYPES:
+        name = f"{rope.where.removeprefix(f'{fields.where}: ')}['rope_type']"
+        raise UnsupportedModel(name, kind, ", ".join(map(repr, ROPE_TYPES)), fields.where)
+    if kind == "default":
+        return RopeScaling()
+    if _is_longrope(rope):
+        return _read_longrope(fields, rope, rotary_dim)
+    if kind == "yarn":
+        return _read_yarn(fields, rope, theta)
+    factor = rope.positive("factor")
+    if kind == "linear":
+        return RopeScaling("linear", factor)
+    if kind == "dynamic":
+        return RopeScaling("dynamic", factor)
+    low, high = rope.positive("low_freq_factor"), rope.positive("high_freq_factor")
+    if low >= high:
+        rope.refuse("high_freq_factor", f"above low_freq_factor ({low})")
+    return RopeScaling("llama3", factor, low, high, _original_max_positions(fields, rope))
+
+
+def _is_longrope(rope: JsonObject) -> bool:
+    """Under its name, or an older one of Phi-3's."""
+    kind = rope.get("rope_type", rope.get("type"))
+    return kind in ("longrope", "su") or (kind == "yarn" and rope.get("short_factor") is not None)
+
+
+def _read_longrope(fields: JsonObject, rope: JsonObject, rotary_dim: int) -> RopeScaling:
+    """Up to its original length, which is as far as this package goes with it."""
+    original = _original_max_positions(fields, rope)
+    factor = rope.positive("factor", fields.integer("max_position_embeddings", 1, default=2048) / original)
+    stretch = 1.0 if factor <= 1 or original < 2 else math.sqrt(1 + math.log(factor) / math.log(original))
+    short = rope.required("short_factor")
+    positive = isinstance(short, list) and all(type(value) in (int, float) and 0 < value < 1e30 for value in short)
+    if not positive or len(short) != rotary_dim // 2:
+        rope.refuse("short_factor", f"a list of {rotary_dim // 2} positive numbers")
+    return RopeScaling(
+        "longrope",
+        original_max_positions=original,
+        attention_factor=rope.positive("attention_factor", stretch),
+        short_factors=tuple(map(float, short)),
+    )
+
+
+def _read_yarn(fields: JsonObject, rope: JsonObject, theta: float) -> RopeScaling:
+    if theta <= 1:
+        raise UnsupportedModel("rope_theta", theta, "above 1 with yarn, which divides by its logarithm", fields.where)
+    original = _original_max_positions(fields, rope)
+    factor = rope.positive("factor", fields.integer("max_position_embeddings", 1, default=2048) / original)
+    return RopeScaling(
+        "yarn",
+        factor,
+        original_max_positions=original,
+        beta_fast=rope.positive("beta_fast", 32.0),
+        beta_slow=rope.positive("beta_slow", 1.0),
+        truncate=rope.boolean("truncate", True),
+        attention_factor=_yarn_attention_factor(rope, factor),
+    )
+
+
+def _yarn_attention_factor(rope: JsonObject, factor: float) -> float:
+    """What cosines and sines are multiplied by; the paper's 0.1 ln(factor) + 1 unless the file says otherwise."""
+
+    def magnitude(scale: float = 1.0) -> float:
+        return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0
+
+    if rope.get("attention_factor") is not None:
+        return rope.positive("attention_factor")
+    if rope.get("mscale") and rope.get("mscale_all_dim"):
+        return magnitude(rope.positive("mscale")) / magnitude(rope.positive("mscale_all_dim"))
+    return magnitude()
+
+
+def _original_max_positions(fields: JsonObject, rope: JsonObject) -> int:
+    """As in Transformers, the field beside the scaling goes before the one inside it."""
+    name = "original_max_position_embeddings"
+    own = fields.integer("max_position_embeddings", 1, default=2048)
+    inside = rope.integer(name, 1, default=own)
+    return fields.integer(name, 1, default=inside)

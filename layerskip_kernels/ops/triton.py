@@ -1,0 +1,226 @@
+"""The ``triton`` backend: triton_ops with the names and operands of ``Backend``, and tensors where they belong.
+
+Weights, pages and what the kernels pass on stay on the GPU (under TRITON_INTERPRET=1: on the CPU). Row counts, depths
+and draft counts are read on the host, so that a step is a fixed sequence of launches; ``to_host`` is the one wait of a
+cycle. Sampling's ops run on the CPU, from logits that were copied there: the same bits, for any backend.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from functools import wraps
+from time import perf_counter
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+import torch
+import triton
+from torch import Tensor
+
+import layerskip_kernels.triton_ops as triton_ops
+from layerskip_kernels.operands import (
+    CacheTensors,
+    Drafted,
+    DraftHead,
+    DraftRows,
+    DraftSampling,
+    DraftStops,
+    ModelSizes,
+    ModelWeights,
+    PendingRows,
+)
+from layerskip_kernels.ops.cpu import CpuOps
+from layerskip_kernels.triton_ops.graphs import PlannedSteps
+
+__all__ = ["TritonOps", "default_device"]
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def default_device() -> torch.device:
+    """Where tensors are put: the current GPU, or the CPU for Triton's interpreter. Raises RuntimeError for neither."""
+    if triton.knobs.runtime.interpret:
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise RuntimeError(
+            "backend 'triton' needs a GPU that torch can use (`layerskip doctor` says what it finds), or "
+            "TRITON_INTERPRET=1 in the environment, set before Python starts, to interpret the kernels on the CPU"
+        )
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+class Mark:
+    """A moment on a device: when it has done what was asked of it before."""
+
+    def __init__(self) -> None:
+        self._event = torch.cuda.Event(enable_timing=True)
+        self._event.record()
+
+    def __sub__(self, earlier: Mark) -> float:
+        """The seconds since ``earlier``. Waits for this moment."""
+        self._event.synchronize()
+        return earlier._event.elapsed_time(self._event) / 1e3
+
+
+def _on_device(op: Callable[P, T]) -> Callable[Concatenate[TritonOps, P], T]:
+    """An op as a method: Triton launches on the current device, wherever the tensors are."""
+
+    @wraps(op)
+    def run(self: TritonOps, *args: P.args, **kwargs: P.kwargs) -> T:
+        with self._current():
+            return op(*args, **kwargs)
+
+    return run
+
+
+class TritonOps:
+    """The ops on one device. Raises RuntimeError for an AMD GPU."""
+
+    drafts_adapt = False
+
+    def __init__(self, device: torch.device) -> None:
+        if device.type == "cuda" and torch.version.hip:
+            # The last program to finish a group of rows normalises what all of them wrote. The compiler waits for its
+            # own wave's stores only before it counts a program, so others' may still be on their way (gfx942).
+            raise RuntimeError(
+                "backend 'triton' does not run on AMD GPUs: its residual kernels could read what another program has "
+                "not stored yet; use backend='cpu'"
+            )
+        self.device = device
+        self._steps = PlannedSteps()
+        self._host = CpuOps()
+
+    def _current(self) -> AbstractContextManager[Any]:
+        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
+
+    # ---- memory and time ----
+
+    def empty(self, *shape: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty(*shape, dtype=dtype, device=self.device)
+
+    def placer(self) -> Callable[[Tensor], Tensor]:
+        return lambda tensor: tensor.to(self.device)
+
+    def to_device(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """The tensors on the device, those of the host by one copy that the host does not wait for."""
+        return triton_ops.to_device(self.device, *tensors)
+
+    def to_host(self, k_cache: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Copies on the CPU. Waits for the steps on this cache so far, and raises what they noted."""
+        error = triton_ops.error_of(k_cache)
+        *copies, noted = triton_ops.to_host(*tensors, error)
+        triton_ops.raise_noted(int(noted), error)
+        return tuple(copies)
+
+    def forget_errors(self, k_cache: Tensor) -> None:
+        """What the steps on this cache noted so far is not raised: they were given up."""
+        triton_ops.error_of(k_cache).zero_()
+
+    def synchronize(self) -> None:
+        """Wait until the device has done all that was asked of it."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def mark(self) -> Any:
+        """This moment on the device. The difference of two marks is the seconds between them."""
+        with self._current():
+            return Mark() if self.device.type == "cuda" else perf_counter()
+
+    # ---- on the device ----
+
+    silu = _on_device(triton_ops.silu)
+    gelu = _on_device(triton_ops.gelu)
+    tanh = _on_device(triton_ops.tanh)
+    select_rows = _on_device(triton_ops.select_rows)
+    embed_tokens = _on_device(triton_ops.embed_tokens)
+    linear = _on_device(triton_ops.linear)
+    rms_norm = _on_device(triton_ops.rms_norm)
+    norm_qkv_rope_append = _on_device(triton_ops.norm_qkv_rope_append)
+    paged_attention = _on_device(triton_ops.paged_attention)
+    out_residual = _on_device(triton_ops.out_residual)
+    norm_gate_up_silu = _on_device(triton_ops.norm_gate_up_silu)
+    down_residual = _on_device(triton_ops.down_residual)
+    norm_head_argmax = _on_device(triton_ops.norm_head_argmax)
+    accept_draft = _on_device(triton_ops.accept_draft)
+
+    def exp(self, x: Tensor) -> Tensor:
+        """As reference.exp, on the device of ``x``."""
+        if x.device != self.device:
+            return self._host.exp(x)
+        with self._current():
+            return triton_ops.exp(x)
+
+    def pack_weight(self, weight: Tensor) -> Tensor:
+        return triton_ops.pack_weight(weight.to(self.device))
+
+    def run_layers(
+        self, weights: ModelWeights, sizes: ModelSizes, cache: CacheTensors, rows: PendingRows, stop: int
+    ) -> None:
+        tokens, positions, block_table = self.to_device(rows.tokens, rows.positions, rows.block_table)
+        placed = replace(rows, tokens=tokens, positions=positions, block_table=block_table)
+        with self._current():
+            triton_ops.run_layers(weights, sizes, cache, placed, stop)
+
+    def draft_pass(
+        self,
+        weights: ModelWeights,
+        sizes: ModelSizes,
+        cache: CacheTensors,
+        rows: DraftRows,
+        head: DraftHead | None,
+        exit_layer: int,
+        max_drafts: int,
+        sampling: DraftSampling | None = None,
+        stops: DraftStops | None = None,
+        keep_scores: bool = False,
+    ) -> Drafted:
+        """As reference.draft_pass, but for what ``drafts_adapt`` says; the drafts stay on the device."""
+        if sampling is not None or stops is not None:
+            raise ValueError("backend 'triton' neither draws drafts nor stops them in draft_pass")
+        with self._current():
+            tokens = self._steps.draft_pass(weights, sizes, cache, rows, head, exit_layer, max_drafts)
+        sequences = len(rows.num_drafts)
+        nothing = torch.empty(sequences, 0), torch.empty(0, max_drafts, sizes.vocab_size)
+        return Drafted(tokens, rows.num_drafts, *nothing)
+
+    def verify_pass(
+        self,
+        weights: ModelWeights,
+        sizes: ModelSizes,
+        cache: CacheTensors,
+        rows: PendingRows,
+        num_drafts: Tensor,
+        judged: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As reference.verify_pass; the results stay on the device."""
+        with self._current():
+            return self._steps.verify_pass(weights, sizes, cache, rows, num_drafts, judged)
+
+    # ---- on the host ----
+
+    def log(self, x: Tensor) -> Tensor:
+        return self._host.log(x.cpu())
+
+    def inverse_sqrt(self, x: Tensor) -> Tensor:
+        return self._host.inverse_sqrt(x.cpu())
+
+    def philox(self, counters: Tensor, seed: int) -> Tensor:
+        return self._host.philox(counters.cpu(), seed)
+
+    def gumbel(self, words: Tensor) -> Tensor:
+        return self._host.gumbel(words.cpu())
+
+    def filter_logits(
+        self, scores: Tensor, temperatures: Tensor, top_ks: Tensor, top_ps: Tensor, min_ps: Tensor
+    ) -> Tensor:
+        return self._host.filter_logits(scores.cpu(), temperatures, top_ks, top_ps, min_ps)
+
+    def gumbel_argmax(self, scores: Tensor, positions: Tensor, seeds: Tensor, samples: Tensor, noisy: Tensor) -> Tensor:
+        return self._host.gumbel_argmax(scores.cpu(), positions, seeds, samples, noisy)
+
+    def rejection_sample(
+        self, draft_scores: Tensor, scores: Tensor, drafts: Tensor, positions: Tensor, seeds: Tensor, samples: Tensor
+    ) -> Tensor:
+        return self._host.rejection_sample(draft_scores.cpu(), scores.cpu(), drafts, positions, seeds, samples)

@@ -1,0 +1,1 @@
+"""What the shipped checkpoints were made with: the parse task, the code corpus, training configs, cards."""

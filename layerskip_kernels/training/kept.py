@@ -1,0 +1,105 @@
+"""What a training keeps in its output folder, and notes of what each was made from.
+
+A vocabulary or tokenised rows are used again only when every file, setting and version that they were made from is the
+same; checkpoints are continued only with the data and the model that they belong to.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+__all__ = ["Origin", "check_checkpoints", "keep", "origin", "write_atomically"]
+
+Origin = dict[str, Any]  # JSON: what something was made from
+ROWS = 1  # to be raised when rows are made in another way
+CHUNK = 1 << 20
+
+
+def origin(files: Iterable[Path], **settings: Any) -> Origin:
+    """The contents of some files, settings, and the versions that turn the ones into the other.
+
+    Raises OSError naming a file that cannot be read.
+    """
+    versions = {"tokenizers": version("tokenizers"), "rows": ROWS}
+    made_from = {"files": {str(path): _sha256(path) for path in files}, **settings, "versions": versions}
+    return json.loads(json.dumps(made_from))  # as it will be read again: keys are strings, tuples are lists
+
+
+def keep(path: Path, made_from: Origin, make: Callable[[Path], object]) -> None:
+    """Let ``make`` write ``path``, unless it is there already and was made from the same.
+
+    It is written under another name first, so that a process killed meanwhile leaves nothing half made.
+    """
+    note = _note(path)
+    if path.is_file():
+        known = _read(note)
+        if known == made_from:
+            return
+        if known is not None:
+            print(f"layerskip: {_differences(known, made_from)} changed; making {path} again", file=sys.stderr)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    note.unlink(missing_ok=True)
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    make(unfinished)
+    unfinished.replace(path)
+    write_atomically(note, json.dumps(made_from, indent=1) + "\n")
+
+
+def check_checkpoints(output: Path, checkpoint: Path | None, made_from: Origin) -> None:
+    """Note what the checkpoints of a folder are made from. Raises ValueError when those there belong to other data or
+    another model than ``made_from``."""
+    note = output / "checkpoints.made_from.json"
+    known = _read(note)
+    if checkpoint is not None and known is not None and known != made_from:
+        raise ValueError(
+            f"{checkpoint} belongs to a training with other data or another model ({_differences(known, made_from)} "
+            f"changed); delete {output}, or name another output_dir, to train anew"
+        )
+    if known != made_from:
+        write_atomically(note, json.dumps(made_from, indent=1) + "\n")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a small file so that nobody ever sees half of it."""
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}.unfinished")
+    unfinished.write_text(text, encoding="utf-8")
+    unfinished.replace(path)
+
+
+def _note(path: Path) -> Path:
+    return path.with_name(f"{path.name}.made_from.json")
+
+
+def _read(note: Path) -> Origin | None:
+    """What a note says; None when there is none, or none that can be read."""
+    try:
+        return json.loads(note.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _differences(known: Origin, made_from: Origin) -> str:
+    """The names of what differs: settings, and files by their last name."""
+    return ", ".join(dict.fromkeys(_changed(known, made_from))) or "something"
+
+
+def _changed(ours: Any, theirs: Any, name: str = "") -> list[str]:
+    if isinstance(ours, dict) and isinstance(theirs, dict):
+        keys = dict.fromkeys([*ours, *theirs])
+        return [part for key in keys for part in _changed(ours.get(key), theirs.get(key), Path(key).name)]
+    return [] if ours == theirs else [name]

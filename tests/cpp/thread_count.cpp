@@ -1,0 +1,88 @@
+// The rule by which passes get their number of threads, with passes whose cost is told: no clock, no other process.
+//
+//     thread_count.cpp ../../csrc/cpu/thread_count.cpp
+#include "../../csrc/cpu/thread_count.h"
+
+#include <cstdio>
+#include <functional>
+
+namespace layerskip {
+namespace {
+
+int num_failures = 0;
+
+void Expect(bool right, const char* what) {
+  if (right) return;
+  std::printf("%s\n", what);
+  ++num_failures;
+}
+
+struct Passes {
+  std::function<double(int threads)> seconds;
+  std::function<bool(int threads)> disturbed;
+};
+
+// A machine to ourselves; one where a second thread waits for its core, which the kernel counts or does not.
+double Fast(int threads) { return 1.0 / threads; }
+double HeldUp(int threads) { return threads > 1 ? 8.0 : 2.0; }
+const Passes kAlone{Fast, [](int) { return false; }};
+const Passes kCounted{HeldUp, [](int threads) { return threads > 1; }};
+const Passes kUncounted{HeldUp, [](int) { return false; }};
+
+// The share of so many passes that had `threads` threads.
+double Share(ThreadCount& count, const Passes& passes, int number, int threads, int most = 4) {
+  int those = 0;
+  for (int i = 0; i < number; ++i) {
+    const int given = count.Choose(PassKind::kVerifyFewRows, most);
+    those += given == threads;
+    count.Note(PassKind::kVerifyFewRows, given, 1000, passes.seconds(given), passes.disturbed(given));
+  }
+  return static_cast<double>(those) / number;
+}
+
+void AloneAllAreUsed() {
+  ThreadCount count;
+  Expect(Share(count, kAlone, 1000, 4) > 0.98, "alone: at least 98 % of 1,000 passes have all threads");
+  Expect(Share(count, kAlone, 20000, 4) > 0.998, "alone: at least 99.8 % of the later ones");
+}
+
+void OneSlowPassChangesNothing() {
+  ThreadCount count;
+  Share(count, kAlone, 100, 4);
+  int pass = 0;
+  const Passes rarely_slow{[&](int threads) { return ++pass % 50 ? Fast(threads) : 10.0; }, [](int) { return false; }};
+  Expect(Share(count, rarely_slow, 1000, 4) > 0.95, "one slow pass of 50: 95 % still have all threads");
+}
+
+void FewerWhereTheyAreHeldUp() {
+  for (const Passes* busy : {&kCounted, &kUncounted}) {
+    ThreadCount from_the_start;
+    Share(from_the_start, *busy, 100, 1);
+    Expect(Share(from_the_start, *busy, 1000, 1) > 0.95, "busy from the start: after 100 passes one thread");
+
+    ThreadCount later;
+    Share(later, kAlone, 10000, 4);
+    Share(later, *busy, 30, 1);
+    Expect(Share(later, *busy, 1000, 1) > 0.95, "busy after 10,000 passes alone: after 30 more one thread");
+    Share(later, kAlone, 600, 4);
+    Expect(Share(later, kAlone, 1000, 4) > 0.95, "alone again: after 600 passes all threads");
+  }
+}
+
+void AnotherNumberBeginsAnew() {
+  ThreadCount count;
+  Share(count, kUncounted, 200, 1);
+  Expect(count.Choose(PassKind::kVerifyFewRows, 2) == 2, "another number of threads: all of them at first");
+  Expect(count.Choose(PassKind::kDraft, 4) == 4, "another kind of pass: a number of its own");
+}
+
+}  // namespace
+}  // namespace layerskip
+
+int main() {
+  layerskip::AloneAllAreUsed();
+  layerskip::OneSlowPassChangesNothing();
+  layerskip::FewerWhereTheyAreHeldUp();
+  layerskip::AnotherNumberBeginsAnew();
+  return layerskip::num_failures;
+}

@@ -1,0 +1,217 @@
+"""Drafts through an exit adapter: what a model of those layers says, beside a model that is bit for bit what it was."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from layerskip_kernels import Draft, Engine, GenerationConfig, Model, PagedKVCache, draft_step, prefill, verify_step
+from layerskip_kernels.errors import SwapError
+from layerskip_kernels.model.quantise import quantise
+from layerskip_kernels.ops import cache_ops
+from support.exit_adapters import cut_model, own_checkpoint, random_adapter
+from support.generations import KEEP, all_free, alone, drafts_accepted, same_as_alone
+from support.models import GPU, SMALL, cache_for, random_tokens
+
+EXIT = 2
+BACKENDS = ["reference", "cpu", "triton"]
+
+
+def sizes_for(backend: str) -> dict[str, int]:
+    return SMALL if backend == "triton" and not GPU else {}
+
+
+def models(backend: str = "cpu", dtype=torch.bfloat16, num_layers: int = 1, exit_layer: int = EXIT):
+    """A model on the CPU, with an adapter on ``backend``, and the model on the CPU that drafts are to follow."""
+    changes = sizes_for(backend)
+    plain = Model.from_checkpoint(own_checkpoint(dtype, **changes))
+    adapter = random_adapter(plain, num_layers)
+    cut = cut_model(own_checkpoint(dtype, **changes), exit_layer, adapter)
+    own = plain if backend == "cpu" else Model.from_checkpoint(own_checkpoint(dtype, **changes), backend)
+    return plain, own.with_exit_adapter(exit_layer, adapter), cut
+
+
+def all_kv(cache: PagedKVCache, sequence) -> tuple[torch.Tensor, torch.Tensor]:
+    """A sequence's committed k and v, the adapter's layers included."""
+    pages = torch.tensor(cache.pool.pages(sequence.id), dtype=torch.int32, device=cache.all_k.device)
+    error = cache_ops.new_error(cache.all_k.device)
+    k, v = cache_ops.gather_kv(pages, cache.length(sequence), cache.all_k, cache.all_v, error)
+    cache_ops.check_error(error)
+    return k.cpu(), v.cpu()
+
+
+def greedy(model: Model, tokens: list[int], count: int) -> list[int]:
+    cache = cache_for(model, len(tokens) + count)
+    sequence = cache.add_sequence(tokens)
+    for _ in range(count):
+        cache.commit(prefill(model, cache, [sequence]))
+    return sequence.tokens[len(tokens) :]
+
+
+def prefilled_kv(model: Model, tokens: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    cache = cache_for(model, len(tokens))
+    sequence = cache.add_sequence(tokens)
+    cache.commit(prefill(model, cache, [sequence]))
+    return all_kv(cache, sequence)
+
+
+def assert_cache_is_whole(cache: PagedKVCache, sequence, plain: Model, cut: Model, exit_layer: int = EXIT) -> None:
+    """The model's own K and V are those without an adapter; the adapter's are those of the model that it makes."""
+    k, v = all_kv(cache, sequence)
+    known = sequence.tokens[: cache.length(sequence)]
+    own, adapted = prefilled_kv(plain, known), prefilled_kv(cut, known)
+    layers = plain.config.num_layers
+    for got, expected, added in zip((k, v), own, adapted, strict=True):
+        assert torch.equal(got[:layers], expected)
+        assert torch.equal(got[layers:], added[exit_layer:])
+
+
+@pytest.mark.parametrize(
+    ("backend", "num_layers"), [(b, n) for b in BACKENDS for n in (0, 1, 2) if b != "triton" or n == 1]
+)
+def test_drafts_are_the_cut_models_text_and_verdicts_the_whole_models(backend, num_layers):
+    plain, adapted, cut = models(backend, num_layers=num_layers)
+    cache, accepted = cache_for(adapted, 60, page_size=7), 0
+    sequence = cache.add_sequence(random_tokens(9))
+    expected = alone(plain, list(sequence.tokens), GenerationConfig(max_new_tokens=10, **KEEP))
+    cache.commit(prefill(adapted, cache, [sequence]))
+    logits = []
+    for _ in range(3):
+        draft = draft_step(adapted, cache, [sequence], EXIT, 2)
+        assert draft.of(0) == greedy(cut, sequence.tokens, 2)
+        verdict = verify_step(adapted, cache, draft)
+        logits.append(verdict.new_logits(0))
+        accepted += int(verdict.num_accepted[0])
+        cache.commit(verdict)
+    new = sequence.tokens[9:]
+    assert new == expected[0][: len(new)]
+    assert torch.equal(torch.cat(logits).cpu(), expected[1][1 : len(new)].cpu())
+    assert accepted > 0
+    assert_cache_is_whole(cache, sequence, plain, cut)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_ragged_batch(backend):
+    """One sequence with many drafts, one without any, and a chunk of a prompt, in one verification."""
+    plain, adapted, cut = models(backend, torch.float32)
+    cache = cache_for(adapted, 90, page_size=4)
+    first, second, third = (cache.add_sequence(random_tokens(n, seed=n)) for n in (3, 12, 10))
+    cache.commit(prefill(adapted, cache, [first, second]))
+    for waiting in (6, 0):
+        drafted = draft_step(adapted, cache, [first, second], EXIT, [3, 0])
+        assert drafted.of(0) == greedy(cut, first.tokens, 3)
+        cache.commit(verify_step(adapted, cache, Draft.joined([third, first, second], [drafted], [waiting, 0, 0])))
+    for sequence, length in ((first, 3), (second, 12), (third, 10)):
+        assert sequence.tokens[length:] == greedy(plain, sequence.tokens[:length], len(sequence.tokens) - length)
+        assert_cache_is_whole(cache, sequence, plain, cut)
+
+
+def test_swaps_move_the_adapters_kv(tmp_path):
+    plain, adapted, cut = models()
+    cache = cache_for(adapted, 40, page_size=4)
+    sequence = cache.add_sequence(random_tokens(11))
+    cache.commit(prefill(adapted, cache, [sequence]))
+    for to in (None, tmp_path / "swapped"):
+        swapped = cache.swap_out(sequence, to)
+        cache.all_k.fill_(torch.nan)
+        cache.all_v.fill_(torch.nan)
+        cache.swap_in(sequence, swapped)
+        assert_cache_is_whole(cache, sequence, plain, cut)
+        assert draft_step(adapted, cache, [sequence], EXIT, 3).of(0) == greedy(cut, sequence.tokens, 3)
+        cache.rollback([sequence])
+    other = plain.with_exit_adapter(EXIT, random_adapter(plain, seed=6))
+    for model in (other, plain):
+        foreign = cache_for(model, 40, page_size=4)
+        with pytest.raises(SwapError):
+            foreign.swap_in(foreign.add_sequence(sequence.tokens), tmp_path / "swapped")
+    with pytest.raises(ValueError, match="another model"):
+        verify_step(plain, cache, Draft.none([sequence]))
+
+
+def test_forks_and_shared_prefixes_have_the_adapters_kv():
+    plain, adapted, cut = models()
+    cache = cache_for(adapted, 160, page_size=4, prefix_sharing=True)
+    sequence = cache.add_sequence(random_tokens(11))
+    cache.commit(prefill(adapted, cache, [sequence]))
+    fork = cache.fork(sequence)
+    for one in (fork, sequence):
+        cache.commit(verify_step(adapted, cache, draft_step(adapted, cache, [one], EXIT, 3)))
+    assert fork.tokens == sequence.tokens and cache.stats().num_copies > 0
+    sharer = cache.add_sequence([*sequence.tokens[:9], 1, 2, 3])
+    assert cache.length(sharer) == 8
+    cache.commit(prefill(adapted, cache, [sharer]))
+    assert draft_step(adapted, cache, [sharer], EXIT, 3).of(0) == greedy(cut, sharer.tokens, 3)
+    cache.rollback([sharer])
+    for one in (fork, sequence, sharer):
+        assert_cache_is_whole(cache, one, plain, cut)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_an_engine_writes_the_texts_of_plain_decoding(backend):
+    """Greedy and sampled, in a batch that is preempted, with a draft vocabulary; the drafts are those of the exit."""
+    plain, adapted, _ = models(backend)
+    adapted = adapted.with_draft_vocab(range(3, 101))
+    prompts = [random_tokens(n, seed=n) for n in (4, 18, 30)]
+    configs = [
+        GenerationConfig(max_new_tokens=12, num_speculations=3, **KEEP),
+        GenerationConfig(max_new_tokens=12, temperature=0.8, seed=3, **KEEP),
+        GenerationConfig(max_new_tokens=12, temperature=0.7, seed=4, repetition_penalty=1.2, **KEEP),
+    ]  # fmt: skip
+    engine = Engine(adapted, PagedKVCache(adapted, 9, page_size=8), drafts="fixed")
+    ids = [engine.add_request(prompt, config) for prompt, config in zip(prompts, configs, strict=True)]
+    done = engine.run()
+    found = [done[request_id] for request_id in ids]
+    for prompt, config, generation in zip(prompts, configs, found, strict=True):
+        assert same_as_alone(generation, alone(plain, prompt, config))
+    assert drafts_accepted(found) > 0 and engine.stats.preemptions > 0
+    assert all_free(engine)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_a_quantised_model_and_a_quantised_adapter(backend):
+    plain, _, _ = models(backend)
+    plain = Model.from_checkpoint(own_checkpoint(torch.bfloat16, **sizes_for(backend)), backend, "q4_0")
+    tensors = {name: quantise(t, "q8_0") if t.dim() == 2 else t for name, t in random_adapter(plain).items()}
+    results = []
+    for adapter in (tensors, random_adapter(plain)):
+        adapted = plain.with_exit_adapter(EXIT, adapter)
+        cache = cache_for(adapted, 30)
+        sequence = cache.add_sequence(random_tokens(6))
+        cache.commit(prefill(adapted, cache, [sequence]))
+        cache.commit(verify_step(adapted, cache, draft_step(adapted, cache, [sequence], EXIT, 3)))
+        assert sequence.tokens[6:] == greedy(plain, sequence.tokens[:6], len(sequence.tokens) - 6)
+        results.append(all_kv(cache, sequence)[0][-1])
+    assert not torch.equal(results[0][:6], results[1][:6])  # Q8_0 rounded the adapter's weights
+
+
+def test_positions_grow_for_the_adapter_too():
+    """A cache of the bare model lengthens the RoPE tables first; the adapter's follow with its own cache."""
+    plain = Model.from_checkpoint(own_checkpoint(torch.bfloat16, max_positions=9000))
+    adapted = plain.with_exit_adapter(EXIT, random_adapter(plain))
+    assert adapted.exit_adapter is not None and adapted.exit_adapter.weights.cos.size(1) == 4096
+    PagedKVCache(plain, 500, page_size=16)
+    cache = PagedKVCache(adapted, 2, page_size=16)
+    assert adapted.exit_adapter.weights.cos is plain.weights.cos
+    assert cache.max_positions == 9000
+
+
+def test_memory_counts_the_adapters_layers():
+    plain, adapted, _ = models(num_layers=2)
+    cache = PagedKVCache.with_memory(adapted, 1 << 20)
+    page = sum(t.nbytes for t in (cache.all_k, cache.all_v, cache.hidden)) // cache.pool.num_pages
+    assert cache.pool.num_pages == (1 << 20) // page < PagedKVCache.with_memory(plain, 1 << 20).pool.num_pages
+
+
+def test_another_exit_is_refused():
+    plain, adapted, _ = models()
+    cache = cache_for(adapted, 40)
+    sequence = cache.add_sequence([1, 2])
+    cache.commit(prefill(adapted, cache, [sequence]))
+    with pytest.raises(ValueError, match="exit_layer must be 2, which this model's exit adapter follows, got 1"):
+        draft_step(adapted, cache, [sequence], 1, 2)
+    with pytest.raises(ValueError, match="exit_layer must be 2"):
+        adapted.draft_settings(GenerationConfig(exit_layer=1))
+    with pytest.raises(ValueError, match=r"exit_layer must be in 1\.\.2, got 3"):
+        plain.with_exit_adapter(3, random_adapter(plain))
+    assert adapted.draft_exits(GenerationConfig(exit_layer="auto")) == (EXIT,)
+    assert replace(adapted.with_exit_adapter(None)) == plain

@@ -1,0 +1,87 @@
+"""The harness: log-likelihoods of any exit, texts, a task of our own from a file."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+
+pytest.importorskip("lm_eval", reason="needs lm-eval (pip install lm-eval)")
+
+import layerskip_kernels
+from layerskip_kernels import GenerationConfig, generate
+from layerskip_kernels.cli.main import main
+from layerskip_kernels.decoding.exits import each_exit
+from layerskip_kernels.integrations.lm_eval import LayerSkipLM
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def asked(*pairs: tuple) -> list[SimpleNamespace]:
+    return [SimpleNamespace(args=pair) for pair in pairs]
+
+
+@pytest.mark.parametrize("exit_layer", [None, 3])
+def test_log_likelihoods_are_those_of_the_exit(tiny_code, exit_layer):
+    judge = LayerSkipLM(tiny_code, exit_layer)
+    [(score, greedy)] = judge.loglikelihood(asked(("def add(a, b):\n    return", " a + b")), disable_tqdm=True)
+    ids = tiny_code.tokenizer.encode("def add(a, b):\n    return a + b")
+    start = len(tiny_code.tokenizer.encode("def add(a, b):\n    return"))
+    [rows] = each_exit(tiny_code, ids[:-1], exits=[exit_layer or tiny_code.config.num_layers])
+    logprobs = rows.logits.double().log_softmax(-1)
+    expected = sum(float(logprobs[i - 1, ids[i]]) for i in range(start, len(ids)))
+    assert score == pytest.approx(expected, abs=1e-4)
+    assert greedy == (rows.tokens[start - 1 :].tolist() == ids[start:])
+
+
+def test_exits_differ(tiny_code):
+    pair = asked(("import os\n", "import sys"))
+    scores = {e: LayerSkipLM(tiny_code, e).loglikelihood(pair, disable_tqdm=True)[0][0] for e in (1, 4, None)}
+    assert len(set(scores.values())) == 3 and scores[None] > scores[1]
+
+
+def test_a_long_text_is_scored_in_windows(tiny_code):
+    text = "x = 1\n" * 600
+    [score] = LayerSkipLM(tiny_code).loglikelihood_rolling(asked((text,)), disable_tqdm=True)
+    count = len(tiny_code.tokenizer.encode(text, add_special_tokens=False))
+    assert count > tiny_code.config.max_positions and -5 * count < score < 0
+
+
+def test_texts_end_at_stop_strings(tiny_code):
+    prompt = "def fibonacci(n):"
+    settings = {"until": ["Return"], "max_gen_toks": 24}
+    [text] = LayerSkipLM(tiny_code).generate_until(asked((prompt, settings)), disable_tqdm=True)
+    [free] = generate(tiny_code, [prompt], GenerationConfig(max_new_tokens=24))
+    assert text == free.text[: free.text.index("Return")]
+
+
+def test_the_command_runs_a_task_of_ones_own(tiny_code, tmp_path, monkeypatch, capsys):
+    rows = [{"q": "import", "a": [" os", " xylophone"], "gold": 0}, {"q": "def f(", "a": ["self", "%%%%"], "gold": 0}]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = {
+        "task": "imports", "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "data.jsonl")}},
+        "test_split": "test", "output_type": "multiple_choice", "doc_to_text": "{{q}}", "doc_to_choice": "{{a}}",
+        "doc_to_target": "gold", "target_delimiter": "", "metric_list": [{"metric": "acc"}],
+    }  # fmt: skip
+    (tmp_path / "imports.yaml").write_text(yaml.safe_dump(task))
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(layerskip_kernels, "load_model", lambda *_: tiny_code)
+    with torch.enable_grad():  # the harness switches gradients off for good
+        run_the_task(tmp_path, capsys)
+
+
+def run_the_task(tmp_path, capsys):
+    results = tmp_path / "results.json"
+    command = ["eval", "--tasks", "imports", "--include-path", str(tmp_path), "--output", str(results)]
+    assert main(command) == 0
+    assert json.loads(results.read_text())["imports"]["acc,none"] == 1.0
+    assert "imports" in capsys.readouterr().out
+
+
+def test_bad_settings_are_refused(tiny_code):
+    with pytest.raises(ValueError, match=r"exit_layer must be in 1\.\.12, got 13"):
+        LayerSkipLM(tiny_code, 13)
+    with pytest.raises(ValueError, match="without a tokenizer"):
+        LayerSkipLM(SimpleNamespace(config=tiny_code.config, tokenizer=None, name="m"))

@@ -1,0 +1,131 @@
+"""exit_adapter.safetensors: written, read with its model on any backend and dtype, refused by name with another."""
+
+import json
+import struct
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from layerskip_kernels import GenerationConfig, generate, load_model
+from layerskip_kernels.model.exit_adapter import write_exit_adapter
+from support.checkpoint_files import HF_CONFIG, random_tensors, write_directory
+from support.commands import error_of
+from support.exit_adapters import random_adapter
+
+
+@pytest.fixture
+def source(tmp_path):
+    write_directory(tmp_path / "model", num_hidden_layers=3)
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def adapter(source, tmp_path):
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    model = load_model(source)
+    write_exit_adapter(folder, 2, random_adapter(model), model.name, model.weights)
+    return folder
+
+
+def rewrite(folder, change) -> None:
+    """Change the header of an adapter's file."""
+    path = folder / "exit_adapter.safetensors"
+    raw = path.read_bytes()
+    size = struct.unpack("<Q", raw[:8])[0]
+    header = json.loads(raw[8 : 8 + size])
+    change(header)
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    path.write_bytes(struct.pack("<Q", len(text)) + text + raw[8 + size :])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"dtype": torch.bfloat16}, {"dtype": torch.float16, "weights": "q8_0"}, {"backend": "reference"}],
+    ids=str,
+)
+def test_a_model_finds_its_adapter_however_it_is_loaded(source, adapter, options):
+    plain = load_model(source, **options)
+    model = load_model(source, exit_adapter=adapter, **options)
+    assert model.exit_adapter is not None and (model.exit_adapter.exit_layer, model.num_adapter_layers) == (2, 1)
+    config = GenerationConfig(max_new_tokens=6, return_logits=True, num_speculations=2)
+    [found], [expected] = generate(model, [[5, 6, 7]], config), generate(plain, [[5, 6, 7]], config.plain())
+    assert found.drafted > 0
+    assert found.token_ids == expected.token_ids and torch.equal(found.logits, expected.logits)
+
+
+def test_numbers_are_read_as_they_were_written(source, adapter):
+    model = load_model(source, backend="reference", exit_adapter=adapter / "exit_adapter.safetensors")
+    written = random_adapter(load_model(source))
+    assert model.exit_adapter is not None
+    assert torch.equal(model.exit_adapter.weights.final_norm, written["norm.weight"])
+    layer = model.exit_adapter.weights.layers[1]
+    assert torch.equal(layer.w_down, written["layers.0.mlp.down_proj.weight"])
+    assert torch.equal(layer.attn_norm, written["layers.0.input_layernorm.weight"])
+
+
+def test_defaults_beside_the_adapter_count(source, adapter):
+    (source / "layerskip.json").write_text('{"exit_layer": 1, "num_speculations": 3, "draft_vocab": [1, 2, 3]}')
+    (adapter / "layerskip.json").write_text('{"exit_layer": 2, "num_speculations": 5, "draft_vocab": [4, 5]}')
+    model = load_model(source, exit_adapter=adapter)
+    assert model.draft_settings(GenerationConfig()) == (2, 5)
+    assert model.draft_ids is not None and model.draft_ids.tolist() == [4, 5]
+    (adapter / "layerskip.json").unlink()
+    alone = load_model(source, exit_adapter=adapter)
+    assert alone.draft_settings(GenerationConfig(num_speculations=4)) == (2, 4) and alone.defaults is None
+
+
+@pytest.mark.parametrize("changes", ["weights", "shape"])
+def test_another_models_adapter_is_refused_by_name(adapter, tmp_path, changes):
+    other = {"num_hidden_layers": 3} if changes == "weights" else {"num_hidden_layers": 3, "intermediate_size": 96}
+    tensors = None
+    if changes == "weights":
+        tensors = random_tensors({**HF_CONFIG, **other})
+        tensors["model.layers.1.input_layernorm.weight"][7] *= 1.02
+    write_directory(tmp_path / "other", tensors, **other)
+    with pytest.raises(ValueError, match=r"exit_adapter\.safetensors is an exit adapter for 'model', not for 'other'"):
+        load_model(tmp_path / "other", exit_adapter=adapter)
+
+
+DAMAGE = {
+    "a tensor that is missing": (lambda h: h.update({"layers.0.mlp.oops": h.pop("norm.weight")}), "lacks tensor 'norm"),
+    "another exit": (lambda h: h["__metadata__"].update(exit_layer="3"), r"exit_layer must be in 1\.\.2, got '3'"),
+    "another format": (lambda h: h["__metadata__"].update(format="9"), "not an exit adapter of format 1"),
+    "no metadata": (lambda h: h.pop("__metadata__"), "not an exit adapter of format 1"),
+    "too many layers": (
+        lambda h: h.update({"layers.7.input_layernorm.weight": h.pop("layers.0.input_layernorm.weight")}),
+        "has 8 layers; an exit adapter has at most 2",
+    ),
+    "another shape": (lambda h: h["norm.weight"].update(shape=[32, 2]), "has shape"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_a_damaged_adapter_is_refused_by_name(source, adapter, kind):
+    change, message = DAMAGE[kind]
+    rewrite(adapter, change)
+    with pytest.raises(ValueError, match=f"exit_adapter.safetensors.*{message}"):
+        load_model(source, exit_adapter=adapter)
+
+
+def test_bytes_that_are_missing_or_no_numbers_are_refused_by_name(source, adapter):
+    path = adapter / "exit_adapter.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-10])
+    with pytest.raises(ValueError, match=r"exit_adapter\.safetensors is damaged or truncated"):
+        load_model(source, exit_adapter=path)
+    path.write_bytes(whole[:-4] + b"\xff" * 4)
+    with pytest.raises(ValueError, match=r"exit_adapter\.safetensors holds a NaN"):
+        load_model(source, exit_adapter=path)
+    with pytest.raises(FileNotFoundError, match=r"nowhere is missing; an exit adapter is a file named"):
+        load_model(source, exit_adapter=adapter / "nowhere")
+    save_file({"a": torch.ones(2)}, path)
+    with pytest.raises(ValueError, match="not an exit adapter"):
+        load_model(source, exit_adapter=path)
+
+
+def test_the_command_line_takes_it(source, adapter, capsys):
+    error = error_of(["generate", "-m", str(source), "--exit-adapter", str(adapter / "nowhere"), "x"], capsys)
+    assert "nowhere is missing; an exit adapter is a file named exit_adapter.safetensors" in error

@@ -1,0 +1,107 @@
+"""The tokenizer of a checkpoint, and the prompts that come with the package."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from layerskip_kernels.evaluation.prompts import human_eval_prompts
+from layerskip_kernels.model.checkpoint import Checkpoint
+from layerskip_kernels.model.loading import read_checkpoint
+from layerskip_kernels.model.tokenizer import Tokenizer
+from support.checkpoint_files import write_directory
+
+
+@pytest.fixture(scope="module")
+def default() -> Checkpoint:
+    """Shares the user's cache, so that the conversion happens once per machine."""
+    return read_checkpoint()
+
+
+TEXTS = [
+    "def f(x):\n    return x  # naïve\n",
+    "<|im_start|>user\nHello, 世界!<|im_end|>\n",
+    "  👩‍👩‍👧 \t 3.14159",
+    "",
+]
+
+
+def test_the_tokenizer_agrees_with_transformers(default: Checkpoint, tmp_path: Path):
+    from transformers import AutoTokenizer
+
+    from layerskip_kernels.model.gguf_cache import converted_directory
+    from layerskip_kernels.model.sources import default_model_path
+
+    theirs = AutoTokenizer.from_pretrained(converted_directory(default_model_path()))
+    for text in TEXTS + [prompt for _, prompt in human_eval_prompts(20)]:
+        ids = default.tokenizer.encode(text)
+        assert ids == theirs(text)["input_ids"]
+        assert default.tokenizer.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
+
+
+def test_the_stream_of_pieces_is_the_text(default: Checkpoint):
+    for text in TEXTS:
+        ids = default.tokenizer.encode(text)
+        pieces = list(default.tokenizer.decode_stream(ids))
+        assert "".join(pieces) == default.tokenizer.decode(ids)
+        assert not any("\N{REPLACEMENT CHARACTER}" in piece for piece in pieces)
+
+
+def test_half_a_character_is_held_back(default: Checkpoint):
+    ids = default.tokenizer.encode("a 👧")
+    assert len(ids) > 3
+    pieces = list(default.tokenizer.decode_stream(ids[:-1]))
+    assert "".join(pieces[:-1]) in ("a", "a ")
+    assert "".join(pieces) == default.tokenizer.decode(ids[:-1])
+
+
+def write_word_tokenizer(directory: Path, **config: object) -> None:
+    from tokenizers import Tokenizer as Backend
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Whitespace
+    from tokenizers.processors import TemplateProcessing
+
+    backend = Backend(WordLevel({"<unk>": 0, "<s>": 1, "</s>": 2, "a": 3, "b": 4}, unk_token="<unk>"))
+    backend.add_special_tokens(["<s>", "</s>"])
+    backend.pre_tokenizer = Whitespace()
+    backend.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    backend.enable_truncation(2)
+    backend.enable_padding(length=9)
+    directory.mkdir()
+    backend.save(str(directory / "tokenizer.json"))
+    fields = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+    }
+    (directory / "tokenizer_config.json").write_text(json.dumps(fields | config))
+
+
+@pytest.mark.parametrize("config", [{}, {"add_bos_token": False}, {"add_eos_token": True}], ids=str)
+def test_special_tokens_are_those_of_tokenizer_json(tmp_path: Path, config: dict):
+    from transformers import AutoTokenizer
+
+    write_word_tokenizer(tmp_path / "words", **config)
+    tokenizer = Tokenizer.from_directory(tmp_path / "words")
+    assert tokenizer.encode("a b a") == [1, 3, 4, 3]
+    assert tokenizer.decode([1, 3, 4, 3, 2]) == "a b a"
+    assert tokenizer.vocab_size == 5
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "words")
+    assert theirs("a b a", truncation=False, padding=False)["input_ids"] == [1, 3, 4, 3]
+
+
+def test_a_damaged_tokenizer_is_named(tmp_path: Path):
+    write_directory(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(ValueError, match=r"tokenizer\.json is not a tokenizer"):
+        read_checkpoint(tmp_path)
+
+
+def test_human_eval():
+    prompts = human_eval_prompts()
+    assert [task_id for task_id, _ in prompts] == [f"HumanEval/{i}" for i in range(164)]
+    assert "def has_close_elements(" in prompts[0][1]
+    assert human_eval_prompts(3) == prompts[:3]
+    assert all(prompt == prompt.rstrip() for _, prompt in prompts)
+    with pytest.raises(ValueError, match=r"n must be in 1\.\.164"):
+        human_eval_prompts(0)

@@ -1,0 +1,158 @@
+"""draft_pass: the reference's drafts, confidences and stops, bit for bit, and what each of them means."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from layerskip_kernels.operands import CacheTensors, DraftRows, DraftSampling, DraftStops
+from layerskip_kernels.ops import reference
+from support.models import random_tokens, threads, tiny_model
+
+SEQUENCES, MOST, PAGE_SIZE = 4, 5, 7
+COUNTS = (5, 0, 3, 5)
+NAN_FROM = -3  # a score that is not finite
+
+
+def draft(model, counts=COUNTS, sampling=None, stops=None, keep_scores=False, exit_layer=2):
+    """Drafts of some sequences at positions 0, 1, 2, ..., whose earlier K and V are random, and the cache after it."""
+    c, pages = model.config, SEQUENCES * 2
+    generator = torch.Generator().manual_seed(3)
+    cache = CacheTensors(
+        torch.randn(c.num_layers, pages, c.num_kv_heads, c.head_dim, PAGE_SIZE, generator=generator).to(model.dtype),
+        torch.randn(c.num_layers, pages, c.num_kv_heads, PAGE_SIZE, c.head_dim, generator=generator).to(model.dtype),
+        torch.full((pages, PAGE_SIZE, c.hidden_size), torch.nan, dtype=model.dtype),
+    )
+    rows = DraftRows(
+        torch.tensor(random_tokens(SEQUENCES)),
+        torch.arange(SEQUENCES),
+        torch.tensor(counts),
+        torch.arange(pages, dtype=torch.int32).view(SEQUENCES, 2),
+    )
+    drafted = model.ops.draft_pass(
+        model.weights, model.sizes, cache, rows, model.draft_head, exit_layer, MOST, sampling, stops, keep_scores
+    )
+    return drafted, cache
+
+
+def sampling(temperatures=(0.7, 1.0, 0.0, 1.5), top_ks=(0, 0, 0, 20), top_ps=(1.0, 1.0, 1.0, 0.9), min_p=0.01):
+    return DraftSampling(
+        torch.tensor(temperatures),
+        torch.tensor(top_ks),
+        torch.tensor(top_ps, dtype=torch.float64),
+        torch.full((SEQUENCES,), min_p),
+        torch.arange(SEQUENCES) + 2**40,
+        torch.tensor([0, 1, 0, 2]),
+    )
+
+
+def stops(least=0.2, edges=(0.1, 0.3, 0.5)):
+    acceptance = torch.linspace(0.1, 0.95, len(edges) + 1).repeat(SEQUENCES, 1)
+    acceptance[3] = 0.8  # whatever the confidence
+    return DraftStops(torch.tensor(edges), acceptance, torch.full((SEQUENCES, MOST), least))
+
+
+def assert_same(one, other):
+    for a, b in zip((*one[0], *one[1]), (*other[0], *other[1]), strict=True):
+        assert torch.equal(a.nan_to_num(nan=NAN_FROM), b.nan_to_num(nan=NAN_FROM))
+
+
+@pytest.mark.parametrize("vocab", [None, range(0, 101, 3)], ids=["all tokens", "a draft vocabulary"])
+@pytest.mark.parametrize("arguments", [
+    {}, dict(sampling=sampling()), dict(stops=stops()), dict(sampling=sampling(), stops=stops(), keep_scores=True),
+], ids=["greedy", "sampled", "stops", "all"])  # fmt: skip
+def test_same_bits_as_the_reference(dtype, isa, vocab, arguments):
+    cpu, slow = (draft(tiny_model(dtype, name).with_draft_vocab(vocab), **arguments) for name in ("cpu", "reference"))
+    assert_same(cpu, slow)
+    assert cpu[0].counts[0] > 0
+
+
+@pytest.mark.parametrize("count", [2, 3, 5])
+def test_threads_do_not_matter(count):
+    """A vocabulary of several pieces, whose probabilities are summed by whichever thread comes."""
+    model = tiny_model(vocab_size=9001)
+    with threads(1):
+        alone = draft(model, sampling=sampling(), stops=stops(), keep_scores=True)
+    with threads(count):
+        assert_same(draft(model, sampling=sampling(), stops=stops(), keep_scores=True), alone)
+
+
+def test_confidence_is_the_greatest_probability():
+    model = tiny_model(torch.float32)
+    drafted, cache = draft(model, counts=(1, 1, 1, 1))
+    first = cache.hidden[torch.arange(SEQUENCES) * 2, torch.arange(SEQUENCES)]
+    weights, sizes = model.weights, model.sizes
+    _, logits = model.ops.norm_head_argmax(first, weights.final_norm, weights.lm_head, sizes.vocab_size, sizes.eps)
+    torch.testing.assert_close(drafted.confidences[:, 0], logits.softmax(1).amax(1))
+    assert drafted.confidences[:, 1:].eq(0).all()
+
+
+def test_confidence_of_logits_that_are_not_finite():
+    assert reference.confidence(torch.tensor([1.0, torch.inf])) == 0
+    assert reference.confidence(torch.full((3,), -torch.inf)) == 0
+    assert reference.confidence(torch.tensor([2.0, -torch.inf])) == 1
+    assert reference.confidence(torch.tensor([2.0, 2.0, -torch.inf])) == 0.5
+
+
+def test_confidence_does_not_depend_on_how_tokens_are_drawn():
+    model = tiny_model()
+    greedy, _ = draft(model, counts=(1, 1, 1, 1))
+    drawn, _ = draft(model, counts=(1, 1, 1, 1), sampling=sampling())
+    assert torch.equal(greedy.confidences, drawn.confidences)
+    assert not torch.equal(greedy.tokens, drawn.tokens)
+
+
+def test_where_drafting_stops():
+    """After draft i, where the product of acceptances so far is below least[i]; the drafts before are those without."""
+    model = tiny_model()
+    free, _ = draft(model)
+    rule = stops(least=0.3)
+    cut, _ = draft(model, stops=rule)
+    stopped = 0
+    for b, wanted in enumerate(COUNTS):
+        expected, count = 1.0, 0
+        for i in range(wanted):
+            expected *= float(rule.acceptance[b, (rule.edges <= free.confidences[b, i]).sum()])
+            count = i + 1
+            if expected < 0.3:
+                break
+        assert cut.counts[b] == count
+        assert torch.equal(cut.tokens[b, :count], free.tokens[b, :count])
+        assert cut.tokens[b, count:].eq(-1).all() and cut.confidences[b, count:].eq(0).all()
+        stopped += count < wanted
+    assert stopped and free.counts.tolist() == list(COUNTS)
+    always, _ = draft(model, stops=replace(rule, least=torch.full((SEQUENCES, MOST), 2.0)))
+    assert always.counts.tolist() == [1, 0, 1, 1]
+    never, _ = draft(model, stops=replace(rule, least=torch.zeros(SEQUENCES, MOST)))
+    assert never.counts.tolist() == list(COUNTS)
+
+
+def test_scores_are_kept_where_asked():
+    model = tiny_model().with_draft_vocab(range(0, 101, 2))
+    drafted, _ = draft(model, sampling=sampling(), keep_scores=True)
+    assert drafted.scores.shape == (SEQUENCES, MOST, 101)
+    assert drafted.scores[0, 0].isfinite().any() and drafted.scores[0, :, 1::2].eq(-torch.inf).all()
+    assert drafted.scores[1:3].eq(-torch.inf).all(), "one that does not draft, one that draws nothing"
+    assert draft(model, sampling=sampling())[0].scores.shape == (0, MOST, 101)
+
+
+@pytest.mark.parametrize(("arguments", "error", "message"), [
+    (dict(sampling=replace(sampling(), seeds=torch.zeros(3).long())), ValueError, "seeds must have the shape"),
+    (dict(sampling=replace(sampling(), min_ps=torch.zeros(4).double())), TypeError, "min_ps must be Float"),
+    (dict(sampling=replace(sampling(), samples=torch.full((4,), -1))), ValueError, r"samples\[0\] is -1"),
+    (dict(stops=replace(stops(), edges=torch.zeros(2))), ValueError, "acceptance must have the shape"),
+    (dict(stops=replace(stops(), least=torch.zeros(4, 4))), ValueError, "least must have the shape"),
+    (dict(counts=(6, 0, 0, 0)), ValueError, r"num_drafts\[0\] is 6"),
+], ids=lambda value: value if isinstance(value, str) else "")  # fmt: skip
+def test_bad_arguments(arguments, error, message):
+    with pytest.raises(error, match=message):
+        draft(tiny_model(), **arguments)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_nothing_to_draw_raises(backend):
+    """An overflow at the exit: +inf among the logits. The greatest logit can be taken, but nothing drawn."""
+    model = tiny_model(torch.float32, backend)
+    model.weights.final_norm.fill_(3e38)
+    with pytest.raises(RuntimeError, match=r"no token can be chosen|a logit is NaN"):
+        draft(model, sampling=sampling())

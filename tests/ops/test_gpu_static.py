@@ -1,0 +1,278 @@
+"""The Triton kernels without a GPU: compiled ahead of time, read, counted; and that the reader sees what is wrong.
+
+Triton's compiler and its interpreter exclude each other, so what compiles has a process of its own. The grid is trimmed
+to one GPU, the smallest model, the rows of decoding, drafting and verifying, and one step of quantised weights: a
+minute and a half. `make gpu-static` compiles for all GPUs at the shapes of all models.
+"""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+HARNESS = ROOT / "benchmarks" / "compile_only"
+CASES = ["bf16,decode,1", "bf16,draft,1", "bf16,verify,7", "q4_k_m,verify,7"]
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, HARNESS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # where dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+asm, gpu_static = load("gpu_assembly"), load("gpu_static")
+
+
+# ---- what the steps compile to ----
+
+
+@pytest.fixture(scope="session")
+def report(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("gpu_static")
+    cases = [option for case in CASES for option in ("--case", f"llama3.2-1b,{case}")]
+    command = [
+        sys.executable,
+        HARNESS / "gpu_static.py",
+        "--target",
+        "sm_90",
+        *cases,
+        "--json",
+        folder / "r.json",
+    ]
+    environment = os.environ | {"TRITON_CACHE_DIR": str(folder / "cache"), "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return json.loads((folder / "r.json").read_text())
+
+
+def test_every_kernel_of_the_steps_was_read(report):
+    kernels = {(kernel["name"], kernel["rows"]) for kernel in report["kernels"]}
+    for name in gpu_static.STREAMING:
+        assert {(name, 1), (name, 8)} <= kernels
+    assert {name for name, _ in kernels} >= {"_join_rows_kernel", "_attend_kernel", "_merge_kernel",
+                                             "_accept_draft_kernel", "_take_draft_kernel"}  # fmt: skip
+    assert not [kernel for kernel in report["kernels"] if kernel["problems"]]
+
+
+def test_weights_stream_sixteen_bytes_at_a_time(report):
+    for kernel in report["kernels"]:
+        if kernel["name"] in gpu_static.STREAMING:
+            assert set(kernel["widths"]) == {"16"} and kernel["sectors"] == 1
+            assert kernel["in_flight"] >= kernel["wanted"] / 3
+
+
+def test_only_dots_and_attention_fuse(report):
+    fused = {kernel["name"] for kernel in report["kernels"] if kernel["multiply_adds"] and kernel["dtype"] == "bf16"}
+    assert fused == set(gpu_static.MAY_FUSE)
+
+
+def test_the_launch_plan(report):
+    """Launches a step, with one chunk of attention to merge: 16 layers decoding and verifying, 2 drafting."""
+    plans = {plan["kind"]: plan for plan in report["plans"] if plan["dtype"] == "bf16"}
+    for plan in plans.values():
+        assert plan["launches"] - plan["besides"] == gpu_static.MAX_PER_LAYER * plan["layers"]
+        assert abs(plan["bytes"] - plan["paper"]) <= gpu_static.TOLERANCE * plan["paper"]
+        assert plan["again"] == 0
+    assert {kind: (plan["layers"], plan["besides"]) for kind, plan in plans.items()} == {
+        "decode": (16, 3),  # join, head, accept
+        "draft": (2, 3),  # join, head, take
+        "verify": (16, 4),  # rows join at two depths
+    }
+
+
+def test_quantised_weights_are_multiplied_as_they_are_loaded(report):
+    """By integer MMAs, with no word between threads and no contracted product; rows are rounded four times a layer."""
+    kernels = [kernel for kernel in report["kernels"] if kernel["dtype"] == "q4_k_m"]
+    found = {kernel["name"]: kernel for kernel in kernels if kernel["name"] in gpu_static.STREAMING}
+    assert set(found) == set(gpu_static.STREAMING) and all(kernel["loop"]["IMMA"] for kernel in found.values())
+    assert {kernel["name"] for kernel in kernels if kernel["multiply_adds"]} <= {"_attend_kernel"}
+    (plan,) = (plan for plan in report["plans"] if plan["dtype"] == "q4_k_m")
+    assert plan["roundings"] == 4 * plan["layers"] + 1
+
+
+def test_threads_that_exchange_what_they_loaded_are_seen():
+    judge, loop = gpu_static.integer_problems, {"IMMA": 4}
+    assert not judge("sm_90", {}, loop, {16: 2})
+    assert judge("sm_90", {}, {}, {16: 2})
+    assert judge("sm_90", {}, loop | {"STS": 1}, {16: 2})
+    assert judge("sm_90", {}, loop | {"BAR": 1}, {16: 2})
+    assert judge("sm_90", {}, loop, {8: 2})
+    assert judge("gfx942", {"amdgcn": "v_mfma_f32_16x16x16_bf16"}, {}, {})
+    assert not judge("gfx942", {"amdgcn": "v_mfma_i32_16x16x32_i8"}, {}, {})
+
+
+WAITS = """
+import sys
+sys.path[:0] = sys.argv[1:3]
+import torch, gpu_compile
+for line in sys.argv[3:]:
+    x = torch.empty(4, device="meta")
+    with gpu_compile.StaysOnDevice():
+        x[1:].copy_(torch.empty_like(x)[:3])
+        try:
+            exec(line)
+        except (RuntimeError, NotImplementedError):
+            continue
+    print("not seen:", line)
+"""
+LINES = ["x.tolist()", "bool(x[0])", "x.nonzero()", "x.to('cpu')", "torch.ones(3, device='cpu')", "torch.ones(3).sum()"]
+
+
+def test_a_step_that_waits_for_the_device_is_seen():
+    command = [sys.executable, "-c", WAITS, ROOT, HARNESS, *LINES]
+    environment = os.environ | {"TRITON_INTERPRET": "0"}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert (result.returncode, result.stdout) == (0, ""), result.stderr
+
+
+# ---- the reader ----
+
+PTX = """
+    // fma.rn.ftz.f32 in a comment, ex2.approx too
+    @%p1 fma.rn.f32  %f1, %f2, %f3, %f4;
+    mad.lo.s32  %r1, %r2, %r3, %r4;
+    fma.rn.f32x2  %rd1, %rd2, %rd3, %rd4;
+    div.rn.f32  %f1, %f2, %f3;
+    div.s32  %r1, %r2, %r3;
+    sqrt.rn.f32  %f1, %f2;
+    cvt.rn.bf16.f32  %rs1, %f1;
+    cvt.f32.bf16  %f1, %rs1;
+    atom.global.gpu.acq_rel.add.u32  %r1, [%rd1], 1;
+    redux.sync.max.s32  %r1, %r2, -1;
+    @%p1 ld.global.L1::evict_first.L2::cache_hint.v4.b32  {%r1, %r2, %r3, %r4}, [%rd1], %rd2;
+    ld.global.b16  %rs1, [%rd1];
+"""
+
+
+def test_what_is_allowed_passes():
+    assert asm.ptx_forbidden(PTX) == []
+    assert asm.ptx_multiply_adds(PTX) == 3
+    assert asm.ptx_weight_loads(PTX) == {16: 1}
+
+
+def test_a_bf16_sum_on_sm_80_is_no_multiply_add():
+    ptx = "    mov.b16  %rs9, 0x3F80;\n    mov.b16  %rs8, 0x8000;\n    fma.rn.bf16  %rs1, %rs2, %rs9, %rs4;\n"
+    assert asm.ptx_multiply_adds(ptx) == 0
+    assert asm.ptx_multiply_adds(ptx + "    fma.rn.bf16  %rs1, %rs2, %rs3, %rs8;\n") == 0
+    assert asm.ptx_multiply_adds(ptx + "    fma.rn.bf16  %rs1, %rs2, %rs3, %rs4;\n") == 1
+    pair = "    mov.b32  %r9, -2147450880;\n    fma.rn.bf16x2  %r1, %r2, %r3, %r9;\n"
+    assert asm.ptx_multiply_adds(pair) == 0
+    assert asm.ptx_multiply_adds(pair + "    fma.rn.bf16x2  %r1, %r2, %r3, %r4;\n") == 2
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "ex2.approx.f32", "ex2.approx.ftz.f32", "rcp.approx.f32", "rsqrt.approx.f32", "add.ftz.f32", "div.full.f32",
+        "div.approx.f32", "rcp.rn.f32", "sqrt.approx.f32", "tanh.approx.f32", "atom.global.gpu.relaxed.add.f32",
+        "red.global.add.f32", "atom.global.add.noftz.f16x2", "red.shared.add.noftz.bf16x2", "cvt.rz.bf16.f32",
+        "cvt.rz.bf16x2.f32", "div.rz.f32",
+    ],
+)  # fmt: skip
+def test_forbidden_instructions_are_seen(line):
+    assert asm.ptx_forbidden(f"{PTX}    @!%p2 {line}  %f1, %f2;\n")
+
+
+def test_multiply_adds_in_the_wrong_place_are_seen():
+    judge = gpu_static.arithmetic_problems
+    assert not judge("_attend_kernel", "bf16", 12, 24, 24, 0)
+    assert judge("_attend_kernel", "fp32", 12, 24, 24, 0)  # the contract rounds the product
+    assert judge("_join_rows_kernel", "bf16", 1, 1, 1, 0)
+    assert judge("_join_rows_kernel", "bf16", 0, 0, 1, 0)  # contracted when the assembly was made
+    assert judge("_join_rows_kernel", "bf16", 0, 1, 1, 0)  # contracted in LLVM's IR
+    assert judge("_attend_kernel", "bf16", 12, 24, 25, 0)
+    assert judge("_attend_kernel", "bf16", 12, 24, 24, 1)
+
+
+def test_llvm_ir_is_read():
+    ir = """
+  %1 = tail call float @llvm.fma.f32(float %a, float %b, float %c), !dbg !5
+  %2 = call <2 x float> @llvm.fma.v2f32(<2 x float> %a, <2 x float> %b, <2 x float> %c)
+  %3 = fadd float %1, %1
+  %4 = fmul nnan ninf float %1, %1
+"""
+    assert asm.llvm_multiply_adds(ir) == 3
+    assert asm.llvm_may_contract(ir) == 0
+    assert asm.llvm_may_contract(ir + "  %5 = fmul contract float %1, %1\n  %6 = fadd nnan fast float %1, %1\n") == 2
+
+
+def test_spills_and_limits_are_seen():
+    said = asm.parse_resources(" Function k:\n  REG:168 STACK:8 SHARED:1024 LOCAL:0 CONSTANT[0]:672\n")
+    limits = gpu_static.LIMITS["sm_90"]
+    assert gpu_static.resource_problems(limits, said["reg"], said["stack"] + said["local"], 1024, 3)
+    assert not gpu_static.resource_problems(limits, 168, 0, 1024, 3)
+    assert gpu_static.resource_problems(limits, 256, 0, 0, 1)
+    assert gpu_static.resource_problems(limits, 32, 0, 228 << 10, 1)
+    assert gpu_static.resource_problems(limits, 255, 0, 0, 0)
+    with pytest.raises(ValueError, match="cannot read what cuobjdump says"):
+        asm.parse_resources("Function k: nothing")
+
+
+@pytest.mark.parametrize(("threads", "registers", "shared", "resident"),
+                         [(128, 168, 0, 3), (256, 255, 0, 1), (32, 16, 0, 32), (128, 32, 100 << 10, 2)])  # fmt: skip
+def test_resident_programs(threads, registers, shared, resident):
+    assert gpu_static.resident_programs(gpu_static.LIMITS["sm_90"], threads, registers, shared) == resident
+
+
+LAYOUT = """#blocked = #ttg.blocked<{{sizePerThread = [1, 1, {each}], threadsPerWarp = [{lanes}], warpsPerCTA = [{warps}], order = [2, 1, 0]}}>
+    %w = tt.load %p, %m evictionPolicy = evict_first : tensor<16x8x8x!tt.ptr<{dtype}>, #blocked> loc(#loc)
+    %x = tt.load %q : tensor<1x8x8x!tt.ptr<f32>, #blocked> loc(#loc)
+"""  # noqa: E501
+
+
+@pytest.mark.parametrize(
+    ("each", "lanes", "warps", "dtype", "expected"),
+    [
+        (8, "16, 2, 1", "1, 4, 1", "bf16", (16, 16, 1.0, True)),
+        (8, "16, 2, 1", "1, 4, 1", "f32", (16, 32, 1.0, True)),
+        (8, "4, 8, 1", "4, 1, 1", "bf16", (16, 16, 1.0, False)),
+        (4, "16, 1, 2", "1, 4, 1", "bf16", (8, 16, 1.0, True)),
+        (2, "16, 2, 1", "1, 4, 1", "bf16", (4, 16, 0.25, True)),
+    ],
+)
+def test_a_warps_weight_load(each, lanes, warps, dtype, expected):
+    load = asm.weight_layout(LAYOUT.format(each=each, lanes=lanes, warps=warps, dtype=dtype))
+    assert (load.bytes_at_once, load.bytes_of_thread, load.sector_use, load.columns_first) == expected
+    problems = gpu_static.load_problems({load.bytes_at_once: 1}, load.sector_use, load.columns_first)
+    assert bool(problems) == (expected[0] != 16 or not expected[3])
+
+
+AMD = """
+	.amdhsa_float_denorm_mode_32 3
+	v_div_scale_f32 v1, vcc, v2, v3, v2
+	v_rcp_f32_e32 v4, v1
+	v_fma_f32 v5, -v1, v4, 1.0
+	v_fmac_f32_e32 v4, v5, v4
+	v_fma_f32 v6, -v1, v7, v8
+	v_fmac_f32_e32 v7, v6, v4
+	v_fma_f32 v6, -v1, v7, v8
+	v_div_fmas_f32 v1, v6, v4, v7
+	v_div_fixup_f32 v1, v1, v3, v2
+	global_atomic_add v1, v2, v3, s[0:1] sc0
+	v_pk_fma_f32 v[0:1], v[2:3], v[4:5], v[6:7]
+"""
+
+
+def test_amd_assembly_is_read():
+    """A division's own multiply-adds are none of the kernel's."""
+    assert asm.amd_forbidden(AMD) == []
+    assert asm.amd_multiply_adds(AMD) == 2
+    assert asm.amd_multiply_adds(AMD + "\tv_fma_f32 v1, v2, v3, v4\n") == 3
+    for line in ("v_rcp_f32_e32 v1, v2", "v_exp_f32_e32 v1, v2", "global_atomic_add_f32 v1, v2, s[0:1]",
+                 "global_atomic_pk_add_bf16 v1, v2, s[0:1]", "ds_add_rtn_f32 v1, v2, v3"):  # fmt: skip
+        assert asm.amd_forbidden(f"{AMD}\t{line}\n"), line
+    assert asm.amd_forbidden(AMD.replace("mode_32 3", "mode_32 0"))
+
+
+def test_a_step_beside_the_paper():
+    assert gpu_static.count_problems(moved=100, paper=101, in_layers=96, layers=16, besides=4) == []
+    assert gpu_static.count_problems(moved=100, paper=103, in_layers=96, layers=16, besides=4)
+    assert gpu_static.count_problems(moved=100, paper=100, in_layers=97, layers=16, besides=4)
+    assert gpu_static.count_problems(moved=100, paper=100, in_layers=96, layers=16, besides=5)

@@ -1,0 +1,174 @@
+"""Every Triton kernel against the reference, bit for bit: on a GPU where there is one, else interpreted on the CPU.
+
+Sizes are tiny where kernels are interpreted, one NumPy call for each operation; on a GPU there are more of them.
+"""
+
+import pytest
+import torch
+
+from layerskip_kernels import triton_ops
+from layerskip_kernels.ops import reference
+from support.models import GPU
+from support.triton_arguments import DEVICE, assert_equal, attention_case, on_device, packed, random
+
+ROWS = [1, 3, 8, 17] if GPU else [1, 3, 9]
+SIZES = [(7, 5), (100, 33), *([(2048, 256)] if GPU else [])]
+
+
+SPECIAL = [0.0, -0.0, 1e-45, -1e-45, 88.8, 89.1, -103.9, -104.1, 127.9, 128.0, -128.0, 200.0, -200.0]
+
+
+@pytest.mark.parametrize("name", ["exp", "silu", "gelu", "tanh"])
+def test_elementary_functions(name):
+    spread = torch.randn(20_000, generator=torch.Generator().manual_seed(0)) * 40
+    x = torch.cat([spread, torch.tensor([*SPECIAL, torch.inf, -torch.inf, torch.nan])])
+    assert_equal(getattr(triton_ops, name)(x.to(DEVICE)), getattr(reference, name)(x))
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize(("inputs", "outputs"), SIZES)
+def test_linear(dtype, rows, inputs, outputs):
+    x, weight, bias = (
+        random(rows, inputs, dtype=dtype),
+        random(outputs, inputs, dtype=dtype),
+        random(outputs, dtype=dtype),
+    )
+    got = triton_ops.linear(*on_device(x, packed(weight), bias), outputs)
+    assert_equal(got, reference.linear(x, weight, bias, outputs))
+
+
+def test_a_sum_in_another_order_is_noticed():
+    """The negative control: what a plain matrix product gives differs somewhere."""
+    x, weight = random(9, 576, dtype=torch.float32), random(48, 576, dtype=torch.float32)
+    assert not torch.equal(triton_ops.linear(*on_device(x, packed(weight), None), 48).cpu(), x @ weight.T)
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [(7, 5), (64, 16), (100, 33), (584, 40)])
+def test_packing(dtype, inputs, outputs):
+    weight, rows = random(outputs, inputs, dtype=dtype), torch.tensor([outputs - 1, 0, 3])
+    assert torch.equal(triton_ops.packing.unpack_weight(packed(weight), outputs, inputs).cpu(), weight)
+    assert torch.equal(triton_ops.select_rows(packed(weight), rows), packed(weight[rows]))
+    assert torch.equal(
+        triton_ops.embed_tokens(rows.to(DEVICE), packed(weight), inputs, weight.dtype).cpu(), weight[rows]
+    )
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("size", [50, 300, *([2048] if GPU else [])])
+def test_rms_norm(dtype, rows, size):
+    x, weight = random(rows, size, dtype=dtype), random(size, dtype=dtype)
+    assert_equal(triton_ops.rms_norm(*on_device(x, weight), 1e-5), reference.rms_norm(x, weight, 1e-5))
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+def test_out_residual_and_down_residual(dtype, rows, bias):
+    x, weight, residual = (random(*s, dtype=dtype, seed=rows) for s in ((rows, 100), (33, 100), (rows, 33)))
+    added = random(33, dtype=dtype) if bias else None
+    got = triton_ops.out_residual(*on_device(x, packed(weight), added, residual))
+    assert_equal(got, reference.out_residual(x, weight, added, residual))
+    got = triton_ops.down_residual(*on_device(x, packed(weight), residual))
+    assert_equal(got, reference.down_residual(x, weight, residual))
+
+
+@pytest.mark.parametrize("rows", ROWS)
+def test_norm_gate_up_silu(dtype, rows):
+    hidden, norm = random(rows, 100, dtype=dtype) * 10, random(100, dtype=dtype)
+    gate, up = random(33, 100, dtype=dtype, seed=1) * 50, random(33, 100, dtype=dtype, seed=2)
+    got = triton_ops.norm_gate_up_silu(*on_device(hidden, norm, packed(gate), packed(up)), 33, 1e-5)
+    assert_equal(got, reference.norm_gate_up_silu(hidden, norm, gate, up, 33, 1e-5))
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("vocab_size", [5, 101, *([20_000] if GPU else [])])
+def test_norm_head_argmax(dtype, rows, vocab_size):
+    hidden, norm, head = random(rows, 50, dtype=dtype), random(50, dtype=dtype), random(vocab_size, 50, dtype=dtype)
+    head[-1] = head[0]  # equal logits: the lowest index wins
+    tokens, logits = triton_ops.norm_head_argmax(*on_device(hidden, norm, packed(head)), vocab_size, 1e-5)
+    expected_tokens, expected_logits = reference.norm_head_argmax(hidden, norm, head, vocab_size, 1e-5)
+    assert_equal(tokens, expected_tokens)
+    assert_equal(logits, expected_logits)
+
+
+def test_among_equal_logits_the_lowest_token_wins():
+    hidden, norm, head = torch.ones(2, 8), torch.ones(8), torch.ones(1001, 8)
+    tokens, _ = triton_ops.norm_head_argmax(*on_device(hidden, norm, packed(head)), 1001, 1e-5)
+    assert tokens.tolist() == [0, 0]
+
+
+def test_nan_logits_raise():
+    hidden, norm, head = (random(*s, dtype=torch.float32) for s in ((3, 50), (50,), (101, 50)))
+    head[70, 3] = torch.nan
+    with pytest.raises(RuntimeError, match="a logit is NaN"):
+        triton_ops.norm_head_argmax(*on_device(hidden, norm, packed(head)), 101, 1e-5)
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("page_size", [1, 16, 64])
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+def test_norm_qkv_rope_append(dtype, rows, page_size, bias):
+    case = attention_case(dtype, rows, 6, 2, 10, page_size)
+    slots = case["slots"].clone()
+    if rows > 2:
+        slots[1] = -1  # this row's K and V are not kept
+    results = []
+    for ops, pack, device in ((triton_ops, packed, DEVICE), (reference, reference.pack_weight, "cpu")):
+        k, v = case["k_pages"].to(device, copy=True), case["v_pages"].to(device, copy=True)
+        rest = (case["cos"], case["sin"], case["positions"], slots)
+        q = ops.norm_qkv_rope_append(
+            case["hidden"].to(device), case["norm_weight"].to(device), *map(pack, case["weights"]),
+            case["bias"].to(device) if bias else None, *(tensor.to(device) for tensor in rest), k, v, 6, 1e-5,
+        )  # fmt: skip
+        results.append((q, k, v))
+    for got, expected in zip(*results, strict=True):
+        assert_equal(got, expected)
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim", "page_size"),
+    [(3, 1, 6, 1), (6, 2, 10, 16), (4, 4, 8, 64), *([(32, 8, 64, 16), (32, 8, 128, 7)] if GPU else [])],
+)
+@pytest.mark.parametrize("start", [0, 700] if GPU else [0, 250])
+@pytest.mark.parametrize("rows", [1, 5, 17 if GPU else 9])
+def test_paged_attention(dtype, heads, kv_heads, head_dim, page_size, start, rows):
+    if not GPU and start and (rows == 5 or dtype == torch.float16):
+        pytest.skip("long contexts are interpreted for minutes: two dtypes, 1 and 9 rows are enough")
+    case = attention_case(dtype, rows, heads, kv_heads, head_dim, page_size, start)
+    q = random(rows, heads, head_dim, dtype=dtype) * 3
+    table, starts = case["block_table"], torch.tensor([0, rows], dtype=torch.int32)
+    if rows > 1:  # a second sequence on the same pages, whose rows come first
+        table, starts = torch.cat([table, table.flip(1)]), torch.tensor([0, 1, rows], dtype=torch.int32)
+    args = (q, case["k_pages"], case["v_pages"], table, starts, case["positions"], 0.3)
+    assert_equal(triton_ops.paged_attention(*on_device(*args)), reference.paged_attention(*args))
+
+
+@pytest.mark.parametrize("window", [1, 3, 8, 300])
+def test_windows_and_caps(window):
+    """Across a border of chunks: some rows see nothing of the first one."""
+    case = attention_case(torch.bfloat16, 9, 3, 1, 6, 16, 250)
+    q = random(9, 3, 6, dtype=torch.bfloat16) * 3
+    starts = torch.tensor([0, 9], dtype=torch.int32)
+    args = (q, case["k_pages"], case["v_pages"], case["block_table"], starts, case["positions"], 0.3, window, 2.0)
+    assert_equal(triton_ops.paged_attention(*on_device(*args)), reference.paged_attention(*args))
+
+
+def test_pages_outside_the_cache_are_not_read():
+    case = attention_case(torch.bfloat16, 3, 4, 2, 8, 16)
+    table = torch.tensor([[10_000]], dtype=torch.int32)
+    starts = torch.tensor([0, 3], dtype=torch.int32)
+    q = random(3, 4, 8, dtype=torch.bfloat16)
+    args = on_device(q, case["k_pages"], case["v_pages"], table, starts, case["positions"], 0.3)
+    assert not triton_ops.paged_attention(*args).any(), "what is not there counts as zero"
+
+
+@pytest.mark.parametrize(
+    ("drafts", "judged"),
+    [([3, 0], [1, 1]), ([0, 3], [1, 1]), ([2, 0], [1, 0]), ([0, 1], [0, 1]), ([1, 1], [1, 1])],
+)
+def test_accept_draft(drafts, judged):
+    tokens = torch.tensor([5, 7, 8, 9, 1, 7, 8, 9])
+    targets = torch.tensor([7, 8, 4, 3, 3])[: sum(d + 1 for d, j in zip(drafts, judged, strict=True) if j)]
+    starts = torch.tensor([0, 4, 8], dtype=torch.int32)
+    args = tokens, targets, starts, torch.tensor(drafts), torch.tensor(judged, dtype=torch.bool)
+    for got, expected in zip(triton_ops.accept_draft(*on_device(*args)), reference.accept_draft(*args), strict=True):
+        assert_equal(got, expected)

@@ -1,0 +1,34 @@
+"""A clock that only the two steps move: by a second for each layer that one call passes."""
+
+from typing import Any
+
+import pytest
+
+from layerskip_kernels.engine import engine
+from layerskip_kernels.ops import memory
+
+
+class LayerClock:
+    """Stands in for the engine's clock; ``seconds`` is what it shows. ``slow`` is what a layer takes."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.seconds, self.slow = 0.0, 1.0
+        monkeypatch.setattr(memory, "perf_counter", lambda: self.seconds)
+        monkeypatch.setattr(engine, "draft_step", self._counted(engine.draft_step, self._drafting))
+        monkeypatch.setattr(engine, "verify_step", self._counted(engine.verify_step, self._verifying))
+
+    def _counted(self, step: Any, layers: Any) -> Any:
+        def run(*arguments: Any, **options: Any) -> Any:
+            result = step(*arguments, **options)
+            self.seconds += self.slow * layers(result, *arguments, **options)
+            return result
+
+        return run
+
+    @staticmethod
+    def _drafting(draft: Any, model: Any, cache: Any, sequences: Any, exit_layer: int, *_: Any, **__: Any) -> int:
+        return exit_layer * max(draft.counts)
+
+    @staticmethod
+    def _verifying(verdict: Any, model: Any, *_: Any, **__: Any) -> int:
+        return model.config.num_layers

@@ -1,0 +1,128 @@
+"""Damaged files: bytes flipped, cut, moved and repeated, JSON values replaced, and things that are no files at all."""
+
+import copy
+import json
+import os
+import random
+import signal
+import struct
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from support.random_walks import MOST_STEPS
+
+NUM_FILES = MOST_STEPS // 40  # of each kind: 500, or more in `make fuzz`
+SECONDS_EACH = 20  # far more than any takes, also beside other work
+
+GREAT_NUMBERS = [2**31 - 1, 2**31, 2**32, 2**62, 2**63 - 1, 2**63, 2**64 - 1, 2**64]
+HOSTILE: list[Any] = [
+    *(None, True, False, 0, 1, -1, 0.5, -0.0, 1e308, 10**30, -(10**39), "", "x", "\ud800", "../x", "a" * 5000),
+    *([], {}, [[]], [None], {"a": 1}, [1] * 3000, ["x"] * 3, *GREAT_NUMBERS),
+]
+LITERALS = [b"NaN", b"-Infinity", b"1e999", b"9" * 400, b"9" * 5000, b"[" * 50_000, b'{"a":' * 20_000, b"\xff\xfe", b""]
+
+
+class Hang(BaseException):
+    """A file took longer than any may."""
+
+
+@contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    def give_up(*_: object) -> None:
+        raise Hang(f"not done after {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, give_up)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def damaged_bytes(raw: bytes, rng: random.Random, head: int | None = None) -> bytes:
+    """One to three changes, most of them in the first ``head`` bytes."""
+    data = bytearray(raw)
+    for _ in range(rng.choice((1, 1, 2, 3))):
+        end = len(data) if head is None or rng.random() < 0.2 else min(head, len(data))
+        at, size = rng.randrange(end + 1), rng.choice((1, 2, 8, 50, 1000))
+        change: Callable[[], bytes] = rng.choice(
+            [
+                lambda at=at: bytes(b ^ (1 << rng.randrange(8)) for b in data[at : at + 1]),  # a bit flips
+                lambda: rng.randbytes(1),
+                lambda: b"",
+                lambda size=size: rng.randbytes(size),
+                lambda: struct.pack("<Q", rng.choice(GREAT_NUMBERS[:-1])),
+                lambda: struct.pack("<I", rng.choice(GREAT_NUMBERS[:2])),
+                lambda: rng.choice((b'"', b"{", b"}", b"[", b",", b"0", b"-", b"9" * 30)),
+                lambda at=at, size=size: bytes(data[at : at + size]) * 2,
+            ]
+        )
+        new = change()
+        data[at : at + (rng.choice((0, size)) if not new else len(new))] = new
+    return bytes(data) if rng.random() < 0.85 else bytes(data[: rng.randrange(len(data) + 1)])
+
+
+def damaged_json(raw: bytes, rng: random.Random) -> bytes:
+    """A value somewhere replaced by a hostile one, a field lost, added, renamed or written twice; or bytes damaged."""
+    if rng.random() < 0.25:
+        return damaged_bytes(raw, rng)
+    contents = json.loads(raw)
+    for _ in range(rng.choice((1, 1, 2))):
+        contents = _with_one_change(contents, rng)
+    text = json.dumps(contents).encode()
+    if rng.random() < 0.2:  # a literal that json.dumps does not write
+        text = text.replace(b'"HERE"', rng.choice(LITERALS)) if b'"HERE"' in text else text + rng.choice(LITERALS)
+    return b"\xef\xbb\xbf" + text if rng.random() < 0.05 else text
+
+
+def _with_one_change(contents: Any, rng: random.Random) -> Any:
+    spots = list(_spots(contents))
+    if not spots or rng.random() < 0.03:
+        return copy.deepcopy(rng.choice(HOSTILE))
+    holder, key = rng.choice(spots)
+    kind = rng.randrange(6)
+    if kind == 0:
+        del holder[key]
+    elif kind == 1 and isinstance(holder, dict):
+        holder[rng.choice(["x", "", key + "_", "a" * 3000, "\ud800"])] = holder.pop(key)
+    elif kind == 2:
+        holder[key] = "HERE"
+    else:
+        holder[key] = copy.deepcopy(rng.choice(HOSTILE))
+    return contents
+
+
+def _spots(contents: Any, most: int = 2000) -> Iterator[tuple[Any, Any]]:
+    """Each place in nested lists and objects."""
+    todo = [contents]
+    while todo and most > 0:
+        holder = todo.pop()
+        keys = list(holder) if isinstance(holder, dict) else range(len(holder)) if isinstance(holder, list) else []
+        for key in keys:
+            most -= 1
+            yield holder, key
+            todo.append(holder[key])
+
+
+def put_no_file(path: Path, kind: str) -> None:
+    """Something else in the place of a file."""
+    path.unlink()
+    if kind == "directory":
+        path.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    elif kind == "loop":
+        path.symlink_to(path.name)
+    elif kind == "hole":
+        with path.open("wb") as file:
+            file.truncate(1 << 40)
+    elif kind == "empty":
+        path.touch()
+
+
+NO_FILES = ["directory", "pipe", "device", "loop", "hole", "empty", "nothing"]

@@ -1,0 +1,57 @@
+"""Exit adapters with random weights, and the model that such an adapter makes of a model's first layers."""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from layerskip_kernels import Model
+from layerskip_kernels.model.checkpoint import Checkpoint
+from layerskip_kernels.model.exit_adapter import adapter_shapes
+from support.models import checkpoint, config
+
+LATE = 0.3  # what agreeing_model has: later layers that add little
+
+
+def random_adapter(model: Model, num_layers: int = 1, seed: int = 5) -> dict[str, Tensor]:
+    """Layers that change what an exit says a little: most drafts are still accepted, not all."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for name, shape in adapter_shapes(model.config, num_layers).items():
+        tensor = torch.randn(shape, generator=generator) * shape[-1] ** -0.5
+        if name == "norm.weight":
+            tensor = model.weights.final_norm.cpu().float() * (1 + 0.01 * tensor)
+        elif name.endswith("norm.weight"):
+            tensor = 1 - model.config.norm_offset + 0.2 * tensor
+        elif name.endswith(("o_proj.weight", "down_proj.weight")):
+            tensor *= LATE / 2
+        tensors[name] = tensor.to(model.dtype)
+    return tensors
+
+
+def own_checkpoint(dtype: torch.dtype, **changes: object) -> Checkpoint:
+    """The checkpoint that agreeing_model is made of."""
+    found = checkpoint(config(**changes), dtype)
+    for name, tensor in found.tensors.items():
+        if name.endswith(("o_proj.weight", "down_proj.weight")) and ".layers.0." not in name:
+            tensor *= LATE
+    return found
+
+
+def cut_model(found: Checkpoint, exit_layer: int, adapter: dict[str, Tensor], backend: str = "cpu") -> Model:
+    """The first layers of a checkpoint and an adapter as a model by itself: what it says, drafts are to be."""
+    count = sum(name.endswith("q_proj.weight") for name in adapter)
+    kept = {
+        name: tensor
+        for name, tensor in found.tensors.items()
+        if not name.startswith("model.layers.") or int(name.split(".")[2]) < exit_layer
+    }
+    for name, tensor in adapter.items():
+        kind, _, rest = name.partition(".")
+        if kind == "norm":
+            kept["model.norm.weight"] = tensor
+        else:
+            layer, _, within = rest.partition(".")
+            kept[f"model.layers.{exit_layer + int(layer)}.{within}"] = tensor
+    cut = replace(found.config, num_layers=exit_layer + count)
+    return Model.from_checkpoint(replace(found, config=cut, tensors=kept), backend)

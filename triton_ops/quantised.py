@@ -1,0 +1,359 @@
+"""Quantised weights (rule 8) as the kernels stream them.
+
+Sixteen columns lie together, and of them step by step: two blocks of 32 in each of the eight segments, or one of 8-bit
+codes. A step holds [4, 16, 4, 16] bytes of codes (segments s and s + 4; columns; lanes t; then segment, half of the
+block, k = 4 t + 0 .. 3, with the second block in the upper half of each byte), the codes' fifth and sixth bits, a word
+or two of scales for each column and pair of segments, and, where scales are products, numbers of 256 weights each. A
+packed weight is uint8 [ceil(N / 16), steps, bytes of a step]: those bytes tell the type. Ours, ``int8``, is int8
+[ceil(N / 16), 8 * steps + 1, 512], whose last 512 bytes are the scales.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .contract import GROUP, SEGMENTS, device_function
+from .integer_dot import low_half, signed_byte
+from .launch import OPTIONS, blocks, is_quantised
+
+__all__ = [
+    "BLOCK", "ONE_PLANE", "TWO_PLANES", "TWO_PLANES_BY_SEGMENT", "Kind", "code_of", "kind_of",
+    "pack_quantised", "segment_blocks", "select_quantised_rows", "stored_number", "stored_rows",
+]  # fmt: skip
+
+BLOCK = 32
+ONE_PLANE, TWO_PLANES, TWO_PLANES_BY_SEGMENT = 0, 1, 2  # what rows are rounded to
+INT8_UNIT = 512
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A type of quantised weights.
+
+    bits of a code; has_c: a code stands for a * code - c, else for a * (code - half of their number); common: scales
+    are products with a number of 256 weights; at: where a block's first bytes (of a GGUF file) keep its fp16 numbers,
+    scales, fifth or sixth bits, and codes.
+    """
+
+    name: str
+    bits: int
+    has_c: bool = False
+    common: bool = False
+    by_segment: bool = False
+    file_bytes: int = 0
+    high_at: int = 0
+    codes_at: int = 0
+
+    @property
+    def form(self) -> int:
+        if self.by_segment:
+            return TWO_PLANES_BY_SEGMENT
+        return TWO_PLANES if self.bits == 8 else ONE_PLANE
+
+    @property
+    def parts(self) -> int:
+        """Blocks of a segment in a step."""
+        return 1 if self.bits == 8 else 2
+
+    @property
+    def regions(self) -> list[tuple[int, int]]:
+        """A step's bytes as [first, 16 columns, last], one after the other."""
+        regions = [(4, 64)]
+        if 4 < self.bits < 8:
+            regions.append((4, 16 * (self.bits - 4)))
+        if self.common:
+            regions += [(4, 8), (2, 2 + 2 * self.has_c)]
+        elif not self.by_segment:
+            regions.append((4, 4 * self.parts * (1 + self.has_c)))
+        return regions
+
+    @property
+    def step_bytes(self) -> int:
+        return sum(first * GROUP * last for first, last in self.regions)
+
+    def packed_shape(self, n: int, k: int) -> tuple[int, int, int]:
+        """Of a weight [n, k]."""
+        steps = blocks(segment_blocks(k), self.parts)
+        return (
+            (blocks(n, GROUP), 8 * steps + 1, INT8_UNIT)
+            if self.by_segment
+            else (blocks(n, GROUP), steps, self.step_bytes)
+        )
+
+    @property
+    def code(self) -> int:
+        """As the kernels take it: integer_dot's KIND."""
+        flags = 16 * self.has_c + 32 * self.common + 64 * self.by_segment
+        return self.bits + flags + 256 * (self.step_bytes // 4)
+
+
+INT8 = Kind("int8", 8, by_segment=True)
+KINDS = (
+    Kind("q4_0", 4, file_bytes=18, codes_at=2),
+    Kind("q4_1", 4, has_c=True, file_bytes=20, codes_at=4),
+    Kind("q5_0", 5, file_bytes=22, high_at=2, codes_at=6),
+    Kind("q5_1", 5, has_c=True, file_bytes=24, high_at=4, codes_at=8),
+    Kind("q8_0", 8, file_bytes=34, codes_at=2),
+    Kind("q4_k", 4, has_c=True, common=True, file_bytes=144, codes_at=16),
+    Kind("q5_k", 5, has_c=True, common=True, file_bytes=176, high_at=16, codes_at=48),
+    Kind("q6_k", 6, common=True, file_bytes=210, high_at=128),
+)
+_BY_FILE_BYTES = {kind.file_bytes: kind for kind in KINDS}
+_BY_STEP_BYTES = {kind.step_bytes: kind for kind in KINDS}
+
+
+def kind_of(packed: Tensor) -> Kind:
+    """The type of a packed quantised weight. Raises ValueError for what pack_quantised did not make."""
+    kind = INT8 if packed.dtype == torch.int8 else _BY_STEP_BYTES.get(packed.size(-1))
+    if kind is None or packed.dim() != 3:
+        raise ValueError(f"no packed weight of a known type: {packed.dtype} {list(packed.shape)}")
+    return kind
+
+
+def code_of(weight: Tensor) -> int:
+    """integer_dot's KIND of a packed weight: 0 for the model's dtype."""
+    return kind_of(weight).code if is_quantised(weight) else 0
+
+
+def segment_blocks(k: int) -> int:
+    """Blocks in a segment of k inputs: as many for all types, filled up with zeros."""
+    return blocks(k, BLOCK * SEGMENTS)
+
+
+# ---- packing ----
+
+
+def _nibbles(codes: Tensor) -> Tensor:
+    """uint8 [..., n] -> [..., 2 n]: all lower halves, then all upper ones."""
+    return torch.cat([codes & 15, codes >> 4], dim=-1)
+
+
+def _bits(raw: Tensor) -> Tensor:
+    """uint8 [..., n] -> [..., 8 n], the lowest bit of a byte first."""
+    return (raw[..., None] >> torch.arange(8, dtype=torch.uint8, device=raw.device) & 1).flatten(-2)
+
+
+def _codes(kind: Kind, raw: Tensor) -> Tensor:
+    """The codes of a file's blocks uint8 [N, blocks, bytes], from 0 on but for those of 8 bits: [N, blocks, 32]."""
+    n = len(raw)
+    low = raw[..., kind.codes_at :]
+    if kind.bits == 8:
+        codes = low
+    elif not kind.common:
+        codes = _nibbles(low)
+        if kind.bits == 5:
+            codes = codes + 16 * _bits(raw[..., kind.high_at : kind.codes_at])
+    elif kind.bits == 6:
+        shifts = torch.tensor([0, 2, 4, 6], dtype=torch.uint8, device=raw.device)[:, None]
+        high = raw[..., 128:192].unflatten(-1, (2, 1, 32)) >> shifts & 3  # [N, blocks, 2, 4, 32]
+        codes = _nibbles(raw[..., :128].unflatten(-1, (2, 64))) + 16 * high.flatten(-2)
+    else:
+        codes = _nibbles(low.unflatten(-1, (4, 32)))
+        if kind.bits == 5:
+            high = _bits(raw[..., kind.high_at : kind.codes_at]).unflatten(-1, (32, 8)).transpose(-1, -2)
+            codes = codes + 16 * high.reshape(n, -1, 4, 64)
+    return codes.reshape(n, -1, BLOCK)
+
+
+def _block_scales(kind: Kind, raw: Tensor) -> Tensor:
+    """What each block of 32 keeps beside its codes: uint8 [N, blocks of 32, bytes]."""
+    if not kind.common:
+        return raw[..., : 2 + 2 * kind.has_c]
+    if kind.bits == 6:
+        return raw[..., 192:208].reshape(len(raw), -1, 2)
+    low, middle, top = raw[..., 4:8], raw[..., 8:12], raw[..., 12:16]
+    scales = torch.cat([low & 63, (top & 15) | (low >> 6 << 4)], dim=-1)
+    minima = torch.cat([middle & 63, (top >> 4) | (middle >> 6 << 4)], dim=-1)
+    return torch.stack([scales, minima], dim=-1).reshape(len(raw), -1, 2)
+
+
+def _filled(x: Tensor, length: int, parts: int) -> Tensor:
+    """[N, blocks, ...] -> [N, segment's half 2, 4 segments, steps, parts, ...], zeros where there is no block."""
+    x = torch.nn.functional.pad(x, (0, 0, 0, SEGMENTS * length - x.size(1))).unflatten(1, (2, 4, length))
+    steps = blocks(length, parts)
+    return torch.nn.functional.pad(x, (0, 0, 0, steps * parts - length)).unflatten(3, (steps, parts))
+
+
+def _images(kind: Kind, codes: Tensor, scales: Tensor | None, common: Tensor | None) -> Tensor:
+    """Rows as they lie in a packed weight, without their neighbours: uint8 [N, steps, bytes of a step / 16]."""
+    n, length = len(codes), blocks(codes.size(1), SEGMENTS)
+    # [N, segment's half, 4, steps, parts, block's half, t, 4], the parts then last, t before the halves
+    c = _filled(codes, length, kind.parts).unflatten(-1, (2, 4, 4)).permute(0, 3, 2, 6, 1, 5, 7, 4)
+    steps = c.size(1)
+    if kind.bits == 8:
+        regions = [c]
+    else:
+        regions = [(c[..., 0] & 15) | (c[..., 1] & 15) << 4]
+        high = c >> 4
+        at = torch.arange(4, dtype=torch.uint8, device=c.device).view(2, 1, 2) * (kind.bits - 4)  # block's half, part
+        if kind.bits == 5:
+            of_segment = torch.tensor([0, 4], dtype=torch.uint8, device=c.device).view(2, 1, 1, 1)
+            regions.append((high << at << of_segment).sum((-1, -3, -4), dtype=torch.uint8))
+        elif kind.bits == 6:
+            regions.append((high << at).sum((-1, -3), dtype=torch.uint8))
+    if scales is not None:  # [N, segment's half, 4, steps, parts, bytes] -> [N, steps, 4, segment's half, parts, bytes]
+        regions.append(_filled(scales, length, kind.parts).permute(0, 3, 2, 1, 4, 5))
+    if common is not None:
+        regions.append(torch.nn.functional.pad(common, (0, 0, 0, 2 * steps - common.size(1))))
+    return torch.cat([region.reshape(n, steps, -1) for region in regions], dim=-1)
+
+
+def _grouped(images: Tensor, regions: list[tuple[int, int]]) -> Tensor:
+    """Rows' images [N, steps, bytes] -> [ceil(N / 16), steps, 16 * bytes]; rows that are missing are zeros."""
+    images = torch.nn.functional.pad(images, (0, 0, 0, 0, 0, -len(images) % GROUP)).unflatten(0, (-1, GROUP))
+    pieces = images.split([first * last for first, last in regions], dim=-1)
+    return torch.cat(
+        [
+            piece.unflatten(-1, (first, last)).permute(0, 2, 3, 1, 4).flatten(2)
+            for piece, (first, last) in zip(pieces, regions, strict=True)
+        ],
+        dim=-1,
+    ).contiguous()
+
+
+def _images_of(packed: Tensor, rows: Tensor, regions: list[tuple[int, int]]) -> Tensor:
+    """The images of some rows of a packed weight."""
+    pieces = packed[rows // GROUP].split([first * GROUP * last for first, last in regions], dim=-1)
+    place, number = rows % GROUP, torch.arange(len(rows), device=packed.device)
+    return torch.cat(
+        [
+            piece.unflatten(-1, (first, GROUP, last))[number, :, :, place].flatten(2)
+            for piece, (first, last) in zip(pieces, regions, strict=True)
+        ],
+        dim=-1,
+    )
+
+
+SCALE_REGION = [(4, 8)]  # of int8: a column's scales in segments s and s + 4
+
+
+def pack_quantised(weight: Tensor) -> Tensor:
+    """A row-major weight as the reference has it -> packed, on the same device. Raises ValueError for another."""
+    if weight.dtype == torch.int8:
+        if weight.dim() != 2 or weight.size(1) < 2 * BLOCK or weight.size(1) % BLOCK:
+            raise ValueError(f"weight is int8 {list(weight.shape)}, expected [N, K + 32] with whole blocks of 32")
+        return _pack_int8(weight.view(torch.uint8))
+    kind = _BY_FILE_BYTES.get(weight.size(-1)) if weight.dim() == 3 else None
+    if kind is None:
+        raise ValueError(
+            f"weight is uint8 {list(weight.shape)}, blocks of {weight.size(-1)} bytes, which no known type has"
+        )
+    common = None
+    if kind.common:
+        common = weight[..., 208:] if kind.bits == 6 else weight[..., :4]
+    return _grouped(_images(kind, _codes(kind, weight), _block_scales(kind, weight), common), kind.regions)
+
+
+def _pack_int8(weight: Tensor) -> Tensor:
+    n = len(weight)
+    codes, scales = weight[:, :-BLOCK].reshape(n, -1, BLOCK), weight[:, -BLOCK:].reshape(n, 2, 4, 4)
+    packed = _grouped(_images(INT8, codes, None, None), INT8.regions)
+    tail = _grouped(scales.transpose(1, 2).reshape(n, 1, BLOCK), SCALE_REGION)
+    return torch.cat([packed.view(len(packed), -1, INT8_UNIT), tail], dim=1).view(torch.int8)
+
+
+def select_quantised_rows(packed: Tensor, rows: Tensor) -> Tensor:
+    """The packed weight made of some rows (int64 [R]) of another."""
+    kind = kind_of(packed)
+    if not kind.by_segment:
+        return _grouped(_images_of(packed, rows, kind.regions), kind.regions)
+    data = packed.view(torch.uint8)
+    codes = data[:, :-1].reshape(len(data), -1, kind.step_bytes)
+    chosen = _grouped(_images_of(codes, rows, kind.regions), kind.regions)
+    tail = _grouped(_images_of(data[:, -1:], rows, SCALE_REGION), SCALE_REGION)
+    return torch.cat([chosen.view(len(chosen), -1, INT8_UNIT), tail], dim=1).view(torch.int8)
+
+
+# ---- single numbers, of an embedding ----
+
+
+@device_function
+def stored_number(w_ptr, row, i, mask, length, KIND: tl.constexpr):
+    """Elements int32 [B] of one row of a packed weight: fl(fl(a * q) - c), fp32. A segment has ``length`` blocks."""
+    BITS: tl.constexpr = KIND & 15
+    HAS_C: tl.constexpr = (KIND & 16) != 0
+    COMMON: tl.constexpr = (KIND & 32) != 0
+    BY_SEGMENT: tl.constexpr = (KIND & 64) != 0
+    WORDS: tl.constexpr = KIND >> 8
+    PARTS: tl.constexpr = 1 if BITS == 8 else 2
+    words = w_ptr.to(tl.pointer_type(tl.int32), bitcast=True)
+    steps = (length + PARTS - 1) // PARTS
+    block = i // 32
+    k = i % 32
+    segment = block // length
+    step = block % length // PARTS
+    part = block % length % PARTS
+    size = steps * WORDS
+    if BY_SEGMENT:
+        size = size + 128
+    place = segment % 4 * 16 + (row % 16).to(tl.int32)
+    group = words + row // 16 * size
+    base = group + step * WORDS
+    t = k // 4 % 4
+    half = segment // 4 * 2 + k // 16  # of the segments, of the block
+    code = tl.load(base + (place * 4 + t) * 4 + half, mask=mask, other=0) >> (k % 4 * 8)
+    at = base + 1024
+    if BITS == 8:
+        q = signed_byte(code, 0)
+    else:
+        q = (code >> (part * 4)) & 15
+        if BITS == 5:
+            high = tl.load(at + place * 4 + t, mask=mask, other=0) >> (k % 4 * 8 + half * 2 + part)
+            q = q | ((high & 1) << 4)
+            at = at + 256
+        if BITS == 6:
+            high = tl.load(at + (place * 4 + t) * 2 + segment // 4, mask=mask, other=0)
+            q = q | (((high >> (k % 4 * 8 + k // 16 * 4 + part * 2)) & 3) << 4)
+            at = at + 512
+        if not HAS_C:
+            q = q - (1 << (BITS - 1))
+        q = q.to(tl.float32)
+    if BY_SEGMENT:
+        a = tl.load(group + steps * 1024 + place * 2 + segment // 4, mask=mask, other=0).to(tl.float32, bitcast=True)
+    elif COMMON:
+        scales = tl.load(at + place * 2 + segment // 4, mask=mask, other=0)
+        common = block // 8
+        if HAS_C:
+            at = group + (common // 2 * WORDS + WORDS - 32) + (common % 2 * 16 + place % 16)
+            both = tl.load(at, mask=mask, other=0)
+            a = low_half(both) * ((scales >> (part * 16)) & 255).to(tl.float32)
+            c = low_half(both >> 16) * ((scales >> (part * 16 + 8)) & 255).to(tl.float32)
+        else:
+            at = group + (common // 2 * WORDS + WORDS - 16) + (common % 2 * 8 + place % 16 // 2)
+            d = low_half(tl.load(at, mask=mask, other=0) >> (place % 2 * 16))
+            a = d * signed_byte(scales, part * 2 + k // 16)
+    elif HAS_C:
+        both = tl.load(at + place * 4 + segment // 4 * 2 + part, mask=mask, other=0)
+        a = low_half(both)
+        c = -low_half(both >> 16)
+    elif BITS == 8:
+        a = low_half(tl.load(at + place, mask=mask, other=0) >> (segment // 4 * 16))
+    else:
+        a = low_half(tl.load(at + place * 2 + segment // 4, mask=mask, other=0) >> (part * 16))
+    value = a * q
+    if HAS_C:
+        value = value - c
+    return value
+
+
+@triton.jit
+def _stored_rows_kernel(rows_ptr, w_ptr, y_ptr, K, length, KIND: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.load(rows_ptr + tl.program_id(0)).to(tl.int64)
+    i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    value = stored_number(w_ptr, row, i, i < K, length, KIND)
+    tl.store(y_ptr + tl.program_id(0).to(tl.int64) * K + i, value, mask=i < K)
+
+
+def stored_rows(packed: Tensor, rows: Tensor, k: int) -> Tensor:
+    """The numbers that some rows (int64 [R]) of a packed weight stand for: fp32 [R, k]."""
+    y = torch.empty(len(rows), k, device=packed.device)
+    _stored_rows_kernel[(len(rows), blocks(k, 256))](
+        rows_ptr=rows, w_ptr=packed, y_ptr=y, K=k, length=segment_blocks(k), KIND=kind_of(packed).code, BLOCK=256,
+        num_warps=4, **OPTIONS,
+    )  # fmt: skip
+    return y
