@@ -61,7 +61,8 @@ TORCH_LIBRARY(layerskip, m) {
       "draft_pass(Tensor[] weights, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor(c!) hidden_cache, Tensor tokens, "
       "Tensor positions, Tensor num_drafts, Tensor block_table, Tensor? draft_head, Tensor? draft_ids, "
       "Tensor[] sampling, Tensor[] stops, int exit_layer, int max_drafts, bool keep_scores, int[] ints, "
-      "float[] floats) -> (Tensor drafts, Tensor num_drafted, Tensor confidences, Tensor scores)");
+      "float[] floats, Tensor[] adapter, Tensor(d!)? adapter_k, Tensor(e!)? adapter_v, int[] adapter_ints) -> "
+      "(Tensor drafts, Tensor num_drafted, Tensor confidences, Tensor scores)");
   m.def(
       "verify_pass(Tensor[] weights, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor(c!) hidden_cache, Tensor tokens, "
       "Tensor positions, Tensor depths, Tensor query_start_loc, Tensor num_drafts, Tensor judged, "

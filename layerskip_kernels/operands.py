@@ -14,8 +14,8 @@ from typing import NamedTuple
 from torch import Tensor
 
 __all__ = [
-    "CacheTensors", "DraftHead", "DraftRows", "DraftSampling", "DraftStops", "Drafted", "LayerWeights", "ModelSizes",
-    "ModelWeights", "PendingRows",
+    "AdapterLayers", "CacheTensors", "DraftHead", "DraftRows", "DraftSampling", "DraftStops", "Drafted", "LayerWeights",
+    "ModelSizes", "ModelWeights", "PendingRows",
 ]  # fmt: skip
 
 
@@ -133,6 +133,22 @@ class CacheTensors(NamedTuple):
     k: Tensor  # [L, P, G, K, S]: transposed, so that a page is a tile of positions
     v: Tensor  # [L, P, G, S, K]
     hidden: Tensor  # [P, S, D]
+
+
+class AdapterLayers(NamedTuple):
+    """The layers of an exit adapter as run_layers takes them, and their pages in the cache: A + 1 layers of each.
+
+    The first stands for all that a row has passed up to the exit. It is never run: rows start at depth 1.
+    """
+
+    weights: ModelWeights
+    sizes: ModelSizes
+    cache: CacheTensors
+
+    @property
+    def depth(self) -> int:
+        """That of a row which has passed them."""
+        return len(self.weights.layers)
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,6 +4,7 @@
 #include <ATen/ops/zeros.h>
 
 #include <cmath>
+#include <optional>
 
 #include "checks.h"
 #include "layers.h"
@@ -103,12 +104,34 @@ struct DraftBuffers {
   std::vector<SamplingScratch> scratch;  // of each thread
 };
 
-// One draft of some sequences: a move of one row each, the LM head, its confidence, and the choice of a token.
+// The layers of an exit adapter and their pages, of which the first stand for all up to the exit and are never run.
+struct AdapterView {
+  ModelView model;
+  CacheView cache;
+};
+
+// None where `weights` is empty. Its tensors must outlive the view.
+std::optional<AdapterView> CheckedAdapter(TensorList weights, const OptionalTensor& k_pages,
+                                          const OptionalTensor& v_pages, const Tensor& hidden_cache,
+                                          const Tensor& block_table, const CacheView& cache, at::IntArrayRef ints,
+                                          at::ArrayRef<double> floats) {
+  TORCH_CHECK_VALUE(weights.empty() == !k_pages.has_value() && weights.empty() == !v_pages.has_value(),
+                    "adapter, adapter_k and adapter_v must be given together");
+  if (weights.empty()) return std::nullopt;
+  const CacheView pages = CheckedCache(*k_pages, *v_pages, hidden_cache, block_table, block_table.size(0));
+  TORCH_CHECK_VALUE(pages.num_layers >= 2 && pages.page_size == cache.page_size, "adapter_k has ", pages.num_layers,
+                    " layers of pages of ", pages.page_size, " positions, expected at least 2 of ", cache.page_size);
+  return AdapterView{CheckedModel(weights, *k_pages, hidden_cache, ints, floats), pages};
+}
+
+// One draft of some sequences: a move of one row each to the exit, one through the adapter if there is any, the LM
+// head, its confidence, and the choice of a token.
 class DraftCycle {
  public:
-  DraftCycle(const ModelView& model, const DraftHead& head, const CacheView& cache, const Tensor& block_table,
-             const std::vector<Drafting>& drafting, const DraftSampling& sampling, int64_t exit_layer,
-             DraftBuffers& buffers, const std::vector<float*>& kept_scores)
+  DraftCycle(const ModelView& model, const std::optional<AdapterView>& adapter, const DraftHead& head,
+             const CacheView& cache, const Tensor& block_table, const std::vector<Drafting>& drafting,
+             const DraftSampling& sampling, int64_t exit_layer, DraftBuffers& buffers,
+             const std::vector<float*>& kept_scores)
       : model_(model),
         draft_head_(head),
         drafting_(drafting),
@@ -128,17 +151,25 @@ class DraftCycle {
     }
     const int64_t num_sequences = block_table.size(0), count = Count();
     starts.resize(num_sequences + 1, static_cast<int32_t>(count));
-    const std::vector<int32_t> depths(count, 0);
+    const std::vector<int32_t> depths(count, 0), at_exit(count, 1);
     const PendingRows pending{tokens.data(), positions.data(), depths.data(), starts.data(), count, num_sequences};
     move_ = std::make_unique<Move>(model, cache, CheckedRows(pending, block_table, model, cache), num_sequences,
                                    exit_layer);
+    if (adapter.has_value()) {
+      const PendingRows adapted{tokens.data(), positions.data(), at_exit.data(), starts.data(), count, num_sequences};
+      const ModelView& layers = adapter->model;
+      adapter_move_ =
+          std::make_unique<Move>(layers, adapter->cache, CheckedRows(adapted, block_table, layers, adapter->cache),
+                                 num_sequences, adapter->cache.num_layers, /*keeps=*/false);
+    }
     head_ = std::make_unique<Head>(model.final_norm, head.weight, model.sizes.hidden_size, head.size, model.logits,
                                    count, buffers.logits);
   }
 
   void Run(Team& team) {
     move_->Run(team);
-    head_->Run(team, *model_.kernels, move_->hidden());
+    if (adapter_move_) adapter_move_->Run(team);
+    head_->Run(team, *model_.kernels, (adapter_move_ ? adapter_move_ : move_)->hidden());
     const int64_t size = draft_head_.size, pieces = (size + kMassPiece - 1) / kMassPiece;
     team.ForEach(Count() * pieces, 1, [&](int64_t i, int64_t) {
       const int64_t r = i / pieces, begin = i % pieces * kMassPiece, greatest = head_->tokens[r];
@@ -184,7 +215,7 @@ class DraftCycle {
   const DraftSampling& sampling_;
   DraftBuffers& buffers_;
   const std::vector<float*>& kept_scores_;  // where each sequence's scores are kept; empty: they are not
-  std::unique_ptr<Move> move_;
+  std::unique_ptr<Move> move_, adapter_move_;
   std::unique_ptr<Head> head_;
 
  public:
@@ -202,7 +233,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> draft_pass(
     TensorList weights, Tensor k_cache, Tensor v_cache, Tensor hidden_cache, const Tensor& tokens,
     const Tensor& positions, const Tensor& num_drafts, const Tensor& block_table, const OptionalTensor& draft_head,
     const OptionalTensor& draft_ids, TensorList sampling, TensorList stops, int64_t exit_layer, int64_t max_drafts,
-    bool keep_scores, at::IntArrayRef ints, at::ArrayRef<double> floats) {
+    bool keep_scores, at::IntArrayRef ints, at::ArrayRef<double> floats, TensorList adapter, OptionalTensor adapter_k,
+    OptionalTensor adapter_v, at::IntArrayRef adapter_ints) {
   CheckTensor("tokens", tokens, at::kLong, {kAny});
   const int64_t sequences = tokens.numel();
   CheckTensor("positions", positions, at::kLong, {sequences});
@@ -217,6 +249,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> draft_pass(
   const ModelView model = CheckedModel(weights, k_cache, hidden_cache, ints, floats);
   const int64_t* position = positions.const_data_ptr<int64_t>();
   CheckRange("positions", position, sequences, 0, model.max_positions);
+  const std::optional<AdapterView> adapted =
+      CheckedAdapter(adapter, adapter_k, adapter_v, hidden_cache, block_table, cache, adapter_ints, floats);
   const DraftHead head = CheckedDraftHead(model, draft_head, draft_ids, k_cache.scalar_type());
   const DraftSampling settings(sampling, sequences);
   DraftStops stop_rule(stops, sequences, max_drafts);
@@ -236,7 +270,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> draft_pass(
     std::vector<float*> kept;
     for (int64_t b = 0; keep_scores && b < sequences; ++b)
       kept.push_back(score + (b * max_drafts + i) * model.vocab_size);
-    DraftCycle cycle(model, head, cache, block_table, drafting, settings, exit_layer, buffers, kept);
+    DraftCycle cycle(model, adapted, head, cache, block_table, drafting, settings, exit_layer, buffers, kept);
     RunPass(PassKind::kDraft, [&](Team& team) { cycle.Run(team); });
     cycle.CheckChosen();
     std::vector<Drafting> going_on;

@@ -318,10 +318,12 @@ void Head::Run(Team& team, const Kernels& kernels, const float* hidden) {
   });
 }
 
-Move::Move(const ModelView& model, const CacheView& cache, SortedRows rows, int64_t num_sequences, int64_t stop)
+Move::Move(const ModelView& model, const CacheView& cache, SortedRows rows, int64_t num_sequences, int64_t stop,
+           bool keeps)
     : model_(model),
       cache_(cache),
       rows_(std::move(rows)),
+      keeps_(keeps),
       ws_(model.sizes, rows_.size(), *std::max_element(rows_.positions.begin(), rows_.positions.end()),
           model.integers) {
   int64_t count = 0;
@@ -371,6 +373,7 @@ void Move::Run(Team& team) {
       add(w.w_down, w.down_bias, sizes.intermediate_size, w.mlp_post_norm, ws_.gate);
     }
   }
+  if (!keeps_) return;
   team.ForEach(rows_.size(), 1, [&](int64_t r, int64_t) {
     kernels.narrow(ws_.hidden + r * sizes.hidden_size, sizes.hidden_size,
                    cache_.hidden + rows_.slots[r] * hidden_bytes);

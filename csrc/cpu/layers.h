@@ -256,7 +256,9 @@ struct Head {
 // moves that follow, in the cache.
 class Move {
  public:
-  Move(const ModelView& model, const CacheView& cache, SortedRows rows, int64_t num_sequences, int64_t stop);
+  // `keeps`: whether the cache gets the hidden states, too.
+  Move(const ModelView& model, const CacheView& cache, SortedRows rows, int64_t num_sequences, int64_t stop,
+       bool keeps = true);
   void Run(Team& team);
   SortedRows& rows() { return rows_; }
   const float* hidden() const { return ws_.hidden; }  // [T, D], in the order of rows()
@@ -271,6 +273,7 @@ class Move {
   const CacheView& cache_;
   SortedRows rows_;
   std::vector<Stage> stages_;
+  bool keeps_;
   Workspace ws_;
 };
 

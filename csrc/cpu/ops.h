@@ -65,7 +65,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> draft_pass(
     TensorList weights, Tensor k_cache, Tensor v_cache, Tensor hidden_cache, const Tensor& tokens,
     const Tensor& positions, const Tensor& num_drafts, const Tensor& block_table, const OptionalTensor& draft_head,
     const OptionalTensor& draft_ids, TensorList sampling, TensorList stops, int64_t exit_layer, int64_t max_drafts,
-    bool keep_scores, at::IntArrayRef ints, at::ArrayRef<double> floats);
+    bool keep_scores, at::IntArrayRef ints, at::ArrayRef<double> floats, TensorList adapter, OptionalTensor adapter_k,
+    OptionalTensor adapter_v, at::IntArrayRef adapter_ints);
 std::tuple<Tensor, Tensor, Tensor> verify_pass(TensorList weights, Tensor k_cache, Tensor v_cache, Tensor hidden_cache,
                                                const Tensor& tokens, const Tensor& positions, const Tensor& depths,
                                                const Tensor& query_start_loc, const Tensor& num_drafts,

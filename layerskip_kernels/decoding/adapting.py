@@ -13,9 +13,17 @@ from torch import Tensor
 
 from layerskip_kernels.decoding.kv_cache import PagedKVCache
 from layerskip_kernels.model.model import Model
-from layerskip_kernels.operands import PendingRows
+from layerskip_kernels.operands import AdapterLayers, PendingRows
 
-__all__ = ["adapt_rows", "raise_to_exit"]
+__all__ = ["adapt_rows", "adapter_layers", "raise_to_exit"]
+
+
+def adapter_layers(model: Model, cache: PagedKVCache) -> AdapterLayers | None:
+    """The layers of the model's exit adapter with their pages of the cache; None: there are none."""
+    adapter = model.exit_adapter
+    if adapter is None or not adapter.num_layers:
+        return None
+    return AdapterLayers(adapter.weights, adapter.sizes, cache.adapter_tensors)
 
 
 def _slots_of(model: Model, cache: PagedKVCache, rows: PendingRows) -> tuple[Tensor, Tensor]:
@@ -31,13 +39,12 @@ def adapt_rows(model: Model, cache: PagedKVCache, rows: PendingRows) -> Tensor:
 
     Writes the adapter's K and V. Returns the hidden states [T, D] that the head is to see.
     """
-    slots, adapter = _slots_of(model, cache, rows), model.exit_adapter
+    slots, layers = _slots_of(model, cache, rows), adapter_layers(model, cache)
     at_exit = cache.hidden[slots]
-    if adapter is None or not adapter.num_layers:
+    if layers is None:
         return at_exit
-    # A row of depth 1 starts from its kept hidden state, at the second of the adapter's weights.layers.
     placed = replace(rows, depths=torch.ones(len(rows.tokens), dtype=torch.int32))
-    model.ops.run_layers(adapter.weights, adapter.sizes, cache.adapter_tensors, placed, 1 + adapter.num_layers)
+    model.ops.run_layers(*layers, placed, layers.depth)
     adapted = cache.hidden[slots]
     cache.hidden[slots] = at_exit
     return adapted
@@ -49,8 +56,10 @@ def raise_to_exit(model: Model, cache: PagedKVCache, rows: PendingRows) -> Pendi
     Returns all rows, at their new depths. Rows of drafts are at the exit and have been adapted.
     """
     adapter = model.exit_adapter
-    below = None if adapter is None or not adapter.num_layers else rows.depths < adapter.exit_layer
-    if adapter is None or below is None or not below.any():
+    if adapter is None or not adapter.num_layers:
+        return rows
+    below = rows.depths < adapter.exit_layer
+    if not below.any():
         return rows
     starts = torch.nn.functional.pad(below.cumsum(0), (1, 0))[rows.query_start_loc.long()]
     [chosen] = model.ops.to_device(below.nonzero()[:, 0])

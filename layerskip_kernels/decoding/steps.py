@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from layerskip_kernels.decoding.adapting import adapt_rows, raise_to_exit
+from layerskip_kernels.decoding.adapting import adapt_rows, adapter_layers, raise_to_exit
 from layerskip_kernels.decoding.kv_cache import PagedKVCache
 from layerskip_kernels.decoding.sampling import Sampler, choose_tokens, draft_sampling, judge_drafts
 from layerskip_kernels.decoding.types import CachedSequence, Draft, Verdict
@@ -55,11 +55,11 @@ def draft_step(
 
     ``num_speculations``: how many, for all sequences or one number for each (0: that one does not draft).
     ``samplers`` (None: greedy): how each sequence's tokens are drawn; verify_step needs the same. ``stops`` (None: no
-    such): where each sequence stops before its count; where a backend has no confidences, a sampler processes logits,
-    or drafts pass an exit adapter, nothing stops. The drafts' K and V of those layers (and of the exit adapter's) and
-    their hidden states at the exit stay in the cache for verify_step. Raises ValueError for an exit layer outside
-    1..L-1 or another than the exit adapter's, for a count below 1 (or 0 in a list), for a sequence not prefilled or
-    without positions left; CacheFull when pages run short.
+    such): where each sequence stops before its count; where a backend has no confidences, or a sampler processes
+    logits, nothing stops. The drafts' K and V of those layers (and of the exit adapter's) and their hidden states at
+    the exit stay in the cache for verify_step. Raises ValueError for an exit layer outside 1..L-1 or another than the
+    exit adapter's, for a count below 1 (or 0 in a list), for a sequence not prefilled or without positions left;
+    CacheFull when pages run short.
     """
     cache.check_model(model)
     model.check_exit(exit_layer)
@@ -126,14 +126,12 @@ def _draft(
 ) -> Draft:
     """All drafts in one call of the backend.
 
-    But samplers that process logits take calls for each token, and so does an exit adapter.
+    But samplers that process logits take calls for each token, and so does an exit adapter on a backend that says so.
     """
     pairs = zip(sequences, samplers, strict=True)
     processing = [sampler is not None and sampler.processes(sequence.tokens) for sequence, sampler in pairs]
     if not model.ops.drafts_adapt:
-        processing, stops = [any(samplers)] * len(sequences), None
-    if model.exit_adapter is not None:
-        processing = [True] * len(sequences)
+        processing, stops = [any(samplers) or model.num_adapter_layers > 0] * len(sequences), None
     if not any(processing):
         return _draft_in_one_call(model, cache, sequences, exit_layer, counts, samplers, stops)
     parts = []
@@ -167,8 +165,8 @@ def _draft_in_one_call(
     rows = DraftRows(tokens=tokens, positions=positions, num_drafts=torch.tensor(counts), block_table=block_table)
     rejecting = [b for b, sampler in enumerate(samplers) if sampler is not None and sampler.rejects]
     drafted = model.ops.draft_pass(
-        model.weights, model.sizes, cache.tensors, rows, model.draft_head, exit_layer, max(counts),
-        draft_sampling(samplers), stops, bool(rejecting),
+        model.draft_weights, model.sizes, cache.tensors, rows, model.draft_head, exit_layer, max(counts),
+        draft_sampling(samplers), stops, bool(rejecting), adapter_layers(model, cache),
     )  # fmt: skip
     scores = {b: drafted.scores[b, : int(drafted.counts[b])] for b in rejecting}
     confidences = {}
@@ -186,7 +184,7 @@ def _draft_one_by_one(
     counts: Sequence[int],
     samplers: Samplers,
 ) -> Draft:
-    """One draft of each sequence at a time: for an exit adapter, and samplers that depend on the drafts before."""
+    """One draft of each sequence at a time, as samplers need it that depend on the drafts before."""
     tokens = torch.full((len(sequences), max(counts)), -1)
     scores: dict[int, list[Tensor]] = {}
     histories = [list(sequence.tokens) for sequence in sequences]
@@ -232,9 +230,8 @@ def _exit_logits(
     model.ops.run_layers(model.weights, model.sizes, cache.tensors, rows, exit_layer)
     hidden = adapt_rows(model, cache, rows)
     weights, sizes, head = model.weights, model.sizes, model.draft_head
-    norm = (weights if model.exit_adapter is None else model.exit_adapter.weights).final_norm
     weight, size = (weights.lm_head, sizes.vocab_size) if head is None else (head.weight, len(head.ids))
-    found = model.ops.norm_head_argmax(hidden, norm, weight, size, *sizes.head)
+    found = model.ops.norm_head_argmax(hidden, model.draft_weights.final_norm, weight, size, *sizes.head)
     tokens, *copied = model.ops.to_host(cache.k, *(found if wanted else found[:1]))
     logits = copied[0] if copied else None
     if head is None:

@@ -51,11 +51,13 @@ FORMAT = "1"
 class ExitAdapter:
     """An adapter after ``exit_layer`` layers, as run_layers takes it.
 
-    ``weights``: the model's embedding, heads and RoPE with the adapter's final norm and layers, of which there are
-    A + 1: a row that has passed the first of them is one at the exit, so that one is never run. ``sizes``: the same.
+    ``draft_weights``: the model's, under the adapter's final norm. ``weights``: the same with the adapter's layers, of
+    which there are A + 1: a row that has passed the first of them is one at the exit, so that one is never run.
+    ``sizes``: of those layers.
     """
 
     exit_layer: int
+    draft_weights: ModelWeights
     weights: ModelWeights
     sizes: ModelSizes
 

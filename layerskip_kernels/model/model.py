@@ -64,6 +64,11 @@ class Model:
         return None if self.draft_head is None else self.draft_head.ids
 
     @property
+    def draft_weights(self) -> ModelWeights:
+        """What drafts are made with: the model's weights, under the exit adapter's final norm if there is one."""
+        return self.weights if self.exit_adapter is None else self.exit_adapter.draft_weights
+
+    @property
     def num_adapter_layers(self) -> int:
         """Layers that only drafts pass, those of the exit adapter: their K and V follow the model's in the cache."""
         return 0 if self.exit_adapter is None else self.exit_adapter.num_layers
@@ -125,7 +130,8 @@ class Model:
             self.weights.replace_tables(place(cos), place(sin))
         adapter = self.exit_adapter
         if adapter is not None and self.weights.cos.size(1) > adapter.weights.cos.size(1):
-            adapter.weights.replace_tables(self.weights.cos, self.weights.sin)
+            for weights in (adapter.weights, adapter.draft_weights):
+                weights.replace_tables(self.weights.cos, self.weights.sin)
 
     def has_kv_of(self, other: Model) -> bool:
         """Whether both compute the same K and V from the same tokens: one set of weights in memory, run the same way.
@@ -223,10 +229,9 @@ class Model:
             for layer in range(num_adapter_layers(tensors))
         )
         final_norm = place(tensors.pop("norm.weight"))
-        weights = replace(own, final_norm=final_norm, layers=layers[:1] + layers)
-        return replace(
-            self, exit_adapter=ExitAdapter(exit_layer, weights, exit_sizes(self.sizes, exit_layer, len(layers)))
-        )
+        drafting = replace(own, final_norm=final_norm)
+        weights, sizes = replace(drafting, layers=layers[:1] + layers), exit_sizes(self.sizes, exit_layer, len(layers))
+        return replace(self, exit_adapter=ExitAdapter(exit_layer, drafting, weights, sizes))
 
     @classmethod
     def from_checkpoint(cls, checkpoint: Checkpoint, backend: str = "cpu", weights: str | None = None) -> Model:

@@ -36,6 +36,7 @@ import torch
 from torch import Tensor
 
 from layerskip_kernels.operands import (
+    AdapterLayers,
     CacheTensors,
     Drafted,
     DraftHead,
@@ -206,6 +207,7 @@ class Backend(Protocol):
         sampling: DraftSampling | None = None,
         stops: DraftStops | None = None,
         keep_scores: bool = False,
+        adapter: AdapterLayers | None = None,
     ) -> Drafted: ...
     def verify_pass(
         self,

@@ -11,6 +11,7 @@ from torch import Tensor
 
 import layerskip_kernels.ops.extension  # noqa: F401 - registers the ops
 from layerskip_kernels.operands import (
+    AdapterLayers,
     CacheTensors,
     Drafted,
     DraftHead,
@@ -206,11 +207,14 @@ class CpuOps(HostMemory):
         sampling: DraftSampling | None = None,
         stops: DraftStops | None = None,
         keep_scores: bool = False,
+        adapter: AdapterLayers | None = None,
     ) -> Drafted:
         drafted = _cpp.draft_pass(
             weights.flat, cache.k, cache.v, cache.hidden, rows.tokens, rows.positions, rows.num_drafts,
             rows.block_table, head and head.weight, head and head.ids, sampling.flat if sampling else [],
             stops.flat if stops else [], exit_layer, max_drafts, keep_scores, sizes.ints, sizes.floats,
+            adapter.weights.flat if adapter else [], adapter and adapter.cache.k, adapter and adapter.cache.v,
+            adapter.sizes.ints if adapter else [],
         )  # fmt: skip
         return Drafted(*drafted)
 

@@ -254,6 +254,10 @@ def draft_pass(
     keep_scores: bool,
     ints: list[int],
     floats: list[float],
+    adapter: list[Tensor],
+    adapter_k: Tensor | None,
+    adapter_v: Tensor | None,
+    adapter_ints: list[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     sequences = tokens.size(0)
     return (

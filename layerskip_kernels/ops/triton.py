@@ -20,6 +20,7 @@ from torch import Tensor
 
 import layerskip_kernels.triton_ops as triton_ops
 from layerskip_kernels.operands import (
+    AdapterLayers,
     CacheTensors,
     Drafted,
     DraftHead,
@@ -175,10 +176,11 @@ class TritonOps:
         sampling: DraftSampling | None = None,
         stops: DraftStops | None = None,
         keep_scores: bool = False,
+        adapter: AdapterLayers | None = None,
     ) -> Drafted:
         """As reference.draft_pass, but for what ``drafts_adapt`` says; the drafts stay on the device."""
-        if sampling is not None or stops is not None:
-            raise ValueError("backend 'triton' neither draws drafts nor stops them in draft_pass")
+        if sampling is not None or stops is not None or adapter is not None:
+            raise ValueError("backend 'triton' neither draws, stops nor adapts drafts in draft_pass")
         with self._current():
             tokens = self._steps.draft_pass(weights, sizes, cache, rows, head, exit_layer, max_drafts)
         sequences = len(rows.num_drafts)

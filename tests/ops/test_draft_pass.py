@@ -5,8 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from layerskip_kernels.operands import CacheTensors, DraftRows, DraftSampling, DraftStops
+from layerskip_kernels.operands import AdapterLayers, CacheTensors, DraftRows, DraftSampling, DraftStops
 from layerskip_kernels.ops import reference
+from support.exit_adapters import random_adapter
 from support.models import random_tokens, threads, tiny_model
 
 SEQUENCES, MOST, PAGE_SIZE = 4, 5, 7
@@ -29,10 +30,21 @@ def draft(model, counts=COUNTS, sampling=None, stops=None, keep_scores=False, ex
         torch.tensor(counts),
         torch.arange(pages, dtype=torch.int32).view(SEQUENCES, 2),
     )
+    adapter = adapter_of(model, cache)
     drafted = model.ops.draft_pass(
-        model.weights, model.sizes, cache, rows, model.draft_head, exit_layer, MOST, sampling, stops, keep_scores
-    )
-    return drafted, cache
+        model.draft_weights, model.sizes, cache, rows, model.draft_head, exit_layer, MOST, sampling, stops, keep_scores,
+        adapter,
+    )  # fmt: skip
+    return drafted, cache if adapter is None else (*cache, *adapter.cache[:2])
+
+
+def adapter_of(model, cache):
+    """The layers of the model's exit adapter, and pages for them that hold what the last layers' hold."""
+    adapter = model.exit_adapter
+    if adapter is None:
+        return None
+    k, v = (pages[-1 - adapter.num_layers :].clone() for pages in cache[:2])
+    return AdapterLayers(adapter.weights, adapter.sizes, CacheTensors(k, v, cache.hidden))
 
 
 def sampling(temperatures=(0.7, 1.0, 0.0, 1.5), top_ks=(0, 0, 0, 20), top_ps=(1.0, 1.0, 1.0, 0.9), min_p=0.01):
@@ -65,6 +77,24 @@ def test_same_bits_as_the_reference(dtype, isa, vocab, arguments):
     cpu, slow = (draft(tiny_model(dtype, name).with_draft_vocab(vocab), **arguments) for name in ("cpu", "reference"))
     assert_same(cpu, slow)
     assert cpu[0].counts[0] > 0
+
+
+@pytest.mark.parametrize("num_layers", [1, 2])
+@pytest.mark.parametrize("arguments", [
+    {}, dict(sampling=sampling(), stops=stops(), keep_scores=True),
+], ids=["greedy", "all"])  # fmt: skip
+def test_same_bits_as_the_reference_through_an_exit_adapter(dtype, isa, num_layers, arguments):
+    """The states that the cache keeps, and K and V of the model, are those without it."""
+    bare = tiny_model(dtype)
+    adapter = random_adapter(bare, num_layers)
+    cpu, slow = (
+        draft(tiny_model(dtype, name).with_exit_adapter(2, adapter), **arguments) for name in ("cpu", "reference")
+    )
+    assert_same(cpu, slow)
+    without = draft(bare, **arguments)
+    assert cpu[0].counts[0] > 0 and not torch.equal(cpu[0].confidences, without[0].confidences)
+    first = torch.arange(SEQUENCES)[torch.tensor(COUNTS) > 0]
+    assert torch.equal(cpu[1][2][first * 2, first], without[1][2][first * 2, first])
 
 
 @pytest.mark.parametrize("count", [2, 3, 5])

@@ -6,6 +6,7 @@ import torch
 
 from layerskip_kernels.model.quantise import quantise
 from layerskip_kernels.ops import cache_ops, reference
+from support.exit_adapters import random_adapter
 from support.models import random_tokens, tiny_model
 
 HIDDEN, HEADS, KV_HEADS = 50, 6, 2
@@ -140,7 +141,10 @@ def arguments(name, quantised=None):
                 torch.ones(1), torch.tensor([5]), torch.ones(1).double(), torch.zeros(1), *[torch.tensor([1])] * 2
             ]  # fmt: skip
             stops = [torch.tensor([0.5]), torch.ones(1, 2), torch.zeros(1, 3)]
-            return weights.flat, *cache, *one, table, head.weight, head.ids, sampling, stops, 2, 3, True, *sizes
+            adapted = model.with_exit_adapter(2, random_adapter(model)).exit_adapter
+            pages = [torch.zeros_like(kept[:2]) for kept in cache[:2]]
+            drawn = weights.flat, *cache, *one, table, head.weight, head.ids, sampling, stops, 2, 3, True, *sizes
+            return *drawn, adapted.weights.flat, *pages, adapted.sizes.ints
         case "verify_pass":
             return weights.flat, *cache, *rows, torch.tensor([2]), torch.tensor([True]), table, *sizes
         case "copy_pages":

@@ -1,9 +1,12 @@
 """The passes that the two steps of decoding are made of: run_layers, draft_pass, verify_pass, and accept_draft."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from layerskip_kernels.operands import (
+    AdapterLayers,
     CacheTensors,
     Drafted,
     DraftHead,
@@ -77,12 +80,14 @@ def draft_pass(
     sampling: DraftSampling | None = None,
     stops: DraftStops | None = None,
     keep_scores: bool = False,
+    adapter: AdapterLayers | None = None,
 ) -> Drafted:
     """Draft up to num_drafts[b] tokens for each sequence with the first ``exit_layer`` layers, one row at a time.
 
-    ``head`` restricts what drafts can be; None: all tokens. ``sampling``: how they are drawn; None: the greatest logit.
-    ``stops``: where a sequence stops before; None: nowhere. ``keep_scores``: return what drafts were drawn from. Raises
-    RuntimeError where a logit is NaN or nothing can be drawn.
+    Where there is an ``adapter``, they pass its layers between the exit and the head; their kept hidden states stay
+    those of the exit. ``head`` restricts what drafts can be; None: all tokens. ``sampling``: how they are drawn; None:
+    the greatest logit. ``stops``: where a sequence stops before; None: nowhere. ``keep_scores``: return what drafts
+    were drawn from. Raises RuntimeError where a logit is NaN or nothing can be drawn.
     """
     sequences = len(rows.tokens)
     drafts, counts = torch.full((sequences, max_drafts), -1), torch.zeros(sequences, dtype=torch.int64)
@@ -104,6 +109,9 @@ def draft_pass(
         run_layers(weights, sizes, cache, pending, exit_layer)
         page = table[torch.arange(count), positions // S].long()
         hidden = cache.hidden[page, positions % S]
+        if adapter is not None:
+            at_exit, hidden = hidden, _adapted(adapter, pending, page, positions % S)
+            cache.hidden[page, positions % S] = at_exit
         chosen, logits = norm_head_argmax(hidden, weights.final_norm, head_weight, len(ids), *sizes.head)
         tokens[drafting] = ids[chosen]
         for b, row, position in zip(drafting.tolist(), logits, positions.tolist(), strict=True):
@@ -121,6 +129,13 @@ def draft_pass(
         counts[drafting] = i + 1
         going_on &= rows.num_drafts > i + 1
     return Drafted(drafts, counts, confidences, scores)
+
+
+def _adapted(adapter: AdapterLayers, rows: PendingRows, page: Tensor, offset: Tensor) -> Tensor:
+    """The hidden states of rows at the exit after an adapter's layers, [T, D]; those in the cache are overwritten."""
+    placed = replace(rows, depths=torch.ones_like(rows.depths))
+    run_layers(adapter.weights, adapter.sizes, adapter.cache, placed, adapter.depth)
+    return adapter.cache.hidden[page, offset]
 
 
 def confidence(logits: Tensor) -> Tensor:
