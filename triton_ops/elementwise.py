@@ -17,7 +17,8 @@ from .integer_dot import products
 from .integer_rows import Rows, round_rows
 from .launch import OPTIONS, blocks, is_quantised, streaming
 from .packing import unpack_weight
-from .quantised import code_of, stored_rows
+from .quantised import code_of
+from .stored_rows import stored_rows
 
 __all__ = ["embed_tokens", "exp", "gelu", "linear", "silu", "tanh"]
 

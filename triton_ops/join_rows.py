@@ -13,7 +13,8 @@ from .contract import norm_rows, rounded, to_dtype
 from .errors import BAD_PAGE, BAD_POSITION, BAD_TOKEN
 from .integer_rows import Rows
 from .launch import OPTIONS
-from .quantised import code_of, stored_number
+from .quantised import code_of
+from .stored_rows import stored_number
 
 __all__ = ["join_rows"]
 
