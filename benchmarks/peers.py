@@ -20,8 +20,8 @@ from gguf_files import TYPES, write_gguf
 from layerskip_kernels import ModelConfig
 from layerskip_kernels.evaluation.prompts import human_eval_prompts
 from layerskip_kernels.model.gguf_cache import converted_directory
-from layerskip_kernels.model.llama_tensors import layer_products
 from layerskip_kernels.model.sources import default_model_path
+from layerskip_kernels.model.tensor_names import layer_products
 from layerskip_kernels.model.tokenizer import Tokenizer
 from peer_workers import Contender, Worker
 from shapes import SMOLLM2

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from layerskip_kernels import CachedSequence, Model, ModelConfig, PagedKVCache, RopeScaling
 from layerskip_kernels.model.checkpoint import Checkpoint
-from layerskip_kernels.model.llama_tensors import tensor_shapes
+from layerskip_kernels.model.tensor_names import tensor_shapes
 
 DTYPE = torch.bfloat16
 SMOLLM2 = ModelConfig(

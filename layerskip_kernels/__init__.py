@@ -15,7 +15,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from layerskip_kernels.config import GenerationConfig, ModelConfig, RopeScaling
+    from layerskip_kernels.config import GenerationConfig
     from layerskip_kernels.decoding.kv_cache import CacheStats, PagedKVCache
     from layerskip_kernels.decoding.sampling import Sampler, StopStrings, TokenLogprobs, make_sampler
     from layerskip_kernels.decoding.steps import draft_step, prefill, verify_step
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from layerskip_kernels.errors import CacheFull, SwapError, UnsupportedModel
     from layerskip_kernels.model.loading import load_model
     from layerskip_kernels.model.model import Model
+    from layerskip_kernels.model_config import ModelConfig, RopeScaling
 
     __version__: str
 
@@ -59,7 +60,8 @@ __all__ = [
 ]
 
 _MODULES = {
-    "config": ("GenerationConfig", "ModelConfig", "RopeScaling"),
+    "config": ("GenerationConfig",),
+    "model_config": ("ModelConfig", "RopeScaling"),
     "decoding.kv_cache": ("CacheStats", "PagedKVCache"),
     "decoding.sampling": ("Sampler", "StopStrings", "TokenLogprobs", "make_sampler"),
     "decoding.steps": ("draft_step", "prefill", "verify_step"),

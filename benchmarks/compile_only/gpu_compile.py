@@ -24,7 +24,7 @@ from triton.runtime.jit import JITFunction
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from layerskip_kernels.config import ModelConfig
+from layerskip_kernels.model_config import ModelConfig
 from layerskip_kernels.operands import LayerWeights, ModelSizes, ModelWeights
 from layerskip_kernels.triton_ops import steps
 from layerskip_kernels.triton_ops.graphs import table_width

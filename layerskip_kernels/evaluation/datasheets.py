@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from layerskip_kernels.config import ModelConfig
+from layerskip_kernels.model_config import ModelConfig
 
 __all__ = ["GPUS", "SHAPES", "Gpu"]
 

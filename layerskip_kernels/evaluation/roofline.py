@@ -17,12 +17,12 @@ from typing import Any
 
 import torch
 
-from layerskip_kernels.config import ModelConfig
 from layerskip_kernels.evaluation.datasheets import GPUS, SHAPES, Gpu
 from layerskip_kernels.evaluation.exit_layers import exit_layers_of
 from layerskip_kernels.evaluation.facts import made_with
 from layerskip_kernels.evaluation.plots import new_figure, require_matplotlib, save_figure
-from layerskip_kernels.model.llama_tensors import layer_parameters, layer_products, num_parameters
+from layerskip_kernels.model.tensor_names import layer_parameters, layer_products, num_parameters
+from layerskip_kernels.model_config import ModelConfig
 
 __all__ = [
     "Floor",

@@ -29,8 +29,8 @@ from layerskip_kernels.engine.engine import Engine
 from layerskip_kernels.engine.request import Output
 from layerskip_kernels.model.checkpoint import Checkpoint
 from layerskip_kernels.model.hf_config import read_hf_config
-from layerskip_kernels.model.llama_tensors import fused_parts
 from layerskip_kernels.model.model import Model
+from layerskip_kernels.model.tensor_names import fused_parts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from layerskip_kernels.config import ModelConfig
 from layerskip_kernels.model.defaults import DraftDefaults
 from layerskip_kernels.model.tokenizer import Tokenizer
+from layerskip_kernels.model_config import ModelConfig
 
 __all__ = ["Checkpoint"]
 

@@ -16,10 +16,10 @@ import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from layerskip_kernels.config import ModelConfig
 from layerskip_kernels.errors import shown
 from layerskip_kernels.model.draft_vocab import read_draft_vocab
 from layerskip_kernels.model.json_file import JsonObject, are_integers, read_json_object
+from layerskip_kernels.model_config import ModelConfig
 
 __all__ = [
     "DEFAULT_MODEL", "DraftDefaults", "config_directory", "find_defaults", "find_prompts", "read_defaults",

@@ -20,9 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from layerskip_kernels.config import ModelConfig
 from layerskip_kernels.errors import shown
-from layerskip_kernels.model.llama_tensors import check_names, layer_shapes
 from layerskip_kernels.model.safetensors_file import (
     DTYPE_CODES,
     TensorEntry,
@@ -31,7 +29,9 @@ from layerskip_kernels.model.safetensors_file import (
     read_tensor,
     write_safetensors,
 )
+from layerskip_kernels.model.tensor_names import check_names, layer_shapes
 from layerskip_kernels.model.weight_files import TensorsOnDemand, check_entries
+from layerskip_kernels.model_config import ModelConfig
 from layerskip_kernels.operands import LayerWeights, ModelSizes, ModelWeights
 
 __all__ = [

@@ -19,7 +19,7 @@ import torch
 
 from layerskip_kernels.model import gguf_convert
 from layerskip_kernels.model.gguf_config import own_dtype
-from layerskip_kernels.model.gguf_file import GgufFile
+from layerskip_kernels.model.gguf_content import GgufFile
 from layerskip_kernels.model.gguf_split import joined, read_gguf_parts
 
 __all__ = ["cache_directory", "converted_directory"]

@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from layerskip_kernels.config import RopeScaling
 from layerskip_kernels.errors import UnsupportedModel
 from layerskip_kernels.model.families import FAMILIES, Family
-from layerskip_kernels.model.gguf_file import GgufFile, read_gguf_tensor
+from layerskip_kernels.model.gguf_content import GgufFile, read_gguf_tensor
 from layerskip_kernels.model.rope import scaled_frequencies
+from layerskip_kernels.model_config import RopeScaling
 
 __all__ = ["LONG_FACTORS", "ROPE_FACTORS", "SHORT_FACTORS", "family_of", "hf_config", "own_dtype"]
 

@@ -4,7 +4,8 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-from layerskip_kernels.model.gguf_file import GgufFile, GgufTensor, read_gguf
+from layerskip_kernels.model.gguf_content import GgufFile, GgufTensor
+from layerskip_kernels.model.gguf_file import read_gguf
 
 __all__ = ["joined", "read_gguf_parts"]
 

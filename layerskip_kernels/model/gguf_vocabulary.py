@@ -15,7 +15,7 @@ from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, proc
 from layerskip_kernels.errors import UnsupportedModel
 from layerskip_kernels.model.bpe_splits import BPE_SPLITS, BpeSplit
 from layerskip_kernels.model.end_tokens import END_TEXTS
-from layerskip_kernels.model.gguf_file import GgufFile
+from layerskip_kernels.model.gguf_content import GgufFile
 from layerskip_kernels.model.spm_tokenizer import spm_bpe, spm_decoder, spm_normalizer
 
 __all__ = ["byte_level_split", "gguf_tokenizer", "gguf_tokenizer_config", "gguf_tokens"]

@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from layerskip_kernels.config import ModelConfig
 from layerskip_kernels.model.checkpoint import Checkpoint
 from layerskip_kernels.model.families import FAMILIES, Family
 from layerskip_kernels.model.gguf_convert import FUSED_NAMES, OUTER_NAMES, layer_names
 from layerskip_kernels.model.gguf_write_metadata import add_metadata, config_metadata, rope_factor_tensors
 from layerskip_kernels.model.gguf_write_vocabulary import vocabulary_metadata
-from layerskip_kernels.model.llama_tensors import FUSED, tensor_shapes
 from layerskip_kernels.model.quantise import quantise
+from layerskip_kernels.model.tensor_names import FUSED, tensor_shapes
+from layerskip_kernels.model_config import ModelConfig
 from layerskip_kernels.ops.reference import BLOCK_TYPES
 
 __all__ = ["FILE_TYPES", "pairs_from_halves", "write_gguf"]

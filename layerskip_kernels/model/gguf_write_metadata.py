@@ -12,7 +12,6 @@ from typing import Any
 import gguf
 import numpy as np
 
-from layerskip_kernels.config import ModelConfig, RopeScaling
 from layerskip_kernels.errors import UnsupportedModel
 from layerskip_kernels.model.checkpoint import Checkpoint
 from layerskip_kernels.model.families import FAMILIES, Family
@@ -20,6 +19,7 @@ from layerskip_kernels.model.gguf_config import ROPE_FACTORS, SHORT_FACTORS, hf_
 from layerskip_kernels.model.gguf_file import read_gguf
 from layerskip_kernels.model.hf_config import read_hf_config
 from layerskip_kernels.model.rope import scaled_frequencies
+from layerskip_kernels.model_config import ModelConfig, RopeScaling
 
 __all__ = ["add_metadata", "config_metadata", "rope_factor_tensors"]
 

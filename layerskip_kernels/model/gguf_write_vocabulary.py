@@ -8,11 +8,11 @@ from typing import Any
 
 import tokenizers
 
-from layerskip_kernels.config import ModelConfig
 from layerskip_kernels.model.bpe_splits import BPE_SPLITS
 from layerskip_kernels.model.gguf_vocabulary import byte_level_split
 from layerskip_kernels.model.spm_tokenizer import SPACE, spm_pairs
 from layerskip_kernels.model.tokenizer import Tokenizer
+from layerskip_kernels.model_config import ModelConfig
 
 __all__ = ["vocabulary_metadata"]
 

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from layerskip_kernels.config import ModelConfig
 from layerskip_kernels.errors import UnsupportedModel
 from layerskip_kernels.model import quantise
 from layerskip_kernels.model.checkpoint import Checkpoint
@@ -18,13 +17,14 @@ from layerskip_kernels.model.end_tokens import end_token_ids
 from layerskip_kernels.model.exit_adapter import read_exit_adapter
 from layerskip_kernels.model.hf_config import read_hf_config
 from layerskip_kernels.model.json_file import JsonObject, read_json_object
-from layerskip_kernels.model.llama_tensors import check_finite, expected_shapes
 from layerskip_kernels.model.lora import ADAPTER_CONFIG, Adapter
 from layerskip_kernels.model.model import Model
 from layerskip_kernels.model.safetensors_file import TORCH_DTYPES, TensorEntry, read_tensor
 from layerskip_kernels.model.sources import locate
+from layerskip_kernels.model.tensor_names import check_finite, expected_shapes
 from layerskip_kernels.model.tokenizer import Tokenizer
 from layerskip_kernels.model.weight_files import TensorsOnDemand, check_entries, read_entries, split_fused
+from layerskip_kernels.model_config import ModelConfig
 
 __all__ = ["load_model", "read_checkpoint"]
 

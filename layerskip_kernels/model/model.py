@@ -16,14 +16,15 @@ import torch
 from torch import Tensor
 
 from layerskip_kernels import ops
-from layerskip_kernels.config import AUTO, MOST_SPECULATIONS, NUM_SPECULATIONS, GenerationConfig, ModelConfig
+from layerskip_kernels.config import AUTO, MOST_SPECULATIONS, NUM_SPECULATIONS, GenerationConfig
 from layerskip_kernels.model import quantise
 from layerskip_kernels.model.checkpoint import Checkpoint
 from layerskip_kernels.model.defaults import DraftDefaults
 from layerskip_kernels.model.exit_adapter import ExitAdapter, exit_sizes, num_adapter_layers
-from layerskip_kernels.model.llama_tensors import NORMS, layer_products
 from layerskip_kernels.model.rope import rope_names, rope_tables
+from layerskip_kernels.model.tensor_names import NORMS, layer_products
 from layerskip_kernels.model.tokenizer import Tokenizer
+from layerskip_kernels.model_config import ModelConfig
 from layerskip_kernels.operands import DraftHead, LayerWeights, ModelSizes, ModelWeights
 from layerskip_kernels.ops import Backend
 
@@ -97,7 +98,7 @@ class Model:
 
     @cached_property
     def layer_products(self) -> int:
-        """llama_tensors.layer_products, counted once."""
+        """tensor_names.layer_products, counted once."""
         return layer_products(self.config)
 
     @cached_property

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from layerskip_kernels.config import ModelConfig, RopeScaling
+from layerskip_kernels.model_config import ModelConfig, RopeScaling
 from layerskip_kernels.ops import reference
 
 __all__ = ["inverse_frequencies", "rope_names", "rope_tables", "scaled_frequencies"]

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from layerskip_kernels.config import ModelConfig
 from layerskip_kernels.errors import shown
 from layerskip_kernels.model.json_file import read_json_object
-from layerskip_kernels.model.llama_tensors import check_finite, fused_parts
 from layerskip_kernels.model.safetensors_file import TORCH_DTYPES, TensorEntry, read_header, read_tensor
+from layerskip_kernels.model.tensor_names import check_finite, fused_parts
+from layerskip_kernels.model_config import ModelConfig
 from layerskip_kernels.ops import reference
 
 __all__ = ["TensorsOnDemand", "check_entries", "read_entries", "split_fused", "split_rows"]

@@ -24,9 +24,9 @@ from layerskip_kernels.evaluation.prompts import human_eval_prompts
 from layerskip_kernels.machine import usable_cores
 from layerskip_kernels.model.json_file import read_json_object
 from layerskip_kernels.model.json_lines import json_lines_of
-from layerskip_kernels.model.llama_tensors import num_parameters
 from layerskip_kernels.model.loading import load_model
 from layerskip_kernels.model.model import Model
+from layerskip_kernels.model.tensor_names import num_parameters
 from layerskip_kernels.training.config import TrainingConfig, read_config
 
 __all__ = ["acceptance", "write_card"]

@@ -21,10 +21,10 @@ from layerskip_kernels.model.draft_vocab import read_draft_vocab
 from layerskip_kernels.model.families import FAMILIES
 from layerskip_kernels.model.hf_config import read_hf_config
 from layerskip_kernels.model.json_file import read_json_object
-from layerskip_kernels.model.llama_tensors import FUSED
 from layerskip_kernels.model.loading import read_checkpoint
 from layerskip_kernels.model.lora import ADAPTER_WEIGHTS
 from layerskip_kernels.model.sources import locate
+from layerskip_kernels.model.tensor_names import FUSED
 from layerskip_kernels.training.config import LoraSettings, TrainingConfig
 from layerskip_kernels.training.examples import write_examples
 from layerskip_kernels.training.export import export_adapter, export_model

@@ -14,7 +14,7 @@ from layerskip_kernels.engine.acceptance import EDGES, MIDDLES, Calibration, Dra
 from layerskip_kernels.engine.costs import Costs, Pass, StepRows
 from layerskip_kernels.engine.draft_lengths import DraftLengths
 from layerskip_kernels.engine.drafts import DraftRequest
-from layerskip_kernels.model.llama_tensors import tensor_shapes
+from layerskip_kernels.model.tensor_names import tensor_shapes
 from support.models import tiny_model
 
 

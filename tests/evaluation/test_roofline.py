@@ -13,7 +13,7 @@ from layerskip_kernels.evaluation.datasheets import GPUS, SHAPES
 from layerskip_kernels.evaluation.exit_layers import exit_layers_of
 from layerskip_kernels.evaluation.roofline import decode, draft, memory_bound_rows, roofline, speedup, verify
 from layerskip_kernels.evaluation.step_bytes import ceiling
-from layerskip_kernels.model.llama_tensors import tensor_shapes
+from layerskip_kernels.model.tensor_names import tensor_shapes
 
 LLAMA2_7B, H100 = SHAPES["llama2-7b"], GPUS["h100"]
 # 4 * 4096^2 + 3 * 4096 * 11008 weights in a layer, 32000 * 4096 in the head; norms are read, not multiplied with.

@@ -15,10 +15,10 @@ from layerskip_kernels.errors import UnsupportedModel
 from layerskip_kernels.model import sources
 from layerskip_kernels.model.hf_config import read_hf_config
 from layerskip_kernels.model.json_file import JsonObject
-from layerskip_kernels.model.llama_tensors import tensor_shapes
 from layerskip_kernels.model.loading import read_checkpoint
 from layerskip_kernels.model.module_patterns import check_patterns, first_pattern
 from layerskip_kernels.model.sources import shipped_checkpoints
+from layerskip_kernels.model.tensor_names import tensor_shapes
 from support.checkpoint_files import HF_CONFIG
 
 NAME = "model.layers.1.self_attn.k_proj"

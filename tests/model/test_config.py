@@ -5,9 +5,10 @@ import math
 
 import pytest
 
-from layerskip_kernels.config import GenerationConfig, ModelConfig, RopeScaling
+from layerskip_kernels.config import GenerationConfig
 from layerskip_kernels.errors import UnsupportedModel
 from layerskip_kernels.model.hf_config import read_hf_config
+from layerskip_kernels.model_config import ModelConfig, RopeScaling
 
 LLAMA_2_7B = {
     "model_type": "llama",

@@ -12,11 +12,11 @@ from gguf.quants import dequantize, quantize
 from safetensors.torch import load_file
 from torch import Tensor
 
-from layerskip_kernels.config import RopeScaling
 from layerskip_kernels.errors import UnsupportedModel
 from layerskip_kernels.model import gguf_convert
 from layerskip_kernels.model.hf_config import read_hf_config
 from layerskip_kernels.model.loading import read_checkpoint
+from layerskip_kernels.model_config import RopeScaling
 from support.checkpoint_files import HF_CONFIG, UP, assert_same, random_tensors
 from support.gguf_files import write_gguf
 

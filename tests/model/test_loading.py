@@ -19,8 +19,8 @@ from layerskip_kernels.errors import UnsupportedModel
 from layerskip_kernels.evaluation.prompts import human_eval_prompts
 from layerskip_kernels.model.checkpoint import Checkpoint
 from layerskip_kernels.model.hf_config import read_hf_config
-from layerskip_kernels.model.llama_tensors import tensor_shapes
 from layerskip_kernels.model.loading import read_checkpoint
+from layerskip_kernels.model.tensor_names import tensor_shapes
 from support.checkpoint_files import EMBEDDING, HF_CONFIG, UP, assert_same, random_tensors, write_directory
 
 # ---- directories of safetensors ----

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from layerskip_kernels.model.checkpoint import Checkpoint
 from layerskip_kernels.model.hf_config import read_hf_config
-from layerskip_kernels.model.llama_tensors import tensor_shapes
+from layerskip_kernels.model.tensor_names import tensor_shapes
 
 HF_CONFIG: dict[str, Any] = {
     "model_type": "llama",

@@ -7,7 +7,7 @@ import torch
 
 from layerskip_kernels import Model, ModelConfig, PagedKVCache
 from layerskip_kernels.model.checkpoint import Checkpoint
-from layerskip_kernels.model.llama_tensors import NORMS
+from layerskip_kernels.model.tensor_names import NORMS
 
 GPU = torch.cuda.is_available()
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from layerskip_kernels.config import ModelConfig, NormPlacement
+from layerskip_kernels.model_config import ModelConfig, NormPlacement
 
 __all__ = [
     "FUSED",
