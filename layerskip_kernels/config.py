@@ -85,7 +85,7 @@ class GenerationConfig:
       away; the prompt does not count (as OpenAI defines them; 0: no effect);
     - what would end the text before ``min_new_tokens`` is left out;
     - ``temperature`` divides (0: the greatest logit is taken);
-    - ``top_k`` keeps so many of the greatest (0: all), ``top_p`` the fewest of them that hold this much of their
+    - ``top_k`` keeps this many of the greatest (0: all), ``top_p`` the fewest of them that hold this much of their
       probability (1: all), ``min_p`` those with at least this part of the greatest's (0: all). Among equal logits,
       the lowest ids are kept.
 

@@ -82,7 +82,7 @@ class ModelWeights:
         return (None, None) if table < 0 else (self.cos[table], self.sin[table])
 
     def replace_tables(self, cos: Tensor, sin: Tensor) -> None:
-        """Take longer RoPE tables; whoever holds the old ones may go on using them."""
+        """Take longer RoPE tables; holders of the old ones may keep using them."""
         self.cos, self.sin = cos, sin
         self.flat[3:5] = [cos, sin]  # at once: another thread may be reading the list
 
@@ -221,7 +221,7 @@ class DraftStops:
         return [self.edges, self.acceptance, self.least]
 
     def of(self, sequences: list[int], max_drafts: int) -> DraftStops:
-        """Those of some sequences, which draft so many tokens at most."""
+        """Those of some sequences, which draft this many tokens at most."""
         return DraftStops(self.edges, self.acceptance[sequences], self.least[sequences, :max_drafts].contiguous())
 
 

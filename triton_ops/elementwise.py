@@ -1,4 +1,4 @@
-"""The contract's elementary functions (rule 5), one number a thread: for tests, and for whoever wants them.
+"""The contract's elementary functions (rule 5), one number a thread: for tests and other callers.
 
 exp, silu, gelu, tanh: within 2 ulp;  linear: rule 1 alone;  embed_tokens: rows of a packed embedding
 """

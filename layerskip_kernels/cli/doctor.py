@@ -26,7 +26,7 @@ VARIABLES = (
 
 
 def diagnose() -> dict[str, Any]:
-    """The state of the installation and the machine, by section; ``problems`` lists what should be mended."""
+    """The state of the installation and the machine, by section; ``problems`` lists problems to fix."""
     report = {
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
         "platform": {"system": platform.platform(), "cpu": machine.cpu_model(), **_instruction_sets()},

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 __all__ = ["add_commands"]
 
 PROMPTS_AT_ONCE = 8  # that go to a file: one pass over the weights serves them all
-FEW_DRAFTS, FEW_ACCEPTED = 20, 0.25  # from so many drafts on, with fewer than this share accepted, a hint is shown
+FEW_DRAFTS, FEW_ACCEPTED = 20, 0.25  # from this many drafts on, with fewer than this share accepted, a hint is shown
 HINT = (
     "layerskip: few drafts were accepted, so drafting costs time here; try --strategy autoregressive, or let "
     "`layerskip sweep` find this model's best setting"

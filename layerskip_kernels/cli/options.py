@@ -229,7 +229,7 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     default = GenerationConfig()
     for name, kind, text in (
         ("temperature", float, "0: greedy"),
-        ("top_k", int, "keep so many tokens; 0: all"),
+        ("top_k", int, "keep this many tokens; 0: all"),
         ("top_p", float, "keep the fewest that hold this much probability"),
         ("min_p", float, "keep those with this part of the likeliest's probability"),
         ("repetition_penalty", float, "divides logits of tokens seen; 1: none"),

@@ -82,7 +82,7 @@ class Costs:
     """
 
     KNOTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64, 128, 256)
-    FREE_ROWS = 6  # before any measurement: up to so many rows cost as much as one, then time grows with them
+    FREE_ROWS = 6  # before any measurement: up to this many rows cost as much as one, then time grows with them
     SLOWEST_LEARNING = 0.1  # weight of the newest measurement of a knot that has seen many
     LARGEST_SURPRISE = 2.0  # a measurement further off than this factor counts as this: other processes took the cores
     KNOWN = 2.0  # measurements after which a knot is protected from such outliers
@@ -99,7 +99,7 @@ class Costs:
         return sum(self._parts(passes).values())
 
     def per_weight(self, rows: NDArray[np.float64]) -> NDArray[np.float64]:
-        """The expected seconds that a weight takes with so many rows, at least one."""
+        """The expected seconds that a weight takes with this many rows, at least one."""
         beyond = np.maximum(rows / self.KNOTS[-1], 1.0)
         return np.interp(rows, self.KNOTS, self._curve) * beyond
 

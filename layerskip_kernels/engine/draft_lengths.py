@@ -48,11 +48,11 @@ class DraftLengths:
     TRUSTED_WEIGHT = 6.0  # the same for what follows from the model's own measurements
     BUCKET_WEIGHT, SEQUENCE_WEIGHT = 2.0, 4.0  # what a guess counts as in a bucket, and all sequences for a new one
     LONGEST_PLAN = 24  # steps for which a plan is kept, the first one for as many as this where much is known:
-    FIRST_PLAN, MUCH = 6, 20.0  # so many drafts judged
+    FIRST_PLAN, MUCH = 6, 20.0  # drafts judged
     EXIT_PLANS = 3  # plans for which exits are kept
     LONGEST_PLAIN, LONGEST_REST = 96, 24  # the same for one without drafts, unless some are tried; what is not asked
     TRIAL_STEPS, TRIAL_DRAFTS = 16, 2  # while drafting pays: how often another exit is tried, and with how many drafts
-    HOPE = 0.5  # of so many drafts known, an exit is tried if it would pay with this / sqrt(drafts) more acceptance
+    HOPE = 0.5  # with that many drafts known, an exit is tried if it would pay with this / sqrt(drafts) more acceptance
     TRIED = 8.0  # drafts judged before an exit is chosen
     CHANGE = 0.98  # another exit is chosen if it takes at most this part of the time
 
@@ -89,13 +89,13 @@ class DraftLengths:
         return min(self._plan_ends - self._steps, self.LONGEST_REST)
 
     def rested(self, steps: int) -> None:
-        """Take note of so many steps like the last one, of which nobody asked anything."""
+        """Take note of this many steps like the last one, which nobody asked about."""
         if steps and self.budget is not None:
             self._steps += steps
             self._earn(steps * self._prices.plain_seconds(self._shape.decoding), self._shape)
 
     def prompt_seconds(self, rows: int) -> float | None:
-        """How long so many rows of a prompt take; None before anything was measured."""
+        """How long this many rows of a prompt take; None before anything was measured."""
         return None if self.budget is None else self._step_seconds(StepRows((), rows))
 
     def learn(

@@ -115,7 +115,7 @@ class DraftPrices:
         return self._costs.seconds(StepRows(((1, 0),) * sequences), self._model)
 
     def seconds(self, exits: tuple[int, ...], counts: Floats, shape: StepShape) -> float:
-        """A verification of so many drafts (expectations, maybe), those of the others being none."""
+        """A verification of this many drafts (expectations, maybe), those of the others being none."""
         others = shape.decoding - len(exits)
         drafts = (*zip(exits, counts.tolist(), strict=True), *((1, 0),) * others)
         rows = StepRows(drafts, shape.prompt, shape.judged)

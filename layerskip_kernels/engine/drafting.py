@@ -56,10 +56,10 @@ class DraftPlanner:
         known = known_of(model)
         self._lengths = DraftLengths(model, known.costs_of_threads(), known.pool)
         self._resting: list[int] = []  # the requests that draft nothing for
-        self._rest = self._rested = 0  # so many steps to come, and gone by
+        self._rest = self._rested = 0  # steps to come, and gone by
 
     def prompt_seconds(self, rows: int) -> float | None:
-        """How long so many rows of a prompt take; None before anything was measured."""
+        """How long this many rows of a prompt take; None before anything was measured."""
         return self._lengths.prompt_seconds(rows)
 
     def choose(self, plan: Sequence[Work]) -> list[Work]:

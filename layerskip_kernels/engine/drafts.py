@@ -18,9 +18,9 @@ __all__ = ["NO_DRAFTS", "DraftRequest", "Drafts"]
 class DraftRequest:
     """What a decoding sequence may draft.
 
-    ``exits``: the exit layers it may draft with, the first until more is known; ``most``: at most so many tokens before
-    a verification, and ``max_drafts`` this time; ``history``: how its drafts have fared; ``stops``: whether drafting
-    can stop by confidence; ``drawn``: whether drafts are drawn with noise.
+    ``exits``: the exit layers it may draft with, the first until more is known; ``most``: how many tokens at
+    most before a verification, ``max_drafts`` this time; ``history``: how its drafts have fared; ``stops``: whether
+    drafting can stop by confidence; ``drawn``: whether drafts are drawn with noise.
     """
 
     exits: tuple[int, ...]

@@ -347,4 +347,4 @@ def _new_cache(model: Model, memory: int) -> PagedKVCache:
     try:
         return PagedKVCache.with_memory(model, memory, prefix_sharing=True)
     except (RuntimeError, ValueError, MemoryError) as error:
-        raise ValueError(f"memory={memory}: a cache of so many bytes cannot be made here ({error})") from error
+        raise ValueError(f"memory={memory}: a cache of that many bytes cannot be made here ({error})") from error

@@ -22,7 +22,7 @@ SELDOM = 1e-3  # a draft less probable than this is not expected
 
 
 def least_products(cost: Floats, value: float, mean: Floats) -> Floats:
-    """The products [N, D] from which on a draft pays that costs so many seconds [N, D].
+    """The products [N, D] from which on a draft pays that costs this many seconds [N, D].
 
     ``value``: seconds that a token is worth; ``mean`` [N]: the acceptance of a draft whatever its confidence. Whether
     one more draft pays is all that counts: products only fall, so where the next does not pay, none after it does.

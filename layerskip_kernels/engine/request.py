@@ -31,7 +31,7 @@ from layerskip_kernels.model.tokenizer import TextStream
 
 __all__ = ["Generation", "Output", "Request", "check_length", "encode"]
 
-SHORT_TOKEN = 4  # characters: a text of so many for each position may well fit, so the vocabulary is not searched
+SHORT_TOKEN = 4  # characters: a text of that many for each position may well fit, so the vocabulary is not searched
 
 
 @dataclass

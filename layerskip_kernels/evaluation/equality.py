@@ -85,7 +85,7 @@ def verify(
 ) -> list[LayerReport]:
     """Compare both strategies on prompts (name, text) at each exit layer; progress goes to stderr.
 
-    Plain decoding takes one prompt at a time. With a ``batch``, so many prompts share an engine in the other runs,
+    Plain decoding takes one prompt at a time. With a ``batch``, that many prompts share an engine in the other runs,
     and unlike ones: see mixed_batch. Raises ValueError, before anything runs, for an exit layer that the model does
     not have.
     """

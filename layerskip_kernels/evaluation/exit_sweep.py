@@ -233,7 +233,7 @@ def _result(setting: Measured, rounds: int, other_cpus: float | None) -> dict[st
 def best(report: dict[str, Any]) -> dict[str, Any]:
     """The fastest of a report's settings, among those without doubt where there are any; among equals the first.
 
-    "auto" is beside them: it is no setting that could be a model's default.
+    "auto" is beside them: it is not a setting that could be a model's default.
     """
     fixed = [result for result in report["results"] if result["exit_layer"] != AUTO]
     trusted = [result for result in fixed if result["doubt"] is None]
@@ -241,7 +241,7 @@ def best(report: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_worth_saving(report: dict[str, Any]) -> None:
-    """Raise ValueError, saying what to do, where the best setting is no result or is not faster than plain decoding."""
+    """Raise ValueError, saying what to do, where the best setting is not a result or not faster than plain decoding."""
     chosen = best(report)
     if chosen["doubt"] is not None:
         raise ValueError(

@@ -53,7 +53,7 @@ class Lens:
 def look(model: Model, name: str, prompt: Sequence[int] | str, max_new_tokens: int = 32) -> Lens:
     """Continue a prompt greedily, then ask every layer after each position what it would say there.
 
-    Raises BitsDiffer if the last layer does not say what was generated, which must not be.
+    Raises BitsDiffer if the last layer does not say what was generated, which indicates a bug.
     """
     config = GenerationConfig("autoregressive", max_new_tokens=max_new_tokens)
     ids = encode(model, prompt)

@@ -36,7 +36,7 @@ __all__ = [
     "verify",
 ]
 
-NOTE = "floors on paper from data sheets, not measurements: nothing here was timed"
+NOTE = "lower bounds computed from data sheets, not measurements: nothing here was timed"
 DRAFTS = (2, 4, 6, 8, 12)
 ACCEPTANCES = (0.4, 0.6, 0.8)  # arXiv 2404.16710 reports 45 to 78 % with exits at 1/4 to 1/3 of the depth
 

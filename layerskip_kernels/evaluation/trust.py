@@ -1,4 +1,4 @@
-"""When a measured speed-up is no result: it cannot be true, rounds differ too much, or the machine was busy."""
+"""When a measured speed-up is not a result: it cannot be true, rounds differ too much, or the machine was busy."""
 
 from __future__ import annotations
 

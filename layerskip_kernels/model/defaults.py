@@ -85,7 +85,7 @@ def read_defaults(path: Path, config: ModelConfig) -> DraftDefaults:
     try:
         return _read_fields(read_json_object(path), path, config)
     except ValueError as error:
-        hint = "`layerskip sweep` writes such files, and without one the model loads as well"
+        hint = "`layerskip sweep` writes such files, and the file is optional"
         raise ValueError(f"{error}; {hint}") from error
 
 

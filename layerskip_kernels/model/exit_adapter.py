@@ -79,7 +79,7 @@ def exit_sizes(sizes: ModelSizes, exit_layer: int, num_layers: int) -> ModelSize
 
 
 def adapter_shapes(config: ModelConfig, num_layers: int) -> dict[str, tuple[int, ...]]:
-    """Name and shape of each tensor of an adapter of so many layers; projections are [out, in]."""
+    """Name and shape of each tensor of an adapter of this many layers; projections are [out, in]."""
     shapes: dict[str, tuple[int, ...]] = {"norm.weight": (config.hidden_size,)}
     for layer in range(num_layers):
         shapes |= {f"layers.{layer}.{name}": shape for name, shape in layer_shapes(config).items()}

@@ -39,7 +39,7 @@ def require_text(value: Any, where: str, what: str) -> str:
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise ValueError(f"{where} has a lone surrogate at character {error.start}, which is no text") from error
+        raise ValueError(f"{where} has a lone surrogate at character {error.start}, which is not text") from error
     return value
 
 

@@ -12,7 +12,7 @@ import layerskip_kernels.ops.extension  # noqa: F401 - registers the ops
 __all__ = ["Arena", "HostMemory", "empty"]
 
 ALIGNMENT = 64  # bytes: a cache line
-BLOCK_BYTES = 256 << 20  # of address space; pages that no tensor touches are never committed
+BLOCK_BYTES = 256 << 20  # of address space; untouched pages are never committed
 
 
 def empty(*shape: int, dtype: torch.dtype) -> Tensor:

@@ -85,7 +85,7 @@ class Answer:
 
 
 def usage(generations: Sequence[Generation], prompts: int) -> dict[str, Any]:
-    """Tokens read and written, of so many prompts; the samples of one prompt count it once."""
+    """Tokens read and written, of this many prompts; the samples of one prompt count it once."""
     firsts = [generation for generation in generations if generation.sample == 0][:prompts]
     read = sum(generation.prompt_length for generation in firsts)
     written = sum(len(generation.token_ids) for generation in generations)

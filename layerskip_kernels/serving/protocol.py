@@ -92,7 +92,7 @@ class SamplingRequest(BaseModel):
 
     @property
     def top_logprobs_wanted(self) -> int | None:
-        """Log-probabilities of so many likeliest tokens beside the chosen one; None: of none."""
+        """Log-probabilities of this many likeliest tokens beside the chosen one; None: of none."""
         raise NotImplementedError
 
     @property

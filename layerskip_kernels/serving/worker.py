@@ -108,7 +108,7 @@ class EngineWorker:
         adding = asyncio.ensure_future(self.call(lambda: self._add(prompts, config, salt)))
         try:
             return await asyncio.shield(adding)
-        except asyncio.CancelledError:  # whoever asked has gone
+        except asyncio.CancelledError:  # the client has disconnected
             adding.add_done_callback(self._cancel_added)
             raise
         finally:

@@ -115,7 +115,7 @@ def read_config(path: Path) -> TrainingConfig:
     try:
         contents = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no valid YAML: {error}") from error
+        raise ValueError(f"{path} is not valid YAML: {error}") from error
     given = dict(_checked(contents, TrainingConfig, str(path)))
     for name, kind in SECTIONS.items():
         if given.get(name) is not None:

@@ -20,7 +20,7 @@ from layerskip_kernels.training.text_data import packed_rows, prompt_rows, read_
 
 __all__ = ["load_rows", "load_vocabulary", "origin_of_training", "source_folder"]
 
-TOKENIZER_TEXTS = 20_000  # a vocabulary is learnt from at most so many
+TOKENIZER_TEXTS = 20_000  # a vocabulary is learnt from at most this many
 TOKENIZER = "tokenizer.json"
 
 

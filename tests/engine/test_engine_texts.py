@@ -216,7 +216,7 @@ def test_a_long_text_of_short_tokens_is_tokenised():
     (dict(memory=1e9), TypeError, "memory must be an int"),
     (dict(memory=2**62), ValueError, "memory must be at most 140737488355328"),
     (dict(memory=10), ValueError, "memory must be at least .* bytes, one page"),
-    (dict(memory=2**47), ValueError, "memory=140737488355328: a cache of so many bytes cannot be made here"),
+    (dict(memory=2**47), ValueError, "memory=140737488355328: a cache of that many bytes cannot be made here"),
     (dict(drafts=3), ValueError, "drafts must be one of 'measured', 'fixed', 'auto', got 3"),
 ], ids=str)  # fmt: skip
 def test_bad_arguments_are_named_at_once(settings, error, message):

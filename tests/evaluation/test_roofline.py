@@ -104,7 +104,7 @@ def test_the_exits_by_default_are_those_of_a_sweep(shape):
 def test_command_prints_tables(capsys):
     assert main(["roofline", "--shape", "llama2-7b", "--gpu", "h100", "--context", "511"]) == 0
     output = capsys.readouterr().out
-    assert "floors on paper from data sheets, not measurements" in output
+    assert "lower bounds computed from data sheets, not measurements" in output
     assert "NVIDIA H100 Tensor Core GPU data sheet" in output
     lines = [line.split() for line in output.splitlines()]
     assert ["decode", "1", "13.48", "13.5", "4.025", "ms", "0.201", "ms", "4.025", "ms"] in lines

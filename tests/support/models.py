@@ -19,7 +19,7 @@ INSTRUCTION_SETS = torch.ops.layerskip.instruction_sets()
 
 
 def config(**changes: object) -> ModelConfig:
-    """Nothing here is a multiple of anything: 3 layers, hidden 50, heads of 18, a vocabulary of 101."""
+    """All sizes are deliberately odd: 3 layers, hidden 50, heads of 18, a vocabulary of 101."""
     values = dict(
         vocab_size=101,
         hidden_size=50,

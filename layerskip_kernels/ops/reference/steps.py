@@ -169,7 +169,7 @@ def verify_pass(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Raise every pending row to the last layer in one batched pass, and judge the drafts.
 
-    num_drafts int64 [B]: so many of a sequence's last rows are its drafts; judged bool [B]: False for a sequence whose
+    num_drafts int64 [B]: how many of a sequence's last rows are its drafts; judged bool [B]: False for a sequence whose
     rows are only raised (a chunk of a prompt), which has no drafts and no logits. Returns num_accepted int64 [B],
     next_tokens int64 [B] as accept_draft does and, for the last num_drafts[b] + 1 rows of each judged sequence, logits
     fp32 [sum(num_drafts + 1), V]. With no drafts this is plain decoding, and with many rows prefill.
