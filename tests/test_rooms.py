@@ -1,6 +1,7 @@
 """The import rule (docs/architecture.md): a room imports only the rooms to its left and the ground. No file is long."""
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -81,6 +82,24 @@ def test_no_file_is_long():
     sources = [path for folder in [*folders, ROOT / "csrc"] for path in folder.rglob("*") if path.suffix in SOURCES]
     long = {path.name for path in [*PACKAGE.glob("*.py"), *sources] if len(path.read_text().splitlines()) > MAX_LINES}
     assert long == KERNELS
+
+
+def test_kernels_are_launched_by_keyword():
+    calls = [
+        (path.name, node)
+        for path in sorted((ROOT / "triton_ops").glob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript)  # kernel[grid](...)
+    ]
+    assert len(calls) > 10
+    assert not [f"{name}:{node.lineno}" for name, node in calls if node.args]
+
+
+def test_no_test_imports_another_tests_file():
+    names = {path.stem for path in (ROOT / "tests").rglob("test_*.py")}
+    for path in (ROOT / "tests").rglob("*.py"):
+        modules = re.findall(r"^\s*(?:from|import) ([\w.]+)", path.read_text(encoding="utf-8"), re.MULTILINE)
+        assert not names & {part for module in modules for part in module.split(".")}, path
 
 
 def test_the_rule_notices():

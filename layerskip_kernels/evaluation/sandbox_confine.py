@@ -39,7 +39,7 @@ RESTRICTED: list[tuple[str, int, int]] = [
 ]
 
 
-class Comparison(ctypes.Structure):
+class ArgumentRule(ctypes.Structure):
     """libseccomp's scmp_arg_cmp."""
 
     _fields_ = [
@@ -118,7 +118,7 @@ def _filter(library: Any) -> None:
     library.seccomp_init.restype = ctypes.c_void_p
     library.seccomp_init.argtypes = [ctypes.c_uint32]
     library.seccomp_rule_add_array.argtypes = [
-        ctypes.c_void_p, ctypes.c_uint32, ctypes.c_int, ctypes.c_uint, ctypes.POINTER(Comparison)
+        ctypes.c_void_p, ctypes.c_uint32, ctypes.c_int, ctypes.c_uint, ctypes.POINTER(ArgumentRule)
     ]  # fmt: skip
     library.seccomp_load.argtypes = [ctypes.c_void_p]
     library.seccomp_syscall_resolve_name.argtypes = [ctypes.c_char_p]
@@ -128,15 +128,15 @@ def _filter(library: Any) -> None:
     for name in ALLOWED:
         _allow(library, rules, name, [])
     for name, argument, value in RESTRICTED:
-        _allow(library, rules, name, [Comparison(argument, EQUAL, value, 0)])
+        _allow(library, rules, name, [ArgumentRule(argument, EQUAL, value, 0)])
     if status := library.seccomp_load(rules):
         raise OSError(f"seccomp_load failed: {os.strerror(-status)}")
 
 
-def _allow(library: Any, rules: int, name: str, comparisons: list[Comparison]) -> None:
+def _allow(library: Any, rules: int, name: str, argument_rules: list[ArgumentRule]) -> None:
     """Add a rule; a system call that this architecture does not have is refused anyway."""
     number = library.seccomp_syscall_resolve_name(name.encode())
-    array = (Comparison * len(comparisons))(*comparisons)
-    status = 0 if number == -1 else library.seccomp_rule_add_array(rules, ALLOW, number, len(comparisons), array)
+    array = (ArgumentRule * len(argument_rules))(*argument_rules)
+    status = 0 if number == -1 else library.seccomp_rule_add_array(rules, ALLOW, number, len(argument_rules), array)
     if status not in (0, -errno.EDOM):
         raise OSError(f"seccomp refused the rule for {name}: {os.strerror(-status)}")

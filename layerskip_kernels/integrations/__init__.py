@@ -1,1 +1,4 @@
-"""Other people's interfaces on these kernels: Transformers. Each module imports its library only when used."""
+"""Interfaces of other packages to these kernels: Transformers, lm-evaluation-harness, Ray.
+
+Each module imports its library only when used.
+"""
