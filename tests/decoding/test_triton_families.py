@@ -36,3 +36,4 @@ def test_drafting_and_verifying_is_plain_decoding_on_the_cpu(number: int, tmp_pa
     [drafted] = generate(load_model(tmp_path, dtype, "triton"), [prompt], drafting)
     assert torch.equal(drafted.logits, plain.logits)
     assert all(map(torch.equal, drafted.kv, plain.kv))
+    assert drafted.drafted > 0

@@ -116,6 +116,7 @@ def test_drafts_leave_the_text_of_quantised_weights_as_it_is():
     drafting = GenerationConfig(exit_layer=1, num_speculations=2, max_new_tokens=4)
     drafted = generate(quantised_model("triton", vocab_size=40, tie_word_embeddings=True), prompts, drafting)
     assert drafted[0].token_ids == plain[0].token_ids
+    assert drafted[0].drafted > 0
 
 
 def test_greedy_generation_equals_the_cpu_backend():
