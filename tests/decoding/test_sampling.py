@@ -15,7 +15,6 @@ from layerskip_kernels import (
     GenerationConfig,
     PagedKVCache,
     Sampler,
-    StopStrings,
     draft_step,
     generate,
     make_sampler,
@@ -23,9 +22,8 @@ from layerskip_kernels import (
     verify_step,
 )
 from layerskip_kernels.decoding.sampling import choose_tokens, top_logprobs
-from support.generations import KEEP, same_bits
+from support.generations import KEEP, same_bits, sampled
 from support.models import cache_for, random_tokens, tiny_model
-from support.tokenizers import Letters
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -41,10 +39,6 @@ SETTINGS = {
 
 
 EXIT = {"autoregressive": None, "self_speculative": 1}
-
-
-def sampled(model, config, prompts=None, **changes):
-    return generate(model, prompts or [random_tokens(9)], replace(config, **changes))
 
 
 # ---- exact: the text of plain sampling ----
@@ -216,127 +210,6 @@ def test_samples_of_greedy_decoding_are_alike():
         assert [g.token_ids for g in several[3 * i : 3 * i + 3]] == [expected] * 3
 
 
-# ---- rejection: the distribution of plain sampling ----
-
-
-def second_token_counts(model, acceptance, seeds, sample_of):
-    """How often each token follows a prompt and its fixed first token, drafted and verified."""
-    cache = cache_for(model, 64)
-    sequence = cache.add_sequence([1, 2, 3])
-    cache.commit(prefill(model, cache, [sequence]))
-    counts = torch.zeros(2, model.config.vocab_size, dtype=torch.float64)
-    before, accepted = list(sequence.tokens), 0
-    for seed in seeds:
-        config = GenerationConfig(temperature=1.0, seed=seed, acceptance=acceptance)
-        sampler = [make_sampler(model, config, 3)]
-        verdict = verify_step(model, cache, draft_step(model, cache, [sequence], 1, 1, sampler), sampler)
-        counts[0, sample_of(verdict)] += 1
-        accepted += int(verdict.num_accepted[0])
-        cache.rollback([sequence])
-        sequence.tokens[:] = before
-    plain = verify_step(model, cache, Draft.none([sequence])).logits[0]
-    return counts[0], plain.double().softmax(0), accepted / len(seeds)
-
-
-def statistic(counts, probabilities):
-    expected = probabilities * counts.sum()
-    return float(((counts - expected) ** 2 / expected).sum())
-
-
-def test_rejection_has_the_distribution_of_plain_sampling():
-    """Chi-square through both steps, on 11 tokens (10 degrees of freedom: 29.6 has probability 0.001)."""
-    model = tiny_model(vocab_size=11)
-    counts, probabilities, accepted = second_token_counts(
-        model, "rejection", range(1500), lambda verdict: verdict.new_tokens(0)[0]
-    )
-    exact_counts, _, exact_accepted = second_token_counts(
-        model, "exact", range(1500), lambda verdict: verdict.new_tokens(0)[0]
-    )
-    assert statistic(counts, probabilities) < 29.6
-    assert statistic(exact_counts, probabilities) < 29.6
-    assert accepted > exact_accepted > 0, "the rejection rule accepts more"
-
-
-def test_a_broken_rejection_rule_is_caught():
-    """If rejected drafts stood, the test above would fail."""
-    model = tiny_model(vocab_size=11)
-    counts, probabilities, _ = second_token_counts(
-        model, "rejection", range(1500), lambda verdict: verdict.draft.of(0)[0]
-    )
-    assert statistic(counts, probabilities) > 3 * 29.6
-
-
-def two_token_counts(model, seeds, exit_layer=1, count=3, changed=lambda draft: draft):
-    """How often each pair of tokens follows a prompt, drafted ``count`` at a time by the rejection rule."""
-    size = model.config.vocab_size
-    cache = cache_for(model, 16 * 52)
-    prompt = cache.add_sequence([1, 2, 3])
-    cache.commit(prefill(model, cache, [prompt]))
-    cache.truncate(prompt, 2)  # its last token, the third, is known and passes through with the drafts
-    counts, kept = torch.zeros(size, size, dtype=torch.float64), 0
-    for batch in torch.arange(seeds).split(50):
-        forks = [cache.fork(prompt) for _ in batch]
-        configs = [GenerationConfig(temperature=1.0, seed=int(seed), acceptance="rejection") for seed in batch]
-        samplers = [make_sampler(model, config, 3) for config in configs]
-        draft = changed(draft_step(model, cache, forks, exit_layer, count, samplers))
-        verdict = verify_step(model, cache, draft, samplers)
-        kept += int((verdict.num_accepted >= 2).sum())
-        cache.commit(verdict)
-        short = [b for b, fork in enumerate(forks) if len(fork.tokens) < 5]
-        again = [forks[b] for b in short]
-        cache.commit(verify_step(model, cache, Draft.none(again), [samplers[b] for b in short]))
-        for fork in forks:
-            counts[fork.tokens[3], fork.tokens[4]] += 1
-            cache.free(fork)
-    return counts.flatten(), kept
-
-
-def two_token_probabilities(model):
-    """The exact distribution of pairs, by plain decoding."""
-    first = generate(model, [[1, 2, 3]], GenerationConfig("autoregressive", max_new_tokens=1, return_logits=True))
-    rows = []
-    for token in range(model.config.vocab_size):
-        config = GenerationConfig("autoregressive", max_new_tokens=1, return_logits=True)
-        rows.append(generate(model, [[1, 2, 3, token]], config)[0].logits[0].double().softmax(0))
-    return (first[0].logits[0].double().softmax(0)[:, None] * torch.stack(rows)).flatten()
-
-
-def test_several_drafts_have_the_distribution_of_plain_sampling():
-    """Chi-square of pairs of 5 tokens, three drafts at a time (24 degrees of freedom: 51.2 has probability 0.001)."""
-    model = tiny_model(vocab_size=5)
-    counts, kept = two_token_counts(model, 3000)
-    assert statistic(counts, two_token_probabilities(model)) < 51.2
-    assert kept > 300, "both drafts must have been accepted often"
-
-
-@pytest.mark.parametrize("change", [
-    lambda scores: scores.flip(0), lambda scores: scores.roll(1, 0), torch.zeros_like,
-], ids=["in reverse", "shifted", "uniform"])  # fmt: skip
-def test_scores_of_other_drafts_are_caught(change):
-    """If drafts were judged by the scores of others, the test above would fail."""
-    model = tiny_model(vocab_size=5)
-    counts, _ = two_token_counts(
-        model, 3000, changed=lambda draft: replace(draft, scores={b: change(s) for b, s in draft.scores.items()})
-    )
-    assert statistic(counts, two_token_probabilities(model)) > 2 * 51.2
-
-
-def test_the_rejection_rule_needs_no_scores():
-    """Drafts that came from elsewhere count as certain; a draft of an impossible token is never kept."""
-    model = tiny_model()
-    config = GenerationConfig(temperature=1.0, top_k=5, seed=0, acceptance="rejection")
-    cache = cache_for(model, 64)
-    sequence = cache.add_sequence([1, 2, 3])
-    samplers = [make_sampler(model, config, 3)]
-    cache.commit(prefill(model, cache, [sequence], samplers))
-    scores = verify_step(model, cache, Draft.none([sequence])).logits[0]
-    cache.rollback([sequence])
-    unlikely = int(scores.argmin())
-    verdict = verify_step(model, cache, Draft.of_tokens([sequence], [[unlikely]]), samplers)
-    assert verdict.num_accepted.tolist() == [0]
-    assert int(verdict.next_tokens[0]) in scores.topk(5).indices
-
-
 # ---- processors, against Transformers ----
 
 
@@ -415,81 +288,6 @@ def test_logprobs_are_those_of_the_models_own_logits():
 def test_equal_logprobs_come_by_rising_id():
     [found] = top_logprobs(tiny_model().ops, torch.zeros(1, 50), [7], 4)
     assert [token for token, _ in found.top] == [0, 1, 2, 3]
-
-
-# ---- stop strings ----
-
-
-def test_stop_strings_end_a_text_across_tokens():
-    model = replace(tiny_model(), tokenizer=Letters())
-    config = GenerationConfig(seed=2, temperature=1.0, max_new_tokens=20, exit_layer=1, num_speculations=6)
-    free = sampled(model, config)[0]
-    assert free.text == Letters().decode(free.token_ids)
-    stop = free.text[9:13]
-    at = free.text.index(stop)
-    for drafting_or_plain in (config.plain(), config):
-        stopped = sampled(model, drafting_or_plain, stop=("?", stop), return_kv=True)[0]
-        assert (stopped.text, stopped.finish_reason) == (free.text[:at], "stop")
-        assert free.token_ids[: len(stopped.token_ids)] == stopped.token_ids
-        assert (
-            len(Letters().decode(stopped.token_ids[:-1])) < at + len(stop) <= len(Letters().decode(stopped.token_ids))
-        )
-        assert stopped.kv[0].size(1) == 9 + len(stopped.token_ids) - 1
-    assert sampled(model, config, stop=("?",))[0].text == free.text
-
-
-def fed(strings, pieces):
-    stops = StopStrings(strings)
-    shown = [stops.push(piece) for piece in pieces]
-    return "".join([*shown, stops.finish()]), stops.found
-
-
-@pytest.mark.parametrize(("strings", "text", "shown", "found"), [
-    (["END"], "the ENEND of it", "the EN", "END"),
-    (["aab"], "aaab", "a", "aab"),
-    (["abab", "ba"], "ab abab", "ab a", "ba"),
-    (["b", "ab", "aab"], "xaab", "x", "aab"),
-    (["\n\n"], "one\ntwo\n\nthree", "one\ntwo", "\n\n"),
-    (["é\U0001f600"], "caf\u0065\u0301 é\U0001f600!", "caf\u0065\u0301 ", "é\U0001f600"),
-    (["never"], "nevenev", "nevenev", None),
-    ([], "all of it", "all of it", None),
-])  # fmt: skip
-def test_stop_strings_are_found_wherever_pieces_end(strings, text, shown, found):
-    for size in (1, 2, 3, len(text)):
-        assert fed(strings, [text[i : i + size] for i in range(0, len(text), size)]) == (shown, found)
-
-
-def test_only_text_that_may_belong_to_a_stop_string_is_held_back():
-    stops = StopStrings(["abcd"])
-    assert [stops.push(piece) for piece in ("xab", "c", "ab", "cd", "e")] == ["x", "", "abc", "", ""]
-    assert (stops.found, stops.finish()) == ("abcd", "")
-
-
-def test_stop_strings_before_their_time_pass():
-    stops = StopStrings(["ab"])
-    assert [stops.push("xaba", may_end=False), stops.push("b")] == ["xab", ""]
-    assert stops.found == "ab"
-
-
-def test_stop_strings_agree_with_a_plain_search():
-    """Random texts of three letters against str.find on the whole text."""
-    generator = torch.Generator().manual_seed(0)
-
-    def word(length):
-        return "".join("abc"[i] for i in torch.randint(3, (length,), generator=generator))
-
-    for _ in range(300):
-        text, strings = word(30), [word(1 + n) for n in range(1, 5)]
-        ends = {text.find(s) + len(s): s for s in sorted(strings, key=len) if s in text}
-        expected = (text[: min(ends) - len(ends[min(ends)])], ends[min(ends)]) if ends else (text, None)
-        assert fed(strings, list(text)) == expected
-
-
-def test_stopping_takes_linear_time():
-    """1,000 characters that nearly match a hundred thousand times over."""
-    stops = StopStrings(["a" * 999 + "b"])
-    assert len(stops.push("a" * 100_000)) == 100_000 - 999
-    assert stops.push("b") == "" and stops.found
 
 
 # ---- what can't be ----

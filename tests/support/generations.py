@@ -1,8 +1,11 @@
 """What generations are compared with: the same request alone, by plain decoding."""
 
+from dataclasses import replace
+
 import torch
 
-from layerskip_kernels import Draft, PagedKVCache, make_sampler, verify_step
+from layerskip_kernels import Draft, PagedKVCache, generate, make_sampler, verify_step
+from support.models import random_tokens
 
 KEEP = dict(return_logits=True, return_kv=True)
 
@@ -46,3 +49,8 @@ def drafts_accepted(generations) -> int:
     """How many drafts were accepted in all. Compared runs that draft assert that it is not 0: equal bits alone would
     not show that drafting stopped."""
     return sum(generation.accepted for generation in generations)
+
+
+def sampled(model, config, prompts=None, **changes):
+    """What a config with some changes generates after the prompts, or after nine tokens."""
+    return generate(model, prompts or [random_tokens(9)], replace(config, **changes))
