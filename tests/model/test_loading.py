@@ -2,7 +2,6 @@
 
 import json
 import os
-import resource
 import struct
 import subprocess
 import sys
@@ -409,14 +408,23 @@ def test_the_default_model(default: Checkpoint):
     assert {tensor.dtype for tensor in default.tensors.values()} == {torch.bfloat16}
 
 
-def test_a_warm_load_in_a_fresh_process_takes_under_three_seconds(default: Checkpoint):
-    """Seconds of one thread's CPU time, which is the wall time of an idle machine: the tests may share theirs. The
-    fastest of three: importing torch alone takes 1.8 to 2.2."""
-    command = "import torch; from layerskip_kernels.model.loading import read_checkpoint; read_checkpoint()"
-    seconds = []
-    for _ in range(3):
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        subprocess.run([sys.executable, "-c", command], check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-    assert min(seconds) < 3.0
+WARM_LOAD = """
+import time
+import torch
+imported = time.process_time()
+from layerskip_kernels.model.loading import read_checkpoint
+read_checkpoint()
+print((time.process_time() - imported) / imported)
+"""
+
+
+def test_a_warm_load_in_a_fresh_process_takes_less_time_than_importing_torch(default: Checkpoint):
+    """Of one thread's CPU time, the least of three: the tests may share the machine. A conversion takes many times that."""
+    settings = os.environ | {"OMP_NUM_THREADS": "1"}
+    ratios = [
+        float(
+            subprocess.run([sys.executable, "-c", WARM_LOAD], check=True, env=settings, stdout=subprocess.PIPE).stdout
+        )
+        for _ in range(3)
+    ]
+    assert min(ratios) < 1.0
