@@ -364,3 +364,13 @@ def test_a_shipped_checkpoint_is_found_by_its_name(tmp_path: Path, base: Path, m
     assert read_checkpoint("base").name == "base"
     with pytest.raises(FileNotFoundError, match=r"a hub id .*, SmolLM2-135M-Instruct, base"):
         read_checkpoint("another")
+
+
+def test_a_shipped_checkpoint_is_listed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever other files called config lie beside its own."""
+    monkeypatch.setattr(sources, "SHIPPED", tmp_path)
+    for name, own in (("whole", "config.json"), ("adapter", "adapter_config.json")):
+        (tmp_path / name).mkdir()
+        for file in (own, "tokenizer_config.json", "generation_config.json"):
+            (tmp_path / name / file).write_text("{}")
+    assert shipped_checkpoints() == ["adapter", "whole"]
