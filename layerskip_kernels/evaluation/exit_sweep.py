@@ -245,11 +245,11 @@ def check_worth_saving(report: dict[str, Any]) -> None:
     chosen = best(report)
     if chosen["doubt"] is not None:
         raise ValueError(
-            f"no setting was saved, for none can be trusted ({chosen['doubt']}): measure again on a quiet machine, "
+            f"no setting was saved, because none can be trusted ({chosen['doubt']}): measure again on a quiet machine, "
             f"with --rounds {max(5, 2 * report['machine']['settings']['rounds'])}"
         )
     if chosen["speedup"] <= 1:
-        raise ValueError("no setting was saved, for none is faster than plain decoding")
+        raise ValueError("no setting was saved, because none is faster than plain decoding")
 
 
 def defaults_of(model: Model, result: dict[str, Any]) -> DraftDefaults:
