@@ -27,7 +27,7 @@ from layerskip_kernels.decoding.types import CachedSequence, Verdict
 from layerskip_kernels.engine.acceptance import DraftHistory
 from layerskip_kernels.engine.drafts import DraftRequest
 from layerskip_kernels.model.model import Model
-from layerskip_kernels.model.tokenizer import TextStream
+from layerskip_kernels.model.text_stream import TextStream
 
 __all__ = ["Generation", "Output", "Request", "check_length", "encode"]
 

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 
 import tokenizers
 
 from layerskip_kernels.model.chat_template import ChatTemplate, read_chat_template
-from layerskip_kernels.model.text_stream import TextStream
 from layerskip_kernels.model.tokenizer_files import library_errors, read_tokenizer
 
-__all__ = ["TextStream", "Tokenizer"]
+__all__ = ["Tokenizer"]
 
 
 class Tokenizer:
@@ -84,15 +83,6 @@ class Tokenizer:
         """The text of token ids, without special tokens unless they are asked for."""
         with library_errors(f"{self._name} cannot decode these ids"):
             return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
-
-    def decode_stream(self, ids: Iterable[int]) -> Iterator[str]:
-        """The text in pieces, each once its characters are complete; joined, they are ``decode(ids)``."""
-        stream = TextStream(self)
-        for token_id in ids:
-            if piece := stream.push([token_id]):
-                yield piece
-        if rest := stream.finish():
-            yield rest
 
     def is_open(self, token_id: int, skip_special_tokens: bool = True) -> bool:
         """Whether tokens after this one can change how it and those before it are decoded (see TextDecoder)."""

@@ -20,7 +20,7 @@ from pathlib import Path
 from layerskip_kernels.recipes.parse_grammar import AFTER, BEFORE, INTENTS, NESTED, SLOTS
 from layerskip_kernels.recipes.parse_values import RULES
 
-__all__ = ["SPLITS", "Example", "Node", "draw_example", "draw_examples", "slot_values", "split_of", "write_parse_data"]
+__all__ = ["SPLITS", "Example", "Node", "draw_example", "draw_examples", "split_of", "write_parse_data"]
 
 SPLITS = {"train": 0.7, "validation": 0.1, "test": 0.2}  # each split's share of the slot values
 PROMPT_END = " =>"
@@ -89,11 +89,6 @@ def split_of(value: str) -> str:
             return split
         number -= share
     return split
-
-
-def slot_values(brackets: str) -> list[str]:
-    """The words of every slot of a parse that holds no intent."""
-    return [value.strip() for value in re.findall(r"\[SL:\w+ ([^\[\]]*)\]", brackets)]
 
 
 def draw_example(draws: random.Random, split: str) -> Example:

@@ -10,7 +10,8 @@ from typing import Any
 
 from layerskip_kernels.decoding.sampling import StopStrings, TokenLogprobs
 from layerskip_kernels.engine.request import Generation, Output
-from layerskip_kernels.model.tokenizer import TextStream, Tokenizer
+from layerskip_kernels.model.text_stream import TextStream
+from layerskip_kernels.model.tokenizer import Tokenizer
 
 __all__ = ["Answer", "Piece", "SampleText", "chat_logprobs", "completion_logprobs", "timings", "usage"]
 

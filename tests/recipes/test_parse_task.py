@@ -14,11 +14,16 @@ from layerskip_kernels.recipes.parse_task import (
     SPLITS,
     Node,
     draw_example,
-    slot_values,
     split_of,
     write_parse_data,
 )
 from layerskip_kernels.recipes.parse_values import RULES
+
+
+def slot_values(brackets: str) -> list[str]:
+    """The words of every slot of a parse that holds no intent."""
+    return [value.strip() for value in re.findall(r"\[SL:\w+ ([^\[\]]*)\]", brackets)]
+
 
 SIZES = {"train": 3000, "validation": 1500, "test": 1500}
 

@@ -5,7 +5,14 @@ from typing import ClassVar
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
+from layerskip_kernels.model.text_stream import TextStream
 from layerskip_kernels.model.tokenizer import Tokenizer
+
+
+def streamed(tokenizer, ids) -> list[str]:
+    """The pieces of a text whose tokens come one by one."""
+    stream = TextStream(tokenizer)
+    return [piece for piece in [*(stream.push([token_id]) for token_id in ids), stream.finish()] if piece]
 
 
 class PlainTokenizer:
