@@ -42,6 +42,10 @@ class Recorded:
         self._graph: torch.cuda.CUDAGraph | None = None
         self._result: Any = None
 
+    @property
+    def captured(self) -> bool:
+        return self._graph is not None
+
     def __call__(self) -> Any:
         self._calls += 1
         if self._capture and self._calls > 1 and self._graph is None:
@@ -152,6 +156,10 @@ class PlannedSteps:
 
         key = ("verify", id(weights), *map(tuple, kind), width, sizes) if kept else None
         return self._run(cache.k, key, make, rows.tokens, rows.positions, rows.block_table)
+
+    def captured(self) -> int:
+        """How many steps' plans are CUDA graphs, over all caches that are there."""
+        return sum(recorded.captured for of in self._of_cache.values() for _, recorded in of.plans.values())
 
     def _run(
         self, k_cache: Tensor, key: Hashable | None, make: Callable[[], tuple[StaticInputs, Recorded]], *inputs: Tensor

@@ -119,6 +119,10 @@ class TritonOps:
         """What the steps on this cache noted so far is not raised: they were given up."""
         triton_ops.error_of(k_cache).zero_()
 
+    def captured_steps(self) -> int:
+        """How many kinds of steps are replayed from CUDA graphs by now."""
+        return self._steps.captured()
+
     def synchronize(self) -> None:
         """Wait until the device has done all that was asked of it."""
         if self.device.type == "cuda":

@@ -1,0 +1,164 @@
+"""Stage 2: the kernels' tests on the device, a process for each of them, so that a crash costs one.
+
+Then the cases in which the cache's ops refuse their arguments, a process each; one that crashes is run again for its
+backtrace, of Python and, where there is a debugger, of the extension.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+from stage import REHEARSING, ROOT, Failed, Stage, main
+
+KERNELS = [
+    "tests/ops/test_triton_ops.py", "tests/decoding/test_triton_steps.py", "tests/ops/test_triton_integer_dot.py",
+    "tests/decoding/test_triton_families.py", "tests/ops/test_copy_pages.py", "tests/ops/test_gather_kv.py",
+]  # fmt: skip
+CACHE = ["tests/ops/test_copy_pages.py", "tests/ops/test_gather_kv.py"]
+# Of a rehearsal: a test that passes, one that refuses arguments.
+REHEARSED = ("test_elementary_functions", "test_negative_length")
+MOST_SECONDS = 150  # of a process
+REFUSALS = ("refused", "negative")
+WORKERS = 2 if REHEARSING else min(14, os.cpu_count() or 1)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of the tests of a process. ``signal``: what ended it, if one did."""
+
+    passed: int
+    failed: int
+    skipped: int
+    signal: int
+    seconds: float
+    said: str
+
+    @property
+    def fine(self) -> bool:
+        """pytest's exit status says 0 of tests that were all skipped, too."""
+        return self.passed > 0 and self.failed == 0 and self.signal == 0
+
+    def as_json(self) -> dict[str, Any]:
+        counts = {"passed": self.passed, "failed": self.failed, "skipped": self.skipped, "seconds": self.seconds}
+        return counts if self.fine else {**counts, "signal": self.signal, "said": self.said}
+
+
+PYTEST = [sys.executable, "-X", "faulthandler", "-m", "pytest", "-q", "-W", "ignore", "-p", "no:cacheprovider"]
+
+
+def collected(files: list[str]) -> list[str]:
+    """The ids of all tests."""
+    done = subprocess.run([*PYTEST, "--collect-only", *files], cwd=ROOT, text=True, capture_output=True)
+    ids = [line for line in done.stdout.splitlines() if "::" in line and " " not in line.split("::")[0]]
+    if done.returncode != 0 or not ids:
+        raise Failed(f"no tests could be collected: {(done.stdout + done.stderr)[-2000:]}")
+    return ids
+
+
+def run_tests(ids: Iterable[str], prefix: tuple[str, ...] = (), seconds: float = MOST_SECONDS) -> Result:
+    """Some tests in a process of their own."""
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.xml"
+        command = [*prefix, *PYTEST, f"--junitxml={report}", *ids]
+        try:
+            done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, timeout=seconds, errors="replace")
+            status, said = done.returncode, done.stdout + done.stderr
+        except subprocess.TimeoutExpired as stopped:
+            status, said = -9, f"stopped after {seconds:.0f} s: {stopped.stdout!r}"
+        counts = counted(report)
+    passed, failed, skipped = counts
+    if status > 0 and failed == 0:
+        failed = 1  # pytest itself
+    return Result(passed, failed, skipped, max(0, -status), round(time.monotonic() - start, 1), said[-3000:])
+
+
+def counted(report: Path) -> tuple[int, int, int]:
+    """Tests that passed, failed and were skipped, by pytest's own report; none where it wrote no report."""
+    if not report.is_file():
+        return 0, 0, 0
+    suites = ElementTree.parse(report).getroot().iter("testsuite")
+    total = {"tests": 0, "failures": 0, "errors": 0, "skipped": 0}
+    for suite in suites:
+        for name in total:
+            total[name] += int(suite.get(name, 0))
+    failed = total["failures"] + total["errors"]
+    return total["tests"] - failed - total["skipped"], failed, total["skipped"]
+
+
+def is_refusal(test: str) -> bool:
+    return test.startswith(tuple(CACHE)) and any(word in test.split("::")[1] for word in REFUSALS)
+
+
+def by_function(ids: list[str]) -> dict[str, list[str]]:
+    """Tests without their parameters -> their ids."""
+    groups: dict[str, list[str]] = {}
+    for test in ids:
+        groups.setdefault(test.split("[")[0], []).append(test)
+    return groups
+
+
+def backtrace(test: str) -> dict[str, str]:
+    """Where a test crashes: the test alone, with and without a debugger around it, and with torch's own stacks."""
+    found = {"alone": run_tests([test]).said}
+    for debugger in ("cuda-gdb", "gdb"):
+        if tool := shutil.which(debugger) or shutil.which(debugger, path="/usr/local/cuda/bin"):
+            prefix = (tool, "-batch", "-ex", "run", "-ex", "bt 60", "--args")
+            found[debugger] = run_tests([test], prefix).said
+            break
+    return found
+
+
+def run(stage: Stage) -> None:
+    ids = collected(KERNELS)
+    if REHEARSING:
+        ids = [test for test in ids if any(name in test for name in REHEARSED)][:6]
+    refusals = [test for test in ids if is_refusal(test)]
+    groups = by_function([test for test in ids if not is_refusal(test)])
+    stage.note(tests=len(ids), functions=len(groups), refusals=len(refusals))
+    kernels: dict[str, Any] = {}
+    refused: dict[str, Any] = {}
+    bad: list[str] = []
+
+    def one(name: str, tests: list[str], into: dict[str, Any]) -> None:
+        if stage.left() < 20:
+            into[name] = "not reached"
+            return
+        result = run_tests(tests, seconds=min(MOST_SECONDS, stage.left() - 10))
+        into[name] = result.as_json()
+        if not result.fine:
+            bad.append(name)
+
+    with ThreadPoolExecutor(WORKERS) as pool:
+        for begun in [pool.submit(one, name, tests, kernels) for name, tests in groups.items()]:
+            begun.result()
+            stage.note(kernels=dict(kernels))
+        for begun in [pool.submit(one, test, [test], refused) for test in refusals]:
+            begun.result()
+        stage.note(refused=refused)
+    crashed = [test for test in refused if isinstance(refused[test], dict) and refused[test].get("signal")]
+    if crashed and stage.left() > 60:
+        stage.note(backtrace={crashed[0]: backtrace(crashed[0])})
+    counts = [entry for entry in (*kernels.values(), *refused.values()) if isinstance(entry, dict)]
+    stage.note(
+        passed=sum(entry["passed"] for entry in counts), failed=sum(entry["failed"] for entry in counts),
+        skipped=sum(entry["skipped"] for entry in counts), not_reached=len(groups) + len(refusals) - len(counts),
+        bits_differ=[name for name in bad if name in kernels],
+    )  # fmt: skip
+    if bad:
+        raise Failed(f"{len(bad)} of {len(groups) + len(refusals)} processes, {bad[0]} among them")
+
+
+if __name__ == "__main__":
+    main(__file__, run)
