@@ -38,7 +38,7 @@ def _dot_kernel(
         x = tl.load(x_ptr + m[:, None] * K + (first + k)[None, :])
         w = tl.load(w_ptr + (first + k)[:, None] * N + n[None, :])
         if INTEGERS:
-            y = tl.dot(x, w, y)
+            y = tl.dot(x, w, y, out_dtype=tl.int32)
         else:
             y = tl.dot(x.to(tl.float32), w.to(tl.float32), y, input_precision="ieee")
     tl.store(y_ptr + m[:, None] * N + n[None, :], y)
