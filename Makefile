@@ -50,8 +50,8 @@ bench: .venv/bench  ## measure ops, steps, peers and limits; docs/performance.md
 		$(BIN)/python benchmarks/$$name.py --save >/dev/null; done
 	$(BIN)/python benchmarks/report.py
 
-gpu-check: .venv/built .venv/gpu  ## on a machine with a GPU: every bit on the device, compute-sanitizer, then the time beside Transformers
-	$(BIN)/python benchmarks/gpu_check.py --save
+gpu-check: .venv/built  ## on a machine with a GPU, in stages that each leave their results: tokens, bits, times, arithmetic, compute-sanitizer, tuning
+	$(BIN)/python benchmarks/gpu_check.py
 
 fuzz: .venv/built  ## random walks of the page pool, the cache and the engine, Ctrl-C at every point, hostile calls of every op, damaged files, clients of all manners: ten times as long as in `make test`
 	LAYERSKIP_FUZZ_STEPS=$(FUZZ_STEPS) $(BIN)/python -m pytest -s tests/decoding/test_page_pool_machine.py tests/decoding/test_kv_cache_machine.py tests/engine/test_engine_machine.py tests/engine/test_interrupts.py tests/ops/test_fuzz.py tests/model/test_damaged_files.py tests/serving/test_soak.py
@@ -80,7 +80,7 @@ wheel: .venv/built  ## dist/*.whl, for this Python and this torch
 	$(call building,$(BIN)/python -m build --wheel --no-isolation)
 
 clean:  ## remove what was built (.venv stays, to be built into again)
-	rm -rf .venv-oldest .venv/ready .venv/built .venv/bench .venv/lint .venv/nvcc .venv/gpu build dist *.egg-info layerskip_kernels/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv-oldest .venv/ready .venv/built .venv/bench .venv/lint .venv/nvcc build dist *.egg-info layerskip_kernels/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 # For one command: the interpreter's headers, found or fetched, and ninja on PATH (without it the compilers run
 # one at a time).
@@ -113,10 +113,6 @@ $(BIN)/pip:
 
 .venv/bench: .venv/built
 	$(PIP) install -c constraints.txt xllamacpp economize
-	touch $@
-
-.venv/gpu: .venv/built
-	$(PIP) install -c constraints.txt pytest-xdist
 	touch $@
 
 .venv/lint: .venv/ready | .venv/built

@@ -4,7 +4,7 @@ Stages of at most eight minutes, the most valuable first, each of which leaves F
 
 first_tokens  the build; a decode and a speculative generation, equal to the CPU's tokens, with drafts accepted
 bits          every kernel against the reference and the CPU, a process each; the cases that ops refuse
-timings       decode, draft, verify and prompts as bytes per second over the copy measured beside; by kernel; Transformers
+timings       steps and prompts as bytes per second over a copy's, and by kernel; generation beside Transformers
 arithmetic    what the kernels assume of the hardware's sums; 20,000 replays of a captured step
 sanitizers    compute-sanitizer over the cache's ops and a cycle
 tuning        launch configurations, timed; the fastest go into a file that the package reads
@@ -31,9 +31,7 @@ ONLY_IF_EQUAL = ("timings", "tuning")
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=HERE / "results" / "gpu", help="default: benchmarks/results/gpu")
     parser.add_argument("--stage", action="append", choices=STAGES, help="default: all, in this order")
     parser.add_argument("--seconds", type=float, default=SECONDS, help=f"of a stage, at most; default: {SECONDS}")

@@ -10,6 +10,7 @@ import triton
 from torch import Tensor
 
 from .contract import GROUP, INTERPRETED, SEGMENTS
+from .tuned import config_of
 
 __all__ = ["OPTIONS", "blocks", "columns_of", "exact_products", "is_quantised", "rows_per_program", "streaming"]
 
@@ -19,16 +20,6 @@ OPTIONS: dict[str, Any] = {"enable_fp_fusion": False}
 MAX_REGISTERS = 255  # of a thread
 MAX_ROWS = 8  # rows that share a program's weights; more make more programs, which read them again
 MAX_INTEGER_ROWS = 16  # the same where weights are quantised: up to so many cost what one costs
-# Columns of a tile, and by rows a program: how many steps of 16-bit weights are on their way to a thread while one is
-# used (half as many of fp32 weights).
-CONFIGS: dict[str, tuple[int, dict[int, int]]] = {
-    "norm_qkv_rope_append": (16, {1: 8, 2: 4, 4: 4, 8: 4}),
-    "out_residual": (16, {1: 8, 2: 8, 4: 4, 8: 4}),
-    "norm_gate_up_silu": (32, {1: 4, 2: 4, 4: 4, 8: 2}),
-    "norm_head_argmax": (32, {1: 4, 2: 4, 4: 4, 8: 2}),
-    "linear": (32, {1: 4, 2: 4, 4: 4, 8: 2}),
-}
-
 
 # Where ptxas, to keep one more program resident, lets bf16 kernels of so many rows spill, unless it is told that they
 # may have all registers. (In the other dtypes it is told always. Where it does not spill, being told makes it worse.)
@@ -57,7 +48,7 @@ def exact_products(dtype: torch.dtype) -> bool:
 
 def columns_of(op: str, *weights: Tensor) -> int:
     """Columns of a tile of the op's kernel."""
-    return GROUP if any(map(is_quantised, weights)) else CONFIGS[op][0]
+    return GROUP if any(map(is_quantised, weights)) else config_of(op).columns
 
 
 def threads_per_warp() -> int:
@@ -92,8 +83,9 @@ def streaming(op: str, num_rows: int, tiles: int, k: int, *weights: Tensor) -> d
     weight = next((weight for weight in weights if not is_quantised(weight)), None)
     if weight is None or any(map(is_quantised, weights)):
         return streaming_integers(num_rows, tiles, k, weight)
-    rows, (columns, ahead_by_rows) = rows_per_program(num_rows), CONFIGS[op]
-    ahead = 1 if INTERPRETED else max(1, ahead_by_rows[rows] * 2 // weight.element_size())
+    rows, config = rows_per_program(num_rows), config_of(op)
+    columns = config.columns
+    ahead = 1 if INTERPRETED else max(1, config.ahead[rows] * 2 // weight.element_size())
     if before_sm_90() and rows in SPILLING_BEFORE_SM_90.get(op, ()):
         ahead = max(1, ahead // 2)
     threads = SEGMENTS * columns

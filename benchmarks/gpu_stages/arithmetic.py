@@ -6,17 +6,16 @@ exact; and that a step replayed many times over never normalises a row before al
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
-from stage import DEVICE, REHEARSING, Failed, Stage, main
 from torch import Tensor
 
 from layerskip_kernels import PagedKVCache
 from layerskip_kernels.operands import PendingRows
+from stage import DEVICE, REHEARSING, Stage, StageError, main
 from support.models import SMALL, tiny_model
 
 TILE = 16 if REHEARSING else 64
@@ -132,7 +131,7 @@ def replays() -> dict[str, Any]:
         new_logits, new_hidden = step()
         other += (new_logits != logits).any() | (new_hidden != hidden).any()
     if not logits.isfinite().all() or torch.equal(hidden, before):
-        raise Failed("the replayed step is not one: its logits are no numbers, or it wrote no hidden state")
+        raise StageError("the replayed step is not one: its logits are no numbers, or it wrote no hidden state")
     return {"replays": REPLAYS, "captured steps": model.ops.captured_steps(), "with other bits": int(other)}
 
 
@@ -146,7 +145,7 @@ def run(stage: Stage) -> None:
         wrong += [f"dots, {kind}: {found}" for kind, found in floats.items() if found["other bits"]]
         wrong += ["no step was captured"] * (replayed["captured steps"] == 0)
     if wrong:
-        raise Failed("; ".join(wrong))
+        raise StageError("; ".join(wrong))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
-from stage import REHEARSING, ROOT, Failed, Stage, main
+from stage import REHEARSING, ROOT, Stage, StageError, main
 
 KERNELS = [
     "tests/ops/test_triton_ops.py", "tests/decoding/test_triton_steps.py", "tests/ops/test_triton_integer_dot.py",
@@ -64,7 +64,7 @@ def collected(files: list[str]) -> tuple[list[str], str]:
     done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True)
     ids = [line for line in done.stdout.splitlines() if line.startswith("tests/") and "::" in line]
     if not ids:
-        raise Failed(f"no tests could be collected: {(done.stdout + done.stderr)[-2000:]}")
+        raise StageError(f"no tests could be collected: {(done.stdout + done.stderr)[-2000:]}")
     return ids, done.stdout[-2000:] if done.returncode else ""
 
 
@@ -159,9 +159,9 @@ def run(stage: Stage) -> None:
         bits_differ=[name for name in bad if name in kernels],
     )  # fmt: skip
     if unread:
-        raise Failed("some files' tests could not be read")
+        raise StageError("some files' tests could not be read")
     if bad:
-        raise Failed(f"{len(bad)} of {len(groups) + len(refusals)} processes, {bad[0]} among them")
+        raise StageError(f"{len(bad)} of {len(groups) + len(refusals)} processes, {bad[0]} among them")
 
 
 if __name__ == "__main__":

@@ -11,14 +11,15 @@ import time
 from importlib import metadata
 from typing import Any
 
-from stage import DEVICE, REHEARSING, ROOT, Failed, Stage, main
+from stage import DEVICE, REHEARSING, ROOT, Stage, StageError, main
 
 NEW_TOKENS = 4 if REHEARSING else 64
 ASKED = "name,driver_version,memory.total,clocks.sm,clocks.max.sm,clocks.mem,power.limit"
 
 
 def machine() -> dict[str, Any]:
-    found: dict[str, Any] = {"date": time.strftime("%Y-%m-%d %H:%M", time.gmtime()), "python": platform.python_version()}
+    date = time.strftime("%Y-%m-%d %H:%M", time.gmtime())
+    found: dict[str, Any] = {"date": date, "python": platform.python_version()}
     for package in ("torch", "triton", "transformers"):
         try:
             found[package] = metadata.version(package)
@@ -52,11 +53,11 @@ def build() -> dict[str, Any]:
         if done.returncode == 0:
             return {**said, "cuda": cuda, "seconds": round(time.monotonic() - start, 1)}
         said[f"why not with cuda={cuda}"] = (done.stdout + done.stderr)[-3000:]
-    raise Failed(f"the extensions cannot be built: {json.dumps(said)}")
+    raise StageError(f"the extensions cannot be built: {json.dumps(said)}")
 
 
 def texts(models: dict[str, Any], prompts: list[list[int]], exit_layer: int, drafts: int) -> dict[str, Any]:
-    """The same tokens by both backends, with drafts and without; raises Failed if not, or if no draft was accepted."""
+    """The same tokens by both backends, with drafts and without; raises StageError if not, or if no draft was accepted."""
     from layerskip_kernels import GenerationConfig, PagedKVCache, generate
 
     plain = GenerationConfig("autoregressive", max_new_tokens=NEW_TOKENS)
@@ -70,13 +71,14 @@ def texts(models: dict[str, Any], prompts: list[list[int]], exit_layer: int, dra
         found[f"{kind}, seconds with compiling"] = round(time.monotonic() - start, 1)
         got = [g.token_ids for g in generations]
         if got != expected:
-            raise Failed(f"{kind} decoding: {got} instead of {expected}")
-    found["drafted"], found["accepted"] = (sum(getattr(g, name) for g in generations) for name in ("drafted", "accepted"))
+            raise StageError(f"{kind} decoding: {got} instead of {expected}")
+    for name in ("drafted", "accepted"):
+        found[name] = sum(getattr(generation, name) for generation in generations)
     found["captured steps"] = models["triton"].ops.captured_steps()
     if found["accepted"] == 0:
-        raise Failed(f"no draft was accepted: {found}")
+        raise StageError(f"no draft was accepted: {found}")
     if DEVICE == "cuda" and found["captured steps"] == 0:
-        raise Failed("no step was captured in a CUDA graph")
+        raise StageError("no step was captured in a CUDA graph")
     return found
 
 

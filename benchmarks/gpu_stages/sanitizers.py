@@ -8,7 +8,7 @@ import subprocess
 import sys
 from typing import Any
 
-from stage import DEVICE, REHEARSING, ROOT, Failed, Stage, main
+from stage import DEVICE, REHEARSING, ROOT, Stage, StageError, main
 
 CHECKS = ("memcheck", "racecheck", "initcheck", "synccheck")
 
@@ -63,7 +63,7 @@ def checked(tool: str | None, check: str, name: str, seconds: float) -> dict[str
 def run(stage: Stage) -> None:
     tool = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
     if not REHEARSING and tool is None:
-        raise Failed("compute-sanitizer is not on the PATH")
+        raise StageError("compute-sanitizer is not on the PATH")
     stage.note(tool=tool)
     found: dict[str, Any] = {}
     for check in CHECKS[:1] if REHEARSING else CHECKS:
@@ -72,7 +72,7 @@ def run(stage: Stage) -> None:
                 found[f"{check} of {name}"] = checked(None if REHEARSING else tool, check, name, stage.left() - 15)
                 stage.note(found=found)
     if wrong := [name for name, said in found.items() if said["status"] != 0]:
-        raise Failed(f"{', '.join(wrong)}")
+        raise StageError(f"{', '.join(wrong)}")
 
 
 if __name__ == "__main__":

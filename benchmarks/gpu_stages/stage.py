@@ -31,7 +31,7 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-class Failed(Exception):
+class StageError(Exception):
     """What was to be shown is not so."""
 
 
@@ -71,7 +71,7 @@ def main(file: str, run: Callable[[Stage], None]) -> None:
     stage = Stage(Path(file).stem, args.out, args.seconds)
     try:
         run(stage)
-    except Failed as failed:
+    except StageError as failed:
         stage.note(outcome=f"failed: {failed}")
         sys.exit(1)
     except BaseException as error:

@@ -12,7 +12,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from stage import DEVICE, REHEARSING, Failed, Stage, main
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from layerskip_kernels import GenerationConfig, Model, ModelConfig, PagedKVCache, generate
@@ -20,6 +19,7 @@ from layerskip_kernels.evaluation.datasheets import SHAPES
 from layerskip_kernels.model.checkpoint import Checkpoint
 from layerskip_kernels.model.hf_config import read_hf_config
 from layerskip_kernels.operands import DraftRows, PendingRows
+from stage import DEVICE, REHEARSING, Stage, StageError, main
 
 TINY = dict(vocab_size=40, hidden_size=16, intermediate_size=16, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=8)
 CONTEXTS = (3,) if REHEARSING else (200, 4000)
@@ -73,7 +73,7 @@ def by_kernel(run: Callable[[], Any]) -> dict[str, Any]:
 
 
 def random_llama(shape: ModelConfig) -> LlamaForCausalLM:
-    """Layers beyond the exit say little, so that drafts are accepted, as a trained model's are; no step's time differs."""
+    """Layers beyond the exit say little, so that drafts are accepted; no step takes longer or shorter for it."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=shape.vocab_size, hidden_size=shape.hidden_size, intermediate_size=shape.intermediate_size,
@@ -184,9 +184,9 @@ def generation(llama: LlamaForCausalLM, model: Model) -> list[dict[str, Any]]:
     }
     outputs = {name: way() for name, way in ways.items()}
     if accepted == 0:
-        raise Failed("no draft was accepted")
+        raise StageError("no draft was accepted")
     if outputs["layerskip_kernels, plain"] != outputs["layerskip_kernels, self-speculative"]:
-        raise Failed("self-speculative decoding gave other tokens than plain decoding")
+        raise StageError("self-speculative decoding gave other tokens than plain decoding")
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(rounds):
         for name, way in ways.items():

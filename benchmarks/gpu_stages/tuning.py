@@ -1,0 +1,162 @@
+"""Stage 6: launch configurations of the kernels that stream 16-bit weights, timed at the shapes of real models.
+
+Writes what was fastest into tuned.json, beside the kernels and in the stage's folder; the package reads the former
+(triton_ops/tuned.py). Each configuration's results are compared with the default's before it is timed.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from layerskip_kernels import triton_ops
+from layerskip_kernels.triton_ops import launch, tuned
+from layerskip_kernels.triton_ops.tuned import DEFAULTS, Config
+from stage import DEVICE, REHEARSING, Stage, StageError, main
+from timings import milliseconds
+
+# Of Llama-3-8B: columns and inputs of the matrices that an op multiplies with (of qkv, those of q).
+SHAPES = {"out_residual": (4096, 14336), "norm_gate_up_silu": (14336, 4096), "norm_qkv_rope_append": (4096, 4096),
+          "norm_head_argmax": (128256, 4096)}  # fmt: skip
+HEAD, PAGE = (8, 4) if REHEARSING else (128, 16)
+KERNELS = {"out_residual": "_linear_residual_kernel", "norm_gate_up_silu": "_gate_up_silu_kernel",
+           "norm_qkv_rope_append": "_qkv_rope_append_kernel", "norm_head_argmax": "_head_kernel"}  # fmt: skip
+OPS = ("norm_qkv_rope_append",) if REHEARSING else tuple(KERNELS)
+ROWS = (1,) if REHEARSING else (1, 8, 4, 2)
+COLUMNS, AHEADS = ((16, 32), (4,)) if REHEARSING else (tuned.COLUMNS, (2, 4, 8, 16))
+WORKERS = 14
+Choice = tuple[str, int, int, int]  # op, columns, rows, ahead
+
+
+def operation(op: str, rows: int) -> Callable[[], Tensor]:
+    """The op at its shape, with weights of its own, for so many rows."""
+    n, k = (24, 40) if REHEARSING else SHAPES[op]
+    generator = torch.Generator(DEVICE).manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return (torch.randn(shape, generator=generator, device=DEVICE) * shape[-1] ** -0.5).bfloat16()
+
+    x, w = random(rows, k), triton_ops.pack_weight(random(n, k))
+    if op == "out_residual":
+        return partial(triton_ops.out_residual, x, w, None, random(rows, n))
+    norm = torch.ones_like(x[0])
+    if op == "norm_gate_up_silu":
+        return partial(triton_ops.norm_gate_up_silu, x, norm, w, triton_ops.pack_weight(random(n, k)), n, 1e-5)
+    if op == "norm_head_argmax":
+        return lambda: triton_ops.norm_head_argmax(x, norm, w, n, 1e-5)[1]
+    kv_heads = max(1, n // HEAD // 4)
+    wk, wv = (triton_ops.pack_weight(random(kv_heads * HEAD, k)) for _ in range(2))
+    cos, sin = torch.ones(PAGE, HEAD // 2, device=DEVICE), torch.zeros(PAGE, HEAD // 2, device=DEVICE)
+    places = torch.arange(rows, device=DEVICE)
+    pages = random(1, kv_heads, HEAD, PAGE), random(1, kv_heads, PAGE, HEAD)
+    return lambda: triton_ops.norm_qkv_rope_append(
+        x, norm, w, wk, wv, None, cos, sin, places, places, *pages, n // HEAD, 1e-5
+    )  # fmt: skip
+
+
+def kernel_ms(op: str, run: Callable[[], Any], calls: int = 20) -> float:
+    """Of the op's kernel alone: the median that the profiler saw. What surrounds it in a call is no part of a step."""
+    if REHEARSING:
+        return milliseconds(run)
+    for _ in range(3):
+        run()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(calls):
+            run()
+        torch.cuda.synchronize()
+    times = sorted(event.device_time_total for event in profile.events() if event.name == KERNELS[op])
+    if len(times) < calls:
+        raise StageError(f"the profiler saw {len(times)} of {calls} calls of {KERNELS[op]}")
+    return times[len(times) // 2] / 1e3
+
+
+def choose(choice: Choice) -> None:
+    """From here on, the op is launched so. The others, and other rows, as by default."""
+    op, columns, rows, ahead = choice
+    config = Config(columns, {**DEFAULTS[op].ahead, rows: ahead})
+    launch.config_of = lambda name: config if name == op else DEFAULTS[name]
+
+
+def compile_one(choice: Choice) -> None:
+    """In a process of its own: Triton's cache on the disk is for all."""
+    choose(choice)
+    operation(choice[0], choice[2])()
+
+
+def fastest(times: dict[Choice, float], op: str) -> dict[str, Any] | None:
+    """The op's configuration in tuned.json: for each number of columns the best steps ahead, and of those the columns
+    whose times add up to the least. None where some number of rows was not timed."""
+    best: tuple[float, dict[str, Any]] | None = None
+    for columns in COLUMNS:
+        ahead, total = dict(DEFAULTS[op].ahead), 0.0
+        for rows in ROWS:
+            known = {a: ms for (o, c, r, a), ms in times.items() if (o, c, r) == (op, columns, rows)}
+            if not known:
+                break
+            ahead[rows] = min(known, key=lambda a: known[a])
+            total += known[ahead[rows]]
+        else:
+            if best is None or total < best[0]:
+                best = total, {"columns": columns, "ahead": {str(rows): a for rows, a in ahead.items()}}
+    return None if best is None else best[1]
+
+
+def timed(stage: Stage, op: str, choices: list[Choice]) -> dict[Choice, float]:
+    times: dict[Choice, float] = {}
+    expected: dict[int, Tensor] = {}
+    for choice in choices:
+        if stage.left() < 20:
+            break
+        rows = choice[2]
+        run = operation(op, rows)
+        if rows not in expected:
+            launch.config_of = tuned.config_of
+            expected[rows] = run()
+        choose(choice)
+        if not torch.equal(run(), expected[rows]):
+            raise StageError(f"{op}: another configuration, other bits: {choice}")
+        times[choice] = kernel_ms(op, run)
+    return times
+
+
+def write(file: Path, gpu: str, configs: dict[str, Any]) -> None:
+    """Beside what the file says of other GPUs."""
+    said = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    said[gpu] = {**said.get(gpu, {}), **configs}
+    file.write_text(json.dumps(said, indent=1) + "\n", encoding="utf-8")
+    tuned.read_tuned(file)  # raises where it is not what the package reads
+
+
+def run(stage: Stage) -> None:
+    gpu = "none" if REHEARSING else torch.cuda.get_device_name()
+    folder = Path(sys.argv[sys.argv.index("--out") + 1])
+    rows_of_table: list[dict[str, Any]] = []
+    configs: dict[str, Any] = {}
+    for op in OPS:
+        choices = [(op, columns, rows, ahead) for rows in ROWS for columns in COLUMNS for ahead in AHEADS]
+        if not REHEARSING:
+            with ProcessPoolExecutor(WORKERS, get_context("spawn")) as pool:
+                list(pool.map(compile_one, choices))
+        times = timed(stage, op, choices)
+        for (_, columns, rows, ahead), ms in times.items():
+            rows_of_table.append({"op": op, "columns": columns, "rows": rows, "ahead": ahead, "ms": round(ms, 5)})
+        if found := fastest(times, op):
+            configs[op] = found
+            for file in [folder / "tuned.json", *([] if REHEARSING else [tuned.FILE])]:
+                write(file, gpu, configs)
+        stage.note(gpu=gpu, times=rows_of_table, fastest=configs)
+    if len(configs) < len(OPS):
+        raise StageError(f"only {', '.join(configs) or 'none'} of {', '.join(OPS)} were timed whole")
+
+
+if __name__ == "__main__":
+    main(__file__, run)

@@ -1,0 +1,77 @@
+"""How many columns a tile of 16-bit weights has, and how many steps are on their way to a thread: by op and rows.
+
+No choice changes a bit. What `make gpu-check` found fastest on a GPU is in tuned.json beside this file, or in the file
+that LAYERSKIP_TRITON_TUNED names: {GPU: {op: {"columns": 16, "ahead": {"1": 8, ...}}}}. Others get DEFAULTS.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .contract import INTERPRETED
+
+__all__ = ["AHEADS", "COLUMNS", "DEFAULTS", "FILE", "Config", "config_of", "read_tuned"]
+
+FILE = Path(__file__).parent / "tuned.json"
+COLUMNS, AHEADS, ROWS = (16, 32), (1, 2, 4, 8, 16), (1, 2, 4, 8)
+
+
+@dataclass(frozen=True)
+class Config:
+    """``columns`` of a tile; ``ahead``: by the rows of a program, how many steps of 16-bit weights are on their way
+    while one is used (half as many of fp32 weights)."""
+
+    columns: int
+    ahead: dict[int, int]
+
+
+DEFAULTS = {
+    "norm_qkv_rope_append": Config(16, {1: 8, 2: 4, 4: 4, 8: 4}),
+    "out_residual": Config(16, {1: 8, 2: 8, 4: 4, 8: 4}),
+    "norm_gate_up_silu": Config(32, {1: 4, 2: 4, 4: 4, 8: 2}),
+    "norm_head_argmax": Config(32, {1: 4, 2: 4, 4: 4, 8: 2}),
+    "linear": Config(32, {1: 4, 2: 4, 4: 4, 8: 2}),
+}
+
+
+def config_of(op: str) -> Config:
+    """The op's on the current GPU."""
+    return _configs(_gpu(), os.environ.get("LAYERSKIP_TRITON_TUNED") or str(FILE))[op]
+
+
+def _gpu() -> str | None:
+    return None if INTERPRETED or not torch.cuda.is_available() else torch.cuda.get_device_name()
+
+
+@cache
+def _configs(gpu: str | None, file: str) -> dict[str, Config]:
+    if gpu is None or not os.path.exists(file):
+        return DEFAULTS
+    return {**DEFAULTS, **read_tuned(Path(file)).get(gpu, {})}
+
+
+def read_tuned(file: Path) -> dict[str, dict[str, Config]]:
+    """By GPU and op. Raises ValueError naming the file, and the op, where it is not valid."""
+    try:
+        said = json.loads(file.read_text(encoding="utf-8"))
+        return {gpu: {op: _config(op, values) for op, values in ops.items()} for gpu, ops in said.items()}
+    except (ValueError, AttributeError, TypeError, KeyError) as error:
+        raise ValueError(f"{file} holds no launch configurations: {error}") from error
+
+
+def _config(op: str, values: dict[str, Any]) -> Config:
+    config = Config(values["columns"], {int(rows): ahead for rows, ahead in values["ahead"].items()})
+    valid = op in DEFAULTS and config.columns in COLUMNS and set(config.ahead) == set(ROWS)
+    if not valid or not set(config.ahead.values()) <= set(AHEADS):
+        raise ValueError(
+            f"{op!r} is {values}; it must be one of {', '.join(DEFAULTS)}, with columns of {COLUMNS} and, for each of "
+            f"{ROWS} rows, one of {AHEADS} steps ahead"
+        )
+    return config
