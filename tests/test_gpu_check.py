@@ -94,15 +94,15 @@ def test_what_becomes_of_tests_in_a_process(tmp_path, monkeypatch):
     file = tmp_path / "test_some.py"
     file.write_text(TESTS)
 
-    def counts(name):
-        result = bits.run_tests([f"{file}::{name}"], seconds=60)
-        return result.passed, result.failed, result.skipped, result.signal, result.fine
+    def counts(*names):
+        result = bits.run_tests([f"{file}::test_{name}" for name in names], seconds=60)
+        return (result.passed, result.failed, result.skipped, result.signal, result.fine), result.said
 
-    assert counts("test_passes") == (1, 0, 0, 0, True)
-    assert counts("test_fails") == (0, 1, 0, 0, False)
-    assert counts("test_is_skipped") == (0, 0, 1, 0, False)
-    assert counts("test_crashes") == (0, 0, 0, 6, False)
-    assert "test_some.py" in bits.run_tests([f"{file}::test_crashes"], seconds=60).said  # Python's own backtrace
+    assert counts("passes", "fails", "is_skipped")[0] == (1, 1, 1, 0, False)
+    assert counts("is_skipped")[0] == (0, 0, 1, 0, False)
+    crashed, said = counts("crashes")
+    assert crashed == (0, 0, 0, 6, False) and "test_some.py" in said  # Python's own backtrace
+    assert counts("passes")[0] == (1, 0, 0, 0, True)
 
 
 def test_the_fastest_configuration(monkeypatch):

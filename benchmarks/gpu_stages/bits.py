@@ -76,14 +76,15 @@ def run_tests(ids: Iterable[str], prefix: tuple[str, ...] = (), seconds: float =
         command = [*prefix, *PYTEST, f"--junitxml={report}", *ids]
         try:
             done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, timeout=seconds, errors="replace")
-            status, said = done.returncode, done.stdout + done.stderr
+            # pytest's summary is its end; a crash's backtrace, of Python, begins with the place.
+            status, said = done.returncode, done.stdout[-2500:] + done.stderr[:2500]
         except subprocess.TimeoutExpired as stopped:
-            status, said = -9, f"stopped after {seconds:.0f} s: {stopped.stdout!r}"
+            status, said = -9, f"stopped after {seconds:.0f} s: {stopped.stdout!r}"[:2500]
         counts = counted(report)
     passed, failed, skipped = counts
     if status > 0 and failed == 0:
         failed = 1  # pytest itself
-    return Result(passed, failed, skipped, max(0, -status), round(time.monotonic() - start, 1), said[-3000:])
+    return Result(passed, failed, skipped, max(0, -status), round(time.monotonic() - start, 1), said)
 
 
 def counted(report: Path) -> tuple[int, int, int]:

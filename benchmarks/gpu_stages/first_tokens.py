@@ -57,7 +57,7 @@ def build() -> dict[str, Any]:
 
 
 def texts(models: dict[str, Any], prompts: list[list[int]], exit_layer: int, drafts: int) -> dict[str, Any]:
-    """The same tokens by both backends, with drafts and without; raises StageError if not, or if no draft was accepted."""
+    """The same tokens by both backends, with drafts and without; StageError if not, or if no draft was accepted."""
     from layerskip_kernels import GenerationConfig, PagedKVCache, generate
 
     plain = GenerationConfig("autoregressive", max_new_tokens=NEW_TOKENS)

@@ -61,6 +61,28 @@ class Stage:
         draft.replace(self._file)
 
 
+def milliseconds(run: Callable[[], Any], calls: int = 10, rounds: int = 7) -> float:
+    """Of a call, on the device: the median of rounds, in each of which calls follow one another."""
+    import torch
+
+    if REHEARSING:
+        began = time.perf_counter()
+        run()
+        return 1e3 * (time.perf_counter() - began)
+    for _ in range(3):
+        run()
+    times = []
+    for _ in range(rounds):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(calls):
+            run()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end) / calls)
+    return sorted(times)[rounds // 2]
+
+
 def main(file: str, run: Callable[[Stage], None]) -> None:
     """Run a stage's program. Its exit status is 0 only if it showed what it was to show."""
     parser = argparse.ArgumentParser()

@@ -19,7 +19,7 @@ from layerskip_kernels.evaluation.datasheets import SHAPES
 from layerskip_kernels.model.checkpoint import Checkpoint
 from layerskip_kernels.model.hf_config import read_hf_config
 from layerskip_kernels.operands import DraftRows, PendingRows
-from stage import DEVICE, REHEARSING, Stage, StageError, main
+from stage import DEVICE, REHEARSING, Stage, StageError, main, milliseconds
 
 TINY = dict(vocab_size=40, hidden_size=16, intermediate_size=16, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=8)
 CONTEXTS = (3,) if REHEARSING else (200, 4000)
@@ -27,28 +27,7 @@ EXIT_LAYER, DRAFTS = (1, 1) if REHEARSING else (4, 6)
 ROWS = (1,) if REHEARSING else (1, 2, 4, 7, 8, 16)
 PROMPTS = (2,) if REHEARSING else (256, 2048)
 QUANTISED = ("q8_0",) if REHEARSING else ("int8", "q4_0", "q8_0")
-ROUNDS = 1 if REHEARSING else 7
 COPIED = 1 << (12 if REHEARSING else 30)
-
-
-def milliseconds(run: Callable[[], Any], calls: int = 10) -> float:
-    """Of a call, on the device: the median of rounds, in each of which calls follow one another."""
-    if REHEARSING:
-        start = time.perf_counter()
-        run()
-        return 1e3 * (time.perf_counter() - start)
-    for _ in range(3):
-        run()
-    times = []
-    for _ in range(ROUNDS):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        for _ in range(calls):
-            run()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end) / calls)
-    return sorted(times)[ROUNDS // 2]
 
 
 def copy_bandwidth() -> float:

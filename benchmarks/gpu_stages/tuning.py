@@ -21,8 +21,7 @@ from torch import Tensor
 from layerskip_kernels import triton_ops
 from layerskip_kernels.triton_ops import launch, tuned
 from layerskip_kernels.triton_ops.tuned import DEFAULTS, Config
-from stage import DEVICE, REHEARSING, Stage, StageError, main
-from timings import milliseconds
+from stage import DEVICE, REHEARSING, Stage, StageError, main, milliseconds
 
 # Of Llama-3-8B: columns and inputs of the matrices that an op multiplies with (of qkv, those of q).
 SHAPES = {"out_residual": (4096, 14336), "norm_gate_up_silu": (14336, 4096), "norm_qkv_rope_append": (4096, 4096),
