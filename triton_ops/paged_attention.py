@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .contract import CHUNK, INTERPRETED, exp, multiply_add, rounded, segment_offset, soft_cap
+from .contract import CHUNK, INTERPRETED, device_function, exp, multiply_add, rounded, segment_offset, soft_cap
 from .launch import OPTIONS, blocks, exact_products
 from .packing import row_stride
 from .rms_norm import from_segments
@@ -35,11 +35,49 @@ def at_once(tile_rows: int) -> int:
     return 32 if tile_rows <= 8 else 8
 
 
+@device_function
+def _add_positions(
+    l, o, first, chunk, unseen, visible, n, table_ptr, v_ptrs, page_size, scores_ptrs, num_pages, d,  # noqa: E741
+    S: tl.constexpr, K: tl.constexpr, K_PADDED: tl.constexpr, AT_ONCE: tl.constexpr, SOME: tl.constexpr, FMA: tl.constexpr,
+):  # fmt: skip
+    """l and o after AT_ONCE more positions of a chunk, from ``first`` on; SOME: not every row sees each of them.
+
+    Where pages and AT_ONCE divide one another, a page is looked up once and all offsets are constants.
+    """
+    start = chunk * 256 + first
+    ALIGNED: tl.constexpr = AT_ONCE % S == 0 or S % AT_ONCE == 0
+    LOOKED_UP: tl.constexpr = (AT_ONCE + S - 1) // S if ALIGNED else AT_ONCE
+    bases = ()
+    valid = ()
+    for b in tl.static_range(LOOKED_UP):
+        at = first + b * S if ALIGNED else first + b
+        page = tl.load(table_ptr + (chunk * 256 + at) // S, mask=at < n, other=-1).to(tl.int64)
+        bases = bases + (v_ptrs + page * page_size + (start % S * K if ALIGNED else (start + b) % S * K),)
+        valid = valid + ((page >= 0) & (page < num_pages),)
+    ps = ()
+    vs = ()
+    for i in tl.static_range(AT_ONCE):
+        v_of_i = bases[i // S if ALIGNED else i] + (i % S * K if ALIGNED else 0)
+        if K == K_PADDED:
+            vs = vs + (tl.load(v_of_i, mask=valid[i // S if ALIGNED else i], other=0.0),)
+        else:
+            vs = vs + (tl.load(v_of_i, mask=valid[i // S if ALIGNED else i] & (d < K), other=0.0),)
+        ps = ps + (tl.load(scores_ptrs + first + i),)  # 0 where a row does not see the position
+    for i in tl.static_range(AT_ONCE):
+        l = l + ps[i]  # noqa: E741
+        added = multiply_add(tl.broadcast_to(ps[i], o.shape), tl.broadcast_to(vs[i].to(tl.float32), o.shape), o, FMA)
+        if SOME:  # 0 times an infinite v that a row must not see is NaN
+            o = tl.where((first + i >= unseen) & (first + i < visible), added, o)
+        else:
+            o = added
+    return l, o
+
+
 @triton.jit
 def _attend_kernel(
     q_ptr, k_ptr, v_ptr, block_table_ptr, rows_ptr, starts_ptr, positions_ptr, scores_ptr, m_ptr, l_ptr, o_ptr,
-    out_ptr, stride_out, num_heads, num_kv_heads, S, num_pages, max_blocks, row_blocks, scale, cap, window,
-    CAPPED: tl.constexpr, WINDOW: tl.constexpr,
+    out_ptr, stride_out, num_heads, num_kv_heads, num_pages, max_blocks, row_blocks, scale, cap, window,
+    CAPPED: tl.constexpr, WINDOW: tl.constexpr, S: tl.constexpr,
     K: tl.constexpr, ROWS: tl.constexpr, RATIO: tl.constexpr, R: tl.constexpr, K_PADDED: tl.constexpr,
     TILE: tl.constexpr, AT_ONCE: tl.constexpr, ONE_CHUNK: tl.constexpr, FMA: tl.constexpr,
 ):  # fmt: skip
@@ -61,6 +99,9 @@ def _attend_kernel(
     if WINDOW:
         unseen = tl.maximum(position + 1 - window - chunk * 256, 0).to(tl.int32)
     n = tl.max(tl.where(unseen < visible, visible, 0))
+    seen_by_all = 0  # as many positions, from the first on, need no look at who sees them
+    if not WINDOW:
+        seen_by_all = tl.min(tl.where(in_rows, visible, 256)) // AT_ONCE * AT_ONCE
     if n > 0:
         program = (tl.program_id(0) * num_kv_heads + kv_head) * tl.num_programs(2) + chunk
         scores_ptrs = scores_ptr + program * (R * 256) + r * 256
@@ -78,8 +119,12 @@ def _attend_kernel(
                 ks = ()
                 for i in tl.static_range(AT_ONCE):
                     d = first + i
-                    qs = qs + (tl.load(q_ptrs + d, mask=in_rows & (d < K), other=0.0),)
-                    ks = ks + (tl.load(k_ptrs + d * S, mask=paged & (d < K), other=0.0),)
+                    if K % AT_ONCE == 0:
+                        qs = qs + (tl.load(q_ptrs + d, mask=in_rows, other=0.0),)
+                        ks = ks + (tl.load(k_ptrs + d * S, mask=paged, other=0.0),)
+                    else:
+                        qs = qs + (tl.load(q_ptrs + d, mask=in_rows & (d < K), other=0.0),)
+                        ks = ks + (tl.load(k_ptrs + d * S, mask=paged & (d < K), other=0.0),)
                 for i in tl.static_range(AT_ONCE):
                     q = tl.broadcast_to(qs[i].to(tl.float32), [R, TILE])
                     s = multiply_add(q, tl.broadcast_to(ks[i].to(tl.float32), [R, TILE]), s, FMA)
@@ -98,28 +143,19 @@ def _attend_kernel(
         d = tl.arange(0, K_PADDED)[None, :]
         l = tl.zeros([R, 1], tl.float32)  # noqa: E741
         o = tl.zeros([R, K_PADDED], tl.float32)
-        for first in range(0, n, AT_ONCE):
-            pages = ()
-            for i in tl.static_range(AT_ONCE):
-                block = (chunk * 256 + first + i) // S
-                pages = pages + (
-                    tl.load(block_table_ptr + sequence * max_blocks + block, mask=first + i < n, other=-1),
-                )
-            ps = ()
-            vs = ()
-            for i in tl.static_range(AT_ONCE):
-                page = pages[i].to(tl.int64)
-                offset = (chunk * 256 + first + i) % S
-                v_ptrs = v_ptr + ((page * num_kv_heads + kv_head) * S + offset) * K + d
-                vs = vs + (tl.load(v_ptrs, mask=(d < K) & (page >= 0) & (page < num_pages), other=0.0),)
-                ps = ps + (tl.load(scores_ptrs + first + i, mask=first + i < n, other=0.0),)
-            for i in tl.static_range(AT_ONCE):
-                l = l + ps[i]  # noqa: E741
-                v = tl.broadcast_to(vs[i].to(tl.float32), [R, K_PADDED])
-                added = multiply_add(tl.broadcast_to(ps[i], [R, K_PADDED]), v, o, FMA)
-                o = tl.where(
-                    (first + i >= unseen) & (first + i < visible), added, o
-                )  # 0 times an infinite v that a row must not see is NaN
+        table_ptr = block_table_ptr + sequence * max_blocks
+        v_ptrs = v_ptr + kv_head * (S * K) + d
+        page_size = num_kv_heads * (S * K)
+        for first in range(0, seen_by_all, AT_ONCE):
+            l, o = _add_positions(  # noqa: E741
+                l, o, first, chunk, unseen, visible, n, table_ptr, v_ptrs, page_size, scores_ptrs, num_pages, d, S, K,
+                K_PADDED, AT_ONCE, False, FMA,
+            )  # fmt: skip
+        for first in range(seen_by_all, n, AT_ONCE):
+            l, o = _add_positions(  # noqa: E741
+                l, o, first, chunk, unseen, visible, n, table_ptr, v_ptrs, page_size, scores_ptrs, num_pages, d, S, K,
+                K_PADDED, AT_ONCE, True, FMA,
+            )  # fmt: skip
         if ONE_CHUNK:
             out = rounded(tl.div_rn(o, tl.broadcast_to(l, [R, K_PADDED])), dtype)
             offs = segment_offset(head * K + d, (num_heads * K + 7) // 8)
@@ -228,7 +264,6 @@ def attend(
         stride_out=out.stride(0),
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
-        S=page_size,
         num_pages=num_pages,
         max_blocks=block_table.size(1),
         row_blocks=scratch.row_blocks,
@@ -237,6 +272,7 @@ def attend(
         window=window,
         CAPPED=cap != 0,
         WINDOW=window != 0,
+        S=page_size,
         K=head_dim,
         ROWS=scratch.rows,
         RATIO=ratio,

@@ -36,6 +36,9 @@ CODES_OF_STEP = 1024  # bytes of codes that a warp takes from sixteen columns in
 MAX_INSTRUCTIONS = {
     "q4_0": 410, "q4_1": 530, "q5_0": 510, "q5_1": 630, "q8_0": 300, "q4_k": 650, "q5_k": 750, "q6_k": 950, "int8": 90,
 }  # fmt: skip
+# Instructions of a warp for each position of V in attention, by rows of a program, where the products are exact: what
+# was reached (9 and 27), and room for other compilers.
+MAX_PER_POSITION = {1: 14, 8: 35}
 KIND_ARGUMENTS = ("KIND", "Q_KIND", "K_KIND", "V_KIND", "GATE_KIND", "UP_KIND")
 STREAMING = ("_qkv_rope_append_kernel", "_linear_residual_kernel", "_gate_up_silu_kernel", "_head_kernel")
 MAY_FUSE = (*STREAMING, "_attend_kernel")  # in 16 bits: their products are exact
@@ -162,7 +165,10 @@ def examine(target: str, shape: str, dtype: str, launch: Any, folder: Path) -> K
         registers, spilled = said["reg"], said["stack"] + said["local"]
         problems, multiply_adds = asm.ptx_forbidden(ptx), asm.ptx_multiply_adds(ptx)
         narrow = dict(asm.ptx_weight_loads(ptx))
-        loops = asm.sass_loops(asm.disassemble(cubin)) if launch.name in STREAMING else []
+        loops = asm.sass_loops(asm.disassemble(cubin)) if launch.name in MAY_FUSE else []
+        if launch.name == "_attend_kernel" and arguments["FMA"]:
+            problems += position_problems(arguments["ROWS"], arguments["AT_ONCE"], loops)
+        loops = loops if launch.name in STREAMING else []
         loop = dict(max(loops, key=lambda ops: (ops["IMMA"], ops["FFMA"] + ops["FMUL"]), default={}))
     threads, shared = compiled.metadata.num_warps * limits.warp, compiled.metadata.shared
     resident = resident_programs(limits, threads, registers, shared)
@@ -221,6 +227,15 @@ def instruction_problems(kind: int, instructions: float) -> list[str]:
 
     most = {KIND_NAMED[name].code: most for name, most in MAX_INSTRUCTIONS.items()}[kind]
     return [f"{instructions:.0f} instructions for 2 KB of codes, at most {most}"] if instructions > most else []
+
+
+def position_problems(rows: int, at_once: int, loops: list[Counter[str]]) -> list[str]:
+    """Of attention's loop over V: it adds up p, and so has an addition for each of the positions of a turn."""
+    of_v = [sum(ops.values()) / at_once for ops in loops if ops["FFMA"] >= at_once <= ops["FADD"] and not ops["FMUL"]]
+    most = MAX_PER_POSITION.get(rows)
+    if not of_v:
+        return ["no loop over V was found"]
+    return [f"{min(of_v):.0f} instructions a position of V, at most {most}"] if most and min(of_v) > most else []
 
 
 def streamed_by_loop(loop: dict[str, int], arguments: dict[str, Any], bytes_of_warp: int) -> int:

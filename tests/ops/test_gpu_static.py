@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -106,6 +107,17 @@ def test_threads_that_exchange_what_they_loaded_are_seen():
     assert judge("sm_90", {}, loop, {8: 2})
     assert judge("gfx942", {"amdgcn": "v_mfma_f32_16x16x16_bf16"}, {}, {})
     assert not judge("gfx942", {"amdgcn": "v_mfma_i32_16x16x32_i8"}, {}, {})
+
+
+def test_instructions_of_a_position_are_counted():
+    def judge(rows, instructions, **ops):
+        loop = Counter({"FADD": 32, "FFMA": 32, **ops})
+        loop["LDG"] = instructions - loop.total()
+        return gpu_static.position_problems(rows, 32, [Counter({"FFMA": 64}), loop])
+
+    assert not judge(1, 14 * 32) and judge(1, 15 * 32)
+    assert not judge(8, 35 * 32) and judge(8, 36 * 32)
+    assert judge(1, 10 * 32, FADD=2) == judge(1, 10 * 32, FMUL=2) == ["no loop over V was found"]
 
 
 WAITS = """

@@ -3,6 +3,8 @@
 Sizes are tiny where kernels are interpreted, one NumPy call for each operation; on a GPU there are more of them.
 """
 
+import sys
+
 import pytest
 import torch
 
@@ -140,6 +142,22 @@ def test_paged_attention(dtype, heads, kv_heads, head_dim, page_size, start, row
         table, starts = torch.cat([table, table.flip(1)]), torch.tensor([0, 1, rows], dtype=torch.int32)
     args = (q, case["k_pages"], case["v_pages"], table, starts, case["positions"], 0.3)
     assert_equal(triton_ops.paged_attention(*on_device(*args)), reference.paged_attention(*args))
+
+
+@pytest.mark.parametrize(("page_size", "window"), [(4, 0), (7, 0), (16, 0), (16, 5)])
+def test_several_positions_at_once(monkeypatch, page_size, window):
+    """As on a GPU, where pages are looked up for as many as are loaded at once; the interpreter takes one by one."""
+    monkeypatch.setattr(sys.modules[triton_ops.paged_attention.__module__], "at_once", lambda rows: 8)
+    case = attention_case(torch.bfloat16, 5, 2, 1, 6, page_size, 250)
+    q = random(5, 2, 6, dtype=torch.bfloat16) * 20
+    rest = (case["block_table"], torch.tensor([0, 5], dtype=torch.int32), case["positions"], 0.4, window)
+    results = []
+    for ops, device in ((triton_ops, DEVICE), (reference, "cpu")):
+        moved = [
+            t.to(device) if isinstance(t, torch.Tensor) else t for t in (q, case["k_pages"], case["v_pages"], *rest)
+        ]
+        results.append(ops.paged_attention(*moved))
+    assert_equal(*results)
 
 
 @pytest.mark.parametrize("window", [1, 3, 8, 300])
