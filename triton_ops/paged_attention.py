@@ -38,7 +38,8 @@ def at_once(tile_rows: int) -> int:
 @device_function
 def _add_positions(
     l, o, first, chunk, unseen, visible, n, table_ptr, v_ptrs, page_size, scores_ptrs, num_pages, d,  # noqa: E741
-    S: tl.constexpr, K: tl.constexpr, K_PADDED: tl.constexpr, AT_ONCE: tl.constexpr, SOME: tl.constexpr, FMA: tl.constexpr,
+    S: tl.constexpr, K: tl.constexpr, K_PADDED: tl.constexpr, AT_ONCE: tl.constexpr, SOME: tl.constexpr,
+    FMA: tl.constexpr,
 ):  # fmt: skip
     """l and o after AT_ONCE more positions of a chunk, from ``first`` on; SOME: not every row sees each of them.
 
