@@ -18,6 +18,7 @@ from pathlib import Path
 
 from layerskip_kernels.errors import shown
 from layerskip_kernels.model.draft_vocab import read_draft_vocab
+from layerskip_kernels.model.files import write_whole
 from layerskip_kernels.model.json_file import JsonObject, are_integers, read_json_object
 from layerskip_kernels.model_config import ModelConfig
 
@@ -110,14 +111,14 @@ def write_defaults(source: Source, defaults: DraftDefaults) -> Path:
     beside, own = _beside(source), _own(source)
     if beside is not None:
         try:
-            beside.write_text(json.dumps({**fields, **_kept_prompts(beside)}) + "\n", encoding="utf-8")
+            write_whole(beside, json.dumps({**fields, **_kept_prompts(beside)}) + "\n")
         except OSError:
             pass
         else:
             own.unlink(missing_ok=True)  # or it would go on hiding the new one
             return beside
     own.parent.mkdir(parents=True, exist_ok=True)
-    own.write_text(text, encoding="utf-8")
+    write_whole(own, text)
     return own
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from layerskip_kernels.checks import MAX_INT
+from layerskip_kernels.model.files import write_whole
 from layerskip_kernels.model.json_file import are_integers, read_json
 from layerskip_kernels.model.json_lines import json_lines, require_text
 from layerskip_kernels.model.tokenizer import Tokenizer
@@ -43,7 +44,7 @@ def texts_written(name: str, contents: str) -> Iterator[str]:
 
 
 def write_draft_vocab(path: Path, token_ids: Iterable[int]) -> None:
-    path.write_text(json.dumps(list(token_ids)) + "\n", encoding="utf-8")
+    write_whole(path, json.dumps(list(token_ids)) + "\n")
 
 
 def read_draft_vocab(path: Path) -> list[int]:

@@ -1,11 +1,15 @@
-"""Opening the files of a model: regular files only, so that a pipe or a device in their place cannot block the load."""
+"""Opening the files of a model: regular files only, so that a pipe or a device in their place cannot block the load.
+And writing small ones, whole or not at all."""
 
 import os
 import stat
+import time
 from pathlib import Path
 from typing import BinaryIO
 
-__all__ = ["open_regular", "read_exactly"]
+__all__ = ["open_regular", "read_exactly", "write_whole"]
+
+LEFT_SECONDS = 60  # after which an unfinished file is one that a killed process left
 
 KINDS = {
     stat.S_IFDIR: "a directory",
@@ -43,3 +47,16 @@ def read_exactly(file: BinaryIO, buffer: memoryview, what: str) -> None:
         if not count:
             raise ValueError(f"{what} is truncated: {done} of {len(buffer)} bytes")
         done += count
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a small text: whoever reads finds what was there or all of it, whatever interrupts. Raises OSError."""
+    for left in path.parent.glob(".*.unfinished"):
+        if left.name.startswith(f".{path.name}.") and time.time() - left.stat().st_mtime > LEFT_SECONDS:
+            left.unlink(missing_ok=True)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
+    try:
+        unfinished.write_text(text, encoding="utf-8")
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
+from layerskip_kernels.model.files import write_whole
 from layerskip_kernels.training.config import DataConfig
-from layerskip_kernels.training.kept import write_atomically
 from layerskip_kernels.training.text_data import read_texts
 
 __all__ = ["example_prompts", "write_examples"]
@@ -21,8 +21,8 @@ def write_examples(data: DataConfig, folder: Path) -> None:
     """Write prompts.jsonl to the folder of a trained model, and a layerskip.json that names it."""
     entries = [{"task_id": f"example {n}", "prompt": text} for n, text in enumerate(example_prompts(data), 1)]
     if entries:
-        write_atomically(folder / EXAMPLES, "".join(json.dumps(entry) + "\n" for entry in entries))
-        write_atomically(folder / "layerskip.json", json.dumps({"prompts": EXAMPLES}))
+        write_whole(folder / EXAMPLES, "".join(json.dumps(entry) + "\n" for entry in entries))
+        write_whole(folder / "layerskip.json", json.dumps({"prompts": EXAMPLES}))
 
 
 def example_prompts(data: DataConfig) -> list[str]:

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import sys
 from collections.abc import Callable, Iterable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Origin", "check_checkpoints", "keep", "origin", "write_atomically"]
+from layerskip_kernels.model.files import write_whole
+
+__all__ = ["Origin", "check_checkpoints", "keep", "origin"]
 
 Origin = dict[str, Any]  # JSON: what something was made from
 ROWS = 1  # to be raised when rows are made in another way
@@ -49,7 +50,7 @@ def keep(path: Path, made_from: Origin, make: Callable[[Path], object]) -> None:
     unfinished = path.with_name(f"{path.name}.unfinished")
     make(unfinished)
     unfinished.replace(path)
-    write_atomically(note, json.dumps(made_from, indent=1) + "\n")
+    write_whole(note, json.dumps(made_from, indent=1) + "\n")
 
 
 def check_checkpoints(output: Path, checkpoint: Path | None, made_from: Origin) -> None:
@@ -63,14 +64,7 @@ def check_checkpoints(output: Path, checkpoint: Path | None, made_from: Origin) 
             f"changed); delete {output}, or name another output_dir, to train anew"
         )
     if known != made_from:
-        write_atomically(note, json.dumps(made_from, indent=1) + "\n")
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a small file so that nobody ever sees half of it."""
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.unfinished")
-    unfinished.write_text(text, encoding="utf-8")
-    unfinished.replace(path)
+        write_whole(note, json.dumps(made_from, indent=1) + "\n")
 
 
 def _note(path: Path) -> Path:

@@ -1,6 +1,11 @@
 """layerskip.json: where it is looked for, what it may say, and that a model is then run as it says."""
 
+import errno
 import json
+import os
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +15,7 @@ import torch
 from layerskip_kernels import GenerationConfig, Model, generate, load_model
 from layerskip_kernels.evaluation.equality import verify
 from layerskip_kernels.model.defaults import DraftDefaults, find_defaults, read_defaults, write_defaults
+from layerskip_kernels.model.draft_vocab import read_draft_vocab, write_draft_vocab
 from layerskip_kernels.model.hf_config import read_hf_config
 from support.checkpoint_files import HF_CONFIG, write_directory
 from support.models import tiny_model
@@ -150,6 +156,49 @@ def test_a_folder_that_cannot_be_written_gets_it_in_the_config_directory(config_
     assert write_defaults(tmp_path, DraftDefaults(1, 9)) == tmp_path / "layerskip.json"
     assert find_defaults(tmp_path, tmp_path, CONFIG) == DraftDefaults(1, 9)
     assert not path.exists()
+
+
+def test_a_process_killed_while_it_saves_leaves_what_was_there(tmp_path):
+    code = """
+import os, signal, sys
+from pathlib import Path
+from layerskip_kernels.model.defaults import DraftDefaults, write_defaults
+def half(path, text, **_):
+    with open(path, "w") as file:
+        file.write(text[: len(text) // 2])
+    os.kill(os.getpid(), signal.SIGKILL)
+Path.write_text = half
+write_defaults(Path(sys.argv[1]), DraftDefaults(1, 7))
+"""
+    write_defaults(tmp_path, BEST)
+    ran = subprocess.run([sys.executable, "-c", code, str(tmp_path)], timeout=60)
+    assert ran.returncode == -signal.SIGKILL
+    assert find_defaults(tmp_path, tmp_path, CONFIG) == BEST
+    [left] = tmp_path.glob(".layerskip.json.*")
+    write_defaults(tmp_path, DraftDefaults(1, 8))
+    assert left.exists()  # it may be another's that is at work
+    os.utime(left, (1, 1))
+    write_defaults(tmp_path, DraftDefaults(1, 9))
+    assert [path.name for path in tmp_path.iterdir()] == ["layerskip.json"]
+    assert find_defaults(tmp_path, tmp_path, CONFIG) == DraftDefaults(1, 9)
+
+
+def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch):
+    def no_room(path: Path, *_: object, **__: object) -> None:
+        path.touch()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    write_defaults(tmp_path, BEST)
+    write_draft_vocab(tmp_path / "vocab.json", [1, 2])
+    monkeypatch.setattr(Path, "write_text", no_room)
+    for write in (
+        lambda: write_defaults(tmp_path, DraftDefaults(1, 7)),
+        lambda: write_draft_vocab(tmp_path / "vocab.json", [3]),
+    ):
+        with pytest.raises(OSError, match="No space"):
+            write()
+    assert find_defaults(tmp_path, tmp_path, CONFIG) == BEST and read_draft_vocab(tmp_path / "vocab.json") == [1, 2]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["layerskip.json", "vocab.json"]
 
 
 def test_the_users_own_go_before_those_that_came_with_a_model(tmp_path):
