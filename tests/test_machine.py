@@ -6,9 +6,11 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
-from layerskip_kernels import machine
+from layerskip_kernels import machine, ops
 from layerskip_kernels.evaluation.bandwidth import measure_read_bandwidth, read_buffer
+from support.models import threads
 
 
 @pytest.mark.parametrize(
@@ -39,6 +41,35 @@ def test_usable_cores_are_physical_and_within_the_quota(monkeypatch, quota, expe
     monkeypatch.setattr(machine, "physical_cores", len)
     monkeypatch.setattr(machine, "cpu_quota", lambda: quota)
     assert machine.usable_cores() == expected
+
+
+@pytest.mark.parametrize(
+    ("quota", "chosen", "environment", "expected"),
+    [(1.0, None, None, 1), (2.5, None, None, 2), (None, None, None, 4), (1.0, 3, None, 3), (1.0, None, "4", 4)],
+)
+def test_the_library_follows_the_quota_where_nobody_chose(monkeypatch, quota, chosen, environment, expected):
+    monkeypatch.setattr(machine, "usable_cpus", lambda: set(range(4)))
+    monkeypatch.setattr(machine, "physical_cores", len)
+    monkeypatch.setattr(machine, "cpu_quota", lambda: quota)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if environment:
+        monkeypatch.setenv("OMP_NUM_THREADS", environment)
+    with threads(chosen or 4):
+        ops._follow_quota()
+        assert torch.get_num_threads() == expected
+
+
+def test_importing_the_library_follows_the_quota():
+    code = (
+        "import torch; from layerskip_kernels import machine; before = torch.get_num_threads();"
+        "machine.usable_cpus = lambda: set(range(before)); machine.cpu_quota = lambda: 1.0;"
+        "from layerskip_kernels import generate; print(before, torch.get_num_threads())"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    out = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    ).stdout
+    assert out.split()[1] == "1"
 
 
 def test_physical_cores_counts_siblings_once(tmp_path):

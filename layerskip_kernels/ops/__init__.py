@@ -13,6 +13,7 @@ from functools import cache
 
 import torch
 
+from layerskip_kernels import machine
 from layerskip_kernels.config import BACKENDS
 from layerskip_kernels.ops import cache_ops, fakes
 from layerskip_kernels.ops.backend import Backend
@@ -51,3 +52,14 @@ def _compute_with_one_thread() -> None:
 
 
 os.register_at_fork(after_in_child=_compute_with_one_thread)  # csrc/cpu/parallel.cpp does the same for our own regions
+
+
+def _follow_quota() -> None:
+    """No more threads than the cgroup's CPU quota pays for, where nobody has chosen how many: torch takes all cores."""
+    cpus = machine.usable_cpus()
+    untouched = torch.get_num_threads() in (len(cpus), machine.physical_cores(cpus))
+    if untouched and "OMP_NUM_THREADS" not in os.environ and machine.cpu_quota() is not None:
+        torch.set_num_threads(machine.usable_cores())
+
+
+_follow_quota()
