@@ -45,9 +45,13 @@ class _Model:
     remove_extra_whitespaces: bool
 
 
-def sentencepiece_tokenizer(path: Path, add_bos: bool = True, add_eos: bool = False) -> tokenizers.Tokenizer:
+def sentencepiece_tokenizer(
+    path: Path, add_bos: bool = True, add_eos: bool = False, legacy: bool = False
+) -> tokenizers.Tokenizer:
     """The tokenizer of a tokenizer.model (BPE or unigram) with BOS and EOS around a text as asked.
 
+    BPE puts a space where Transformers 5 does, for a model that wants one: before a text that does not begin with one,
+    and with ``legacy`` also after each special token in it. (Sentencepiece itself would put one before a space, too.)
     Raises ValueError naming the file for what is not such a model.
     """
     model = _read_model(path)
@@ -57,9 +61,14 @@ def sentencepiece_tokenizer(path: Path, add_bos: bool = True, add_eos: bool = Fa
     else:
         has_bytes = any(piece.text == "<0x00>" for piece in model.pieces)
         tokenizer = tokenizers.Tokenizer(Unigram(list(zip(texts, scores, strict=True)), model.unk_id, has_bytes))
-    tokenizer.normalizer = _normalizer(model)
+    steps = _normalizers(model)
     if model.kind == UNIGRAM:
-        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never", split=False)
+        tokenizer.normalizer = normalizers.Sequence([*steps, spm_normalizer(model.add_dummy_prefix)])
+        scheme = "never"
+    else:
+        tokenizer.normalizer = normalizers.Sequence(steps)
+        scheme = "never" if not model.add_dummy_prefix else "always" if legacy else "first"
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
     tokenizer.decoder = spm_decoder(model.add_dummy_prefix)
     kinds = {UNKNOWN: True, CONTROL: True, USER_DEFINED: False}
     tokenizer.add_tokens(
@@ -74,7 +83,7 @@ def sentencepiece_tokenizer(path: Path, add_bos: bool = True, add_eos: bool = Fa
     return tokenizer
 
 
-def _normalizer(model: _Model) -> normalizers.Normalizer:
+def _normalizers(model: _Model) -> list[normalizers.Normalizer]:
     steps: list[normalizers.Normalizer] = []
     if model.charsmap:
         steps.append(normalizers.Precompiled(model.charsmap))
@@ -83,7 +92,7 @@ def _normalizer(model: _Model) -> normalizers.Normalizer:
             normalizers.Replace(tokenizers.Regex(r"\A +| +\z"), ""),
             normalizers.Replace(tokenizers.Regex(" {2,}"), " "),
         ]
-    return normalizers.Sequence([*steps, spm_normalizer(model.add_dummy_prefix)])
+    return steps
 
 
 def _read_model(path: Path) -> _Model:

@@ -57,10 +57,13 @@ def library_errors(what: str) -> Iterator[None]:
 
 
 def _read_sentencepiece(path: Path) -> tokenizers.Tokenizer:
-    """As Transformers does it: BOS first unless tokenizer_config.json says no, and the tokens added there."""
+    """As Transformers does it: BOS first unless tokenizer_config.json says no, and the tokens of added_tokens.json."""
     config = _read_object(path.with_name("tokenizer_config.json"))
     backend = sentencepiece_tokenizer(
-        path, add_bos=config.get("add_bos_token") is not False, add_eos=config.get("add_eos_token") is True
+        path,
+        add_bos=config.get("add_bos_token") is not False,
+        add_eos=config.get("add_eos_token") is True,
+        legacy=config.get("legacy") is True,
     )
     added = _read_object(path.with_name("added_tokens.json"))
     for token, wanted in sorted(added.items(), key=lambda item: item[1]):

@@ -89,17 +89,17 @@ def _text(draw: random.Random, specials: list[str]) -> str:
     return "".join(pieces)
 
 
-def write_vocabulary(path: Path, vocabulary: dict[str, Any], **settings: Any) -> Path:
+def write_vocabulary(path: Path, vocabulary: dict[str, Any], architecture: str = "llama", **settings: Any) -> Path:
     """A GGUF model of one layer of zeros with this vocabulary: ``vocabulary`` as the file's arrays, ``settings`` and it
     without "tokenizer.ggml."."""
-    writer, width, tokens = gguf.GGUFWriter(path, "llama"), 32, vocabulary["tokens"]
+    writer, width, tokens = gguf.GGUFWriter(path, architecture), 32, vocabulary["tokens"]
     for key, value in {
         "block_count": 1,
         "context_length": 64,
         "embedding_length": width,
         "feed_forward_length": width,
     }.items():
-        writer.add_uint32(f"llama.{key}", value)
+        writer.add_uint32(f"{architecture}.{key}", value)
     writer.add_head_count(1)
     writer.add_layer_norm_rms_eps(1e-5)
     adders = {str: writer.add_string, bool: writer.add_bool, int: writer.add_uint32, list: writer.add_array}
