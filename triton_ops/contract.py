@@ -329,28 +329,46 @@ def norm_rows(
     if HAS_NORM:
         inv = inverse_norm_of(hidden_ptr, offs_row, mask_rows, D, eps, ROWS)
     length = (D + 7) // 8
-    for start in range(0, D, 256):
-        offs = start + lanes
-        mask = mask_rows[:, None] & (offs < D)[None, :]
-        x = tl.load(hidden_ptr + offs_row + offs[None, :], mask=mask, other=0.0, cache_modifier=".cg")
-        y = x.to(tl.float32)
+    AT_ONCE: tl.constexpr = 2 if ROUND_BY_HAND else 16 if ROWS == 1 else 4  # 16: one trip for rows of 4,096 numbers
+    for start in range(0, D, 256 * AT_ONCE):
+        xs = _load_lanes(hidden_ptr, offs_row, mask_rows, start, D, AT_ONCE)
+        weights = ()
         if HAS_NORM:
-            weight = tl.load(weight_ptr + offs, mask=offs < D, other=0.0).to(tl.float32) + offset
-            y = rounded(rounded(y * inv[:, None], x.dtype) * weight[None, :], x.dtype)
-        tl.store(x_ptr + rows[:, None] * stride_x + segment_offset(offs, length)[None, :], y, mask=mask)
+            for i in tl.static_range(AT_ONCE):
+                offs = start + i * 256 + lanes
+                weights = weights + (tl.load(weight_ptr + offs, mask=offs < D, other=0.0),)
+        for i in tl.static_range(AT_ONCE):
+            offs = start + i * 256 + lanes
+            y = xs[i].to(tl.float32)
+            if HAS_NORM:
+                weight = weights[i].to(tl.float32) + offset
+                y = rounded(rounded(y * inv[:, None], xs[i].dtype) * weight[None, :], xs[i].dtype)
+            mask = mask_rows[:, None] & (offs < D)[None, :]
+            tl.store(x_ptr + rows[:, None] * stride_x + segment_offset(offs, length)[None, :], y, mask=mask)
 
 
 @device_function
 def inverse_norm_of(x_ptr, offs_row, mask_rows, D, eps, ROWS: tl.constexpr):
     """1 / sqrt(mean + eps) [ROWS] of D numbers each, from offs_row [ROWS, 1] on. Reads past the first-level cache."""
-    lanes = tl.arange(0, 256)
     sums = tl.zeros([ROWS, 256], tl.float32)
-    for start in range(0, D, 256):
-        mask = mask_rows[:, None] & (start + lanes < D)[None, :]
-        x = tl.load(x_ptr + offs_row + (start + lanes)[None, :], mask=mask, other=0.0, cache_modifier=".cg")
-        x = x.to(tl.float32)
-        sums = sums + x * x
+    AT_ONCE: tl.constexpr = 2 if ROUND_BY_HAND else 16 if ROWS == 1 else 4
+    for start in range(0, D, 256 * AT_ONCE):
+        xs = _load_lanes(x_ptr, offs_row, mask_rows, start, D, AT_ONCE)
+        for i in tl.static_range(AT_ONCE):
+            x = xs[i].to(tl.float32)
+            sums = sums + x * x
     return _inverse_norm(sums, D, eps, ROWS)
+
+
+@device_function
+def _load_lanes(x_ptr, offs_row, mask_rows, start, D, AT_ONCE: tl.constexpr):
+    """AT_ONCE times 256 numbers of each row, from ``start`` on, 0 beyond D: all on their way before one is used."""
+    xs = ()
+    for i in tl.static_range(AT_ONCE):
+        offs = start + i * 256 + tl.arange(0, 256)
+        mask = mask_rows[:, None] & (offs < D)[None, :]
+        xs = xs + (tl.load(x_ptr + offs_row + offs[None, :], mask=mask, other=0.0, cache_modifier=".cg"),)
+    return xs
 
 
 @device_function

@@ -168,6 +168,8 @@ def examine(target: str, shape: str, dtype: str, launch: Any, folder: Path) -> K
         loops = asm.sass_loops(asm.disassemble(cubin)) if launch.name in MAY_FUSE else []
         if launch.name == "_attend_kernel" and arguments["FMA"]:
             problems += position_problems(arguments["ROWS"], arguments["AT_ONCE"], loops)
+        if launch.name == "_linear_residual_kernel" and arguments["FMA"] and not arguments["KIND"]:
+            problems += norm_problems(arguments["ROWS"], loops)
         loops = loops if launch.name in STREAMING else []
         loop = dict(max(loops, key=lambda ops: (ops["IMMA"], ops["FFMA"] + ops["FMUL"]), default={}))
     threads, shared = compiled.metadata.num_warps * limits.warp, compiled.metadata.shared
@@ -236,6 +238,15 @@ def position_problems(rows: int, at_once: int, loops: list[Counter[str]]) -> lis
     if not of_v:
         return ["no loop over V was found"]
     return [f"{min(of_v):.0f} instructions a position of V, at most {most}"] if most and min(of_v) > most else []
+
+
+def norm_problems(rows: int, loops: list[Counter[str]]) -> list[str]:
+    """Of the norm at the end of a kernel, whose loops square and scale: its loads go out together."""
+    loads = [ops["LDG"] for ops in loops if ops["FMUL"] and ops["LDG"] and not ops["FFMA"]]
+    least = 16 if rows == 1 else 8
+    if len(loads) != 2:
+        return [f"{len(loads)} loops of a norm, not 2"]
+    return [f"a norm's loop loads {min(loads)} times before it computes, not {least}"] if min(loads) < least else []
 
 
 def streamed_by_loop(loop: dict[str, int], arguments: dict[str, Any], bytes_of_warp: int) -> int:

@@ -120,6 +120,17 @@ def test_instructions_of_a_position_are_counted():
     assert judge(1, 10 * 32, FADD=2) == judge(1, 10 * 32, FMUL=2) == ["no loop over V was found"]
 
 
+def test_a_norm_that_waits_for_each_load_is_seen():
+    def judge(rows, *loads):
+        return gpu_static.norm_problems(
+            rows, [Counter({"FFMA": 8, "LDG": 1}), *(Counter(FMUL=4, LDG=n) for n in loads)]
+        )
+
+    assert not judge(1, 16, 32) and judge(1, 16, 2)
+    assert not judge(8, 8, 12) and judge(8, 4, 12)
+    assert judge(1, 16) == ["1 loops of a norm, not 2"]
+
+
 WAITS = """
 import sys
 sys.path[:0] = sys.argv[1:3]
