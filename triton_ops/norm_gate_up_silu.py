@@ -30,8 +30,8 @@ def _gate_up_silu_kernel(
     ROWS: tl.constexpr, TILES: tl.constexpr, C: tl.constexpr, AHEAD: tl.constexpr, EVEN: tl.constexpr,
     FMA: tl.constexpr,
 ):  # fmt: skip
-    pid = tl.program_id(0)
-    row0 = tl.program_id(1).to(tl.int64) * ROWS
+    pid = tl.program_id(1)
+    row0 = tl.program_id(0).to(tl.int64) * ROWS  # programs that read the same weights run one after the other
     dtype: tl.constexpr = hidden_ptr.dtype.element_ty
     n = pid * C + tl.arange(0, C)
     packed = tl.minimum(n, (F + 15) // 16 * 16 - 1)
@@ -74,7 +74,7 @@ def gate_up_silu(
     """x [T, D] -> activation [T, F]; hidden only says the model's dtype."""
     round_rows(x, num_rows, w_gate, w_up)
     options = streaming("norm_gate_up_silu", num_rows, 2, x.k, w_gate, w_up)
-    _gate_up_silu_kernel[(blocks(intermediate_size, options["C"]), blocks(num_rows, options["ROWS"]))](
+    _gate_up_silu_kernel[(blocks(num_rows, options["ROWS"]), blocks(intermediate_size, options["C"]))](
         x_gate_ptr=x.of(w_gate),
         x_up_ptr=x.of(w_up),
         gate_ptr=w_gate,

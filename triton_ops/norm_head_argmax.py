@@ -33,8 +33,8 @@ def _head_kernel(
     ROWS: tl.constexpr, TILES: tl.constexpr, C: tl.constexpr, AHEAD: tl.constexpr, EVEN: tl.constexpr,
     FMA: tl.constexpr,
 ):  # fmt: skip
-    pid = tl.program_id(0)
-    row0 = tl.program_id(1).to(tl.int64) * ROWS
+    pid = tl.program_id(1)
+    row0 = tl.program_id(0).to(tl.int64) * ROWS  # programs that read the same weights run one after the other
     first = pid * TILES * C + tl.arange(0, C)
     last = (N + 15) // 16 * 16 - 1
     w_ptrs = ()
@@ -58,7 +58,7 @@ def _head_kernel(
                 best = tl.max(z)
                 token = tl.min(tl.where((z == best) & (n < N), n, N)).to(tl.int32)
                 no_number = tl.max((z != z).to(tl.int32))
-                candidate = ((row0 + r) * tl.num_programs(0) + pid) * TILES + t
+                candidate = ((row0 + r) * tl.num_programs(1) + pid) * TILES + t
                 tl.store(best_ptr + candidate, best)
                 tl.store(token_ptr + candidate, tl.where(no_number > 0, -1, token))
 
@@ -118,7 +118,7 @@ def head_candidates(
     num_rows = len(rows)
     round_rows(x, num_rows, lm_head, rows=rows)
     options = streaming("norm_head_argmax", num_rows, TILES, x.k, lm_head)
-    _head_kernel[(candidates.num_blocks // TILES, blocks(num_rows, options["ROWS"]))](
+    _head_kernel[(blocks(num_rows, options["ROWS"]), candidates.num_blocks // TILES)](
         x_ptr=x.of(lm_head),
         rows_ptr=rows,
         w_ptr=lm_head,

@@ -63,8 +63,8 @@ def _qkv_rope_append_kernel(
     ROWS: tl.constexpr, TILES: tl.constexpr, C: tl.constexpr, AHEAD: tl.constexpr, EVEN: tl.constexpr,
     FMA: tl.constexpr,
 ):  # fmt: skip
-    pid = tl.program_id(0)
-    row0 = tl.program_id(1).to(tl.int64) * ROWS
+    pid = tl.program_id(1)
+    row0 = tl.program_id(0).to(tl.int64) * ROWS  # programs that read the same weights run one after the other
     dtype: tl.constexpr = q_ptr.dtype.element_ty
     K = 2 * HALF_HEAD
     q_blocks = tl.cdiv(num_heads * HALF_HEAD, C)
@@ -196,8 +196,8 @@ def qkv_rope_append(
     round_rows(x, num_rows, wq, wk, wv)
     options = streaming("norm_qkv_rope_append", num_rows, 2, x.k, wq, wk, wv)
     grid = (
-        blocks(num_heads * head_dim // 2, options["C"]) + 2 * blocks(num_kv_heads * head_dim // 2, options["C"]),
         blocks(num_rows, options["ROWS"]),
+        blocks(num_heads * head_dim // 2, options["C"]) + 2 * blocks(num_kv_heads * head_dim // 2, options["C"]),
     )
     _qkv_rope_append_kernel[grid](
         xq_ptr=x.of(wq),

@@ -30,8 +30,8 @@ def _linear_residual_kernel(
     ROWS: tl.constexpr, TILES: tl.constexpr, C: tl.constexpr, AHEAD: tl.constexpr, EVEN: tl.constexpr,
     FMA: tl.constexpr,
 ):  # fmt: skip
-    pid = tl.program_id(0)
-    row0 = tl.program_id(1).to(tl.int64) * ROWS
+    pid = tl.program_id(1)
+    row0 = tl.program_id(0).to(tl.int64) * ROWS  # programs that read the same weights run one after the other
     dtype: tl.constexpr = hidden_ptr.dtype.element_ty
     n = pid * C + tl.arange(0, C)
     y = products(x_ptr, stride_x, x_ptr, row0, T, (w_ptr,), (n,), steps, KIND, False, ROWS, TILES, C, AHEAD, EVEN, FMA)
@@ -54,9 +54,9 @@ def _linear_residual_kernel(
                 tl.store(hidden_cache_ptr + slot * N + n, h, mask=mask & (slot >= 0) & (slot < num_slots))
     if NORM or POST:
         tl.debug_barrier()  # all of this program's columns are written before it is counted
-        arrived = tl.atomic_add(arrivals_ptr + tl.program_id(1), 1, sem="acq_rel", scope="gpu")
-        if arrived == tl.num_programs(0) - 1:
-            tl.store(arrivals_ptr + tl.program_id(1), 0)
+        arrived = tl.atomic_add(arrivals_ptr + tl.program_id(0), 1, sem="acq_rel", scope="gpu")
+        if arrived == tl.num_programs(1) - 1:
+            tl.store(arrivals_ptr + tl.program_id(0), 0)
             rows = row0 + tl.arange(0, ROWS)
             if POST:
                 add_normed_rows(
@@ -89,7 +89,7 @@ def linear_residual(
     options = streaming("out_residual", num_rows, 1, x.k, weight)
     hidden_size = hidden.size(1)
     unused = hidden
-    _linear_residual_kernel[(blocks(hidden_size, options["C"]), blocks(num_rows, options["ROWS"]))](
+    _linear_residual_kernel[(blocks(num_rows, options["ROWS"]), blocks(hidden_size, options["C"]))](
         x_ptr=x.of(weight),
         w_ptr=weight,
         bias_ptr=unused if bias is None else bias,

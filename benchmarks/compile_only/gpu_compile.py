@@ -206,7 +206,7 @@ WEIGHTS = {
 def weight_bytes(launch: Launch) -> int:
     """What the launch reads of packed weights: all of them, for each group of rows that a program shares."""
     names = WEIGHTS.get(launch.name, ())
-    return sum(launch.arguments[name].nbytes for name in names) * (launch.grid[1] if names else 0)
+    return sum(launch.arguments[name].nbytes for name in names) * (launch.grid[0] if names else 0)
 
 
 def kv_bytes(launch: Launch, positions: int) -> int:
@@ -240,6 +240,6 @@ def activation_bytes(launch: Launch) -> int:
     if launch.name == "_round_rows_kernel":
         return launch.grid[0] * a["K"] * (4 + a["ONE_PLANE"] + 2 * a["TWO_PLANES"] + 2 * a["BY_SEGMENT"])
     if launch.name == "_head_kernel":
-        candidates = launch.grid[0] * a["TILES"] * 8
+        candidates = launch.grid[1] * a["TILES"] * 8
         return a["T"] * (a["steps"] * 64 * 4 + candidates + a["LOGITS"] * a["N"] * 4)
     return 0

@@ -316,7 +316,7 @@ def count_step(config: Any, gpu: Any, step: Any, numbers: str, launches: list[An
                   for launch in launches)  # fmt: skip
     roundings = sum(launch.name == "_round_rows_kernel" for launch in launches)
     positions = step.context + step.rows
-    again = sum(weight_bytes(launch) // launch.grid[1] * (launch.grid[1] - 1) for launch in launches
+    again = sum(weight_bytes(launch) // launch.grid[0] * (launch.grid[0] - 1) for launch in launches
                 if launch.name in STREAMING)  # fmt: skip
     again += sum(kv_bytes(launch, positions) // launch.grid[0] * (launch.grid[0] - 1) for launch in launches
                  if launch.name == "_attend_kernel")  # fmt: skip
@@ -387,7 +387,7 @@ def as_text(report: dict[str, Any]) -> str:
         if k["loop"].get("IMMA") and k["loop_bytes"]:
             flight += f"{sum(k['loop'].values()) * 2048 / k['loop_bytes']:>6.0f} instructions for 2 KB of codes"
         name = k["name"].strip("_").removesuffix("_kernel")
-        lines.append(f"{k['target']:<8}{k['shape']:<12}{k['dtype']:<7}{name:<18}{k['rows']:>5}{k['grid'][0]:>7}"
+        lines.append(f"{k['target']:<8}{k['shape']:<12}{k['dtype']:<7}{name:<18}{k['rows']:>5}{max(k['grid']):>7}"
                      f"{k['threads']:>8}{k['registers']:>6}{k['shared']:>8}{k['resident']:>9}{flight}")  # fmt: skip
         lines += [f"  FAILS {k['target']} {k['name']}, {k['rows']} rows: {problem}" for problem in k["problems"]]
     lines.append("")
