@@ -103,6 +103,21 @@ def test_what_becomes_of_tests_in_a_process(tmp_path, monkeypatch):
     crashed, said = counts("crashes")
     assert crashed == (0, 0, 0, 6, False) and "test_some.py" in said  # Python's own backtrace
     assert counts("passes")[0] == (1, 0, 0, 0, True)
+    late = bits.run_tests([f"{file}::test_passes"], seconds=0.2)
+    assert (late.stopped, late.failed, late.signal, late.fine) == (True, 0, 0, False)
+
+
+def test_tests_share_a_process_by_function(monkeypatch):
+    bits = load("bits", monkeypatch)
+    ids = [f"tests/a.py::test_{name}[{i}]" for name, count in (("few", 3), ("many", 25)) for i in range(count)]
+    groups = bits.by_function(ids)
+    assert {name: len(tests) for name, tests in groups.items()} == {
+        "tests/a.py::test_few": 3, "tests/a.py::test_many": 12, "tests/a.py::test_many 12": 12,
+        "tests/a.py::test_many 24": 1,
+    }  # fmt: skip
+    assert [test for tests in groups.values() for test in tests] == ids
+    assert bits.is_refusal("tests/ops/test_copy_pages.py::test_wrong_tensors_are_refused[cpu-x]")
+    assert not bits.is_refusal("tests/ops/test_copy_pages.py::test_pages_are_copied_whole[bf16-cpu-1]")
 
 
 def test_the_fastest_configuration(monkeypatch):
