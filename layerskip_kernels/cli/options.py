@@ -167,7 +167,8 @@ def add_prompt_options(parser: argparse.ArgumentParser, default: str) -> None:
     )  # fmt: skip
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> None:
+def add_model_options(parser: argparse.ArgumentParser, adapted: bool = True) -> None:
+    """Those that `load` reads; ``adapted``: with those of how a model drafts, too."""
     parser.add_argument(
         "-m", "--model", metavar="M",
         help="a directory, a .gguf file, a name or a hub id (default: SmolLM2-135M-Instruct)",
@@ -179,6 +180,9 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         help=f"quantise the linear layers, or read a quantised file as numbers (16bit): {', '.join(WEIGHTS)} (default: "
         "as in the checkpoint)",
     )  # fmt: skip
+    if not adapted:
+        parser.set_defaults(draft_vocab=None, exit_adapter=None)
+        return
     parser.add_argument(
         "--draft-vocab", metavar="FILE", help="token ids that drafts are chosen from (see draft-vocab), or any"
     )

@@ -19,6 +19,7 @@ from layerskip_kernels.cli.options import (
     generation_config,
     load,
     positive,
+    positives,
     report,
 )
 from layerskip_kernels.config import GenerationConfig, Strategy
@@ -32,6 +33,36 @@ def add_commands(commands: Any) -> None:
     train.add_argument("config", metavar="CONFIG.yaml", help="what to train on what (see docs/training.md)")
     train.add_argument("--export", metavar="DIR", help="train nothing: write the newest checkpoint's model to DIR")
     add_threads_option(train)
+    adapt = add_command(
+        commands, "adapt", _adapt, "train an exit adapter, with which a model drafts for itself unchanged"
+    )
+    adapt.add_argument("folder", metavar="FOLDER", help="where the adapter goes; a training that it holds goes on")
+    add_model_options(adapt, adapted=False)
+    adapt.add_argument("--prompts", metavar="FILE.jsonl", help="what the model continues, beside prompts of its own")
+    adapt.add_argument(
+        "--text", action="append", default=[], metavar="FILE", help="texts to train on as well: .jsonl, or one text"
+    )
+    adapt.add_argument(
+        "--max-new-tokens", type=positive, default=160, metavar="N", help="of each text that the model writes (160)"
+    )
+    adapt.add_argument("--tokens", type=positive, default=300_000, metavar="N", help="that the model writes (300000)")
+    adapt.add_argument(
+        "--exits",
+        type=positives,
+        metavar="E,...",
+        help="exits to choose from (default: a 15th, an 8th, a 4th of the layers)",
+    )
+    adapt.add_argument(
+        "--adapter-layers",
+        type=positives,
+        default=[1],
+        metavar="A,...",
+        help="of which it may have, 1 or 2 (1)",
+    )
+    adapt.add_argument("--passes", type=positive, default=12, metavar="N", help="over the texts, at most (12)")
+    adapt.add_argument("--pilot-steps", type=positive, default=60, metavar="N", help="of each candidate's trial (60)")
+    adapt.add_argument("--start-from", metavar="PATH", help="an adapter of this model to go on from")
+    add_threads_option(adapt)
     parse = add_command(commands, "parse-data", _parse_data, "write the data of the semantic-parsing task")
     parse.add_argument("folder", metavar="FOLDER", help="where train.jsonl, validation.jsonl and test.jsonl go")
     for split, size in (("train", 64_000), ("validation", 1_000), ("test", 2_000)):
@@ -62,6 +93,38 @@ def _parse_eval(args: argparse.Namespace) -> int:
     examples = read_examples(Path(args.data), args.limit)
     scores = evaluate_parses(load(args), examples, generation_config(args))
     report(args, asdict(scores), str(scores))
+    return 0
+
+
+def _adapt(args: argparse.Namespace) -> int:
+    import torch
+
+    from layerskip_kernels.cli.options import read_text
+    from layerskip_kernels.evaluation.prompts import read_jsonl_prompts
+    from layerskip_kernels.machine import keep_freed_memory
+    from layerskip_kernels.model.draft_vocab import texts_written
+    from layerskip_kernels.training.adapt import adapt
+    from layerskip_kernels.training.adapter_training import AdaptSettings
+
+    keep_freed_memory()
+    model = load(args)
+    prompts = [] if args.prompts is None else read_jsonl_prompts(read_text(args.prompts), args.prompts)
+    given = [text for path in args.text for text in texts_written(path, read_text(path))]
+    settings = AdaptSettings(
+        num_tokens=args.tokens,
+        max_new_tokens=args.max_new_tokens,
+        exits=tuple(args.exits or ()),
+        adapter_layers=tuple(args.adapter_layers),
+        passes=args.passes,
+        pilot_steps=args.pilot_steps,
+    )
+    torch.manual_seed(settings.seed)
+    start_from = None if args.start_from is None else Path(args.start_from)
+    found = adapt(model, args.model, Path(args.folder), settings, [text for _, text in prompts], given, start_from)
+    print(
+        f"exit {found['exit_layer']}, {found['acceptance']:.1%} of held-out drafts right; try: layerskip sweep "
+        f"{'' if args.model is None else f'--model {args.model} '}--exit-adapter {args.folder}"
+    )
     return 0
 
 

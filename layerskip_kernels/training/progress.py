@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from layerskip_kernels.training.duration import duration
+
 if TYPE_CHECKING:
     from layerskip_kernels.training.trainer import LayerSkipTrainer
 
-__all__ = ["Progress", "announce", "duration", "measured_step_seconds"]
+__all__ = ["Progress", "announce", "measured_step_seconds"]
 
 SECONDS_BETWEEN_LINES = 30.0
 
@@ -74,11 +76,3 @@ class Progress(TrainerCallback):
                 left = duration(rate * (state.max_steps - state.global_step))
                 line = f"step {state.global_step} of {state.max_steps}; {rate:.2g} s a step, about {left} left"
                 print(line, file=sys.stderr, flush=True)
-
-
-def duration(seconds: float) -> str:
-    """ "40 seconds", "12 minutes", "1.7 hours", "2.5 days"."""
-    for unit, size, digits in (("days", 86_400, 1), ("hours", 3_600, 1), ("minutes", 60, 0)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.{digits}f} {unit}"
-    return "1 second" if seconds < 1.5 else f"{seconds:.0f} seconds"

@@ -10,7 +10,8 @@ import torch
 from layerskip_kernels import machine
 from layerskip_kernels.training import run
 from layerskip_kernels.training.config import read_config
-from layerskip_kernels.training.progress import announce, duration, measured_step_seconds
+from layerskip_kernels.training.duration import duration
+from layerskip_kernels.training.progress import announce, measured_step_seconds
 from layerskip_kernels.training.run import build_trainer, train
 from support.training import write_config
 

@@ -1,0 +1,153 @@
+"""``layerskip adapt``: an exit adapter for a model that stays as it is, trained on what the model itself says."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from layerskip_kernels.model.defaults import DraftDefaults, write_defaults
+from layerskip_kernels.model.exit_adapter import (
+    adapter_shapes,
+    num_adapter_layers,
+    read_exit_adapter,
+    write_exit_adapter,
+)
+from layerskip_kernels.model.model import Model
+from layerskip_kernels.training.adapter_choice import StepCosts, measure_costs
+from layerskip_kernels.training.adapter_training import AdapterTraining, AdaptSettings, OwnWeights, say
+from layerskip_kernels.training.kept import Origin, check_checkpoints, write_atomically
+from layerskip_kernels.training.written_texts import NOT_ASKED, Text, judged_texts, write_texts
+
+__all__ = ["adapt"]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """An exit, a number of adapter layers and a draft vocabulary's size; what a short training promises of them."""
+
+    exit_layer: int
+    num_layers: int
+    num_words: int
+    acceptance: float
+    speed_up: float
+    num_speculations: int
+
+
+def adapt(
+    model: Model,
+    source: Any,
+    output: Path,
+    settings: AdaptSettings,
+    prompts: Sequence[str] = (),
+    given: Sequence[str] = (),
+    start_from: Path | None = None,
+) -> dict[str, Any]:
+    """Train an adapter for ``model``, or go on with the training that ``output`` holds; returns what came of it.
+
+    ``prompts``: what the model is to continue, beside prompts that it draws itself; ``given``: texts to judge as well.
+    ``source``: what ``load_model`` loaded, read again for the last layers, which the adapter starts as;
+    ``start_from``: an adapter to start as instead, whose exit and layers stay. The adapter, its ``layerskip.json`` and
+    what was found (``adapt.json``) go into ``output``, all else into ``output / "training"``. Raises ValueError where
+    ``output`` holds a training of something else, and for exits that the model does not have.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    start = None
+    if start_from is not None:
+        start = read_exit_adapter(start_from, model.config, torch.float32, model.name, model.weights)
+        settings = replace(settings, exits=(start[0],), adapter_layers=(num_adapter_layers(start[1]),))
+    exits = settings.exits or default_exits(model.config.num_layers)
+    for exit_layer in exits:
+        model.check_exit(exit_layer)
+    made_from: Origin = {"model": model.name, "dtype": str(model.dtype), "prompts": list(prompts), "given": list(given)}
+    made_from |= {"start_from": start_from and str(start_from), **json.loads(json.dumps(asdict(settings)))}
+    kept = output / "training"
+    kept.mkdir(exist_ok=True)
+    state_file = kept / "state.safetensors"
+    check_checkpoints(kept, state_file if state_file.exists() else None, made_from)
+    show = sys.stderr.isatty()
+    encode = model.tokenizer.encode if model.tokenizer is not None else None
+    ids = [encode(prompt) for prompt in prompts] if encode is not None else []
+    texts = write_texts(model, ids, kept / "texts", settings.num_tokens, settings.max_new_tokens, show)
+    texts += judged_texts(model, given, kept, show) if given else []
+    say(f"{sum(text.num_targets for text in texts):,} tokens in {len(texts):,} texts")
+    own = OwnWeights(source, max(settings.adapter_layers), start and start[1])
+    words = _frequent_words(texts, settings.most_words)
+    choice_file = kept / "choice.json"
+    if not choice_file.exists():
+        costs = measure_costs(model, texts[0].tokens)
+        found = list(_tried(model, own, texts, words, exits, settings, costs, kept))
+        write_atomically(choice_file, json.dumps([asdict(candidate) for candidate in found]) + "\n")
+    candidates = [Candidate(**entry) for entry in json.loads(choice_file.read_text(encoding="utf-8"))]
+    chosen = max(candidates, key=lambda candidate: candidate.speed_up)
+    say(_table(candidates, chosen))
+    vocab = sorted(words[: chosen.num_words])
+    training = AdapterTraining(model, own, texts, vocab, chosen.exit_layer, chosen.num_layers, settings, kept)
+    training.run(state_file)
+    return _export(model, training, chosen, vocab, output)
+
+
+def default_exits(num_layers: int) -> tuple[int, ...]:
+    """A fifteenth, an eighth and a quarter of the layers."""
+    return tuple(sorted({max(1, round(num_layers * part)) for part in (1 / 15, 1 / 8, 1 / 4)} - {num_layers}))
+
+
+def _frequent_words(texts: Sequence[Text], most: int) -> list[int]:
+    """What the model says in the texts, the most frequent first."""
+    counts = Counter(target for text in texts for target in text.targets if target != NOT_ASKED)
+    return [word for word, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:most]]
+
+
+def _tried(
+    model: Model,
+    own: OwnWeights,
+    texts: Sequence[Text],
+    words: Sequence[int],
+    exits: Sequence[int],
+    settings: AdaptSettings,
+    costs: StepCosts,
+    folder: Path,
+) -> Iterator[Candidate]:
+    """Train each exit and number of layers for a short while; with each size of draft vocabulary, what it promises."""
+    sizes = [2**n for n in range(9, 20) if 2**n < len(words)] + [len(words)]
+    for exit_layer in exits:
+        for num_layers in settings.adapter_layers:
+            training = AdapterTraining(model, own, texts, words, exit_layer, num_layers, settings, folder)
+            for _ in range(settings.pilot_steps):
+                training.take_step(settings.pilot_steps)
+            for size in sizes:
+                acceptance = training.acceptance(size, range(len(words)))
+                gain, count = costs.speed_up(acceptance, exit_layer + num_layers, size)
+                yield Candidate(exit_layer, num_layers, size, acceptance, gain, count)
+            say(f"exit {exit_layer}, {num_layers} layers: {acceptance:.1%} of held-out drafts right after a trial")
+
+
+def _table(candidates: Sequence[Candidate], chosen: Candidate) -> str:
+    lines = ["exit  layers  words  right  predicted speed-up"]
+    for c in candidates:
+        mark = "  <- chosen" if c == chosen else ""
+        lines.append(
+            f"{c.exit_layer:4}  {c.num_layers:6}  {c.num_words:5}  {c.acceptance:5.1%}  {c.speed_up:.2f} with "
+            f"{c.num_speculations} drafts{mark}"
+        )
+    return "\n".join(lines)
+
+
+def _export(
+    model: Model, training: AdapterTraining, chosen: Candidate, vocab: Sequence[int], output: Path
+) -> dict[str, Any]:
+    """Write the best adapter with its defaults, and say what it does on held-out texts."""
+    tensors = {name: tensor.to(model.dtype) for name, tensor in training.best.items()}
+    ordered = {name: tensors[name] for name in adapter_shapes(model.config, chosen.num_layers)}
+    write_exit_adapter(output, chosen.exit_layer, ordered, model.name, model.weights)
+    defaults = DraftDefaults(chosen.exit_layer, chosen.num_speculations, tuple(vocab))
+    write_defaults(output, defaults)
+    found = {**asdict(chosen), "acceptance": max(training.acceptances), "steps": training.step}
+    write_atomically(output / "adapt.json", json.dumps(found) + "\n")
+    return found

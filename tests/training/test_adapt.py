@@ -1,0 +1,197 @@
+"""Training an exit adapter: the layers in PyTorch are those of run_layers, and what is trained drafts better."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from layerskip_kernels import GenerationConfig, Model, generate, load_model
+from layerskip_kernels.cli.main import main
+from layerskip_kernels.training import adapter_training, written_texts
+from layerskip_kernels.training.adapt import adapt, default_exits
+from layerskip_kernels.training.adapter_choice import StepCosts
+from layerskip_kernels.training.adapter_layers import AdapterInTraining
+from layerskip_kernels.training.adapter_training import AdapterTraining, AdaptSettings, OwnWeights
+from layerskip_kernels.training.exit_states import ExitStates, states_at_exit
+from layerskip_kernels.training.written_texts import NOT_ASKED, judged_texts, write_texts
+from support.families import VARIANTS, transformers_model
+from support.models import cache_for, random_tokens, tiny_model
+
+QUICK = AdaptSettings(num_tokens=500, max_new_tokens=24, exits=(3,), pilot_steps=2, passes=2, texts_per_step=6)
+
+
+@pytest.fixture(scope="module")
+def code_model() -> Model:
+    """The shipped tiny model, in fp32: it has a tokenizer and something to say."""
+    return load_model("layerskip-tiny-code", torch.float32)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_layers_are_those_of_the_backend(variant, tmp_path):
+    """In fp32, within rounding: a model's last layer as the adapter of its last exit, which is the model then."""
+    transformers_model(variant, tmp_path)
+    model = load_model(tmp_path, torch.float32)
+    exit_layer, tokens = model.config.num_layers - 1, random_tokens(150)
+    # The adapter has the window and RoPE of the layer before the exit.
+    config = model.config
+    windows, ropes = ((*layers[:exit_layer], layers[exit_layer - 1]) if layers else () for layers in
+                      (config.layer_windows, config.layer_ropes))  # fmt: skip
+    same = replace(model, config=replace(config, layer_windows=windows, layer_ropes=ropes))
+    layers = AdapterInTraining(config, exit_layer, OwnWeights(tmp_path, 1).first_adapter(1))
+    states = states_at_exit(same, exit_layer, tokens)
+    head = OwnWeights(tmp_path, 1).head
+    with torch.no_grad():
+        logits = layers.logits(layers(states[None])[0], head)
+    after = states_at_exit(same, exit_layer + 1, tokens)
+    weights, sizes = same.weights, same.sizes
+    _, expected = same.ops.norm_head_argmax(after, weights.final_norm, weights.lm_head, sizes.vocab_size, *sizes.head)
+    torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_states_are_kept_and_completed(tmp_path):
+    model, texts = tiny_model(), [random_tokens(n, seed=n) for n in (5, 300, 9)]
+    path = tmp_path / "states.bin"
+    whole = ExitStates(model, 2, texts, path)
+    for i, tokens in enumerate(texts):
+        assert torch.equal(whole[i], states_at_exit(model, 2, tokens))
+    whole_bytes = path.read_bytes()
+    path.write_bytes(whole_bytes[: len(whole_bytes) // 2 + 1])  # a kill in the middle of the second text
+    again = ExitStates(model, 2, texts, path)
+    assert all(torch.equal(again[i], whole[i]) for i in range(3)) and path.read_bytes() == whole_bytes
+
+
+def test_states_are_those_of_drafting():
+    model, tokens = tiny_model(), random_tokens(20)
+    cache = cache_for(model, 20)
+    sequence = cache.add_sequence(tokens)
+    cache.pool.append([sequence.id], [20])
+    assert states_at_exit(model, 2, tokens).shape == (20, model.config.hidden_size)
+    assert torch.equal(states_at_exit(model, 2, tokens)[:7], states_at_exit(model, 2, tokens[:7]))
+
+
+def test_texts_are_the_models_own(code_model, tmp_path):
+    prompts = [code_model.tokenizer.encode(text) for text in ("def mean(values):\n", "import os\n")]
+    texts = write_texts(code_model, prompts, tmp_path, 60, 12)
+    for prompt, text in zip(prompts, texts, strict=False):
+        [said] = generate(code_model, [prompt], GenerationConfig("autoregressive", max_new_tokens=12))
+        assert text.tokens == [*prompt, *said.token_ids][:-1]
+        assert text.targets[len(prompt) - 1 :] == said.token_ids
+        assert set(text.targets[: len(prompt) - 1]) <= {NOT_ASKED}
+    assert len(texts) > len(prompts) and sum(text.num_targets for text in texts) >= 60
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names[:2] == ["000000.jsonl", "000001.jsonl"]
+    (tmp_path / names[0]).touch()
+    assert write_texts(code_model, prompts, tmp_path, 60, 12) == texts
+    (tmp_path / names[-1]).unlink()  # a kill before the last group was written
+    assert write_texts(code_model, prompts, tmp_path, 60, 12) == texts
+
+
+def test_a_chat_model_asks_itself_questions(tmp_path, monkeypatch):
+    for name, few in (("BATCH", 4), ("MIN_QUESTION", 1)):
+        monkeypatch.setattr(written_texts, name, few)
+    model = load_model()
+    [before, after] = model.tokenizer.chat_template.render([{"role": "user", "content": "@"}]).split("@")
+    texts = write_texts(model, [], tmp_path, 2, 2)
+    for text in texts:
+        shown = model.tokenizer.decode(text.tokens, skip_special_tokens=False)
+        assert shown.startswith(before) and after in shown and len(shown) > len(before + after)
+
+
+def test_given_texts_are_judged(code_model, tmp_path):
+    [text] = judged_texts(code_model, ["import os\nimport sys\n"], tmp_path)
+    assert text.tokens == code_model.tokenizer.encode("import os\nimport sys\n")
+    for count in (1, len(text.tokens)):
+        [said] = generate(code_model, [text.tokens[:count]], GenerationConfig("autoregressive", max_new_tokens=1))
+        assert text.targets[count - 1] == said.token_ids[0]
+
+
+def training_for(model, folder, settings=QUICK) -> AdapterTraining:
+    folder.mkdir(exist_ok=True)
+    texts = write_texts(model, [], folder / "texts", settings.num_tokens, settings.max_new_tokens)
+    words = sorted({target for text in texts for target in text.targets if target != NOT_ASKED})
+    own = OwnWeights("layerskip-tiny-code", 1)
+    return AdapterTraining(model, own, texts, words, 3, 1, settings, folder)
+
+
+def test_a_training_resumes_to_the_same_bits(code_model, tmp_path, monkeypatch):
+    whole = training_for(code_model, tmp_path / "whole")
+    whole.run(tmp_path / "whole.safetensors")
+    first = training_for(code_model, tmp_path / "parts")
+    monkeypatch.setattr(adapter_training, "SECONDS_BETWEEN_CHECKPOINTS", 0.0)
+    steps = first.take_step
+
+    def stop(planned: int) -> float:
+        if first.step == whole.step - 2:
+            raise KeyboardInterrupt
+        return steps(planned)
+
+    monkeypatch.setattr(first, "take_step", stop)
+    with pytest.raises(KeyboardInterrupt):
+        first.run(tmp_path / "parts.safetensors")
+    second = training_for(code_model, tmp_path / "parts")
+    second.run(tmp_path / "parts.safetensors")
+    assert second.step == whole.step > 4 and second.acceptances == whole.acceptances
+    for name, tensor in whole.layers.tensors(torch.float32).items():
+        assert torch.equal(second.layers.tensors(torch.float32)[name], tensor)
+        assert torch.equal(second.best[name], whole.best[name])
+
+
+def test_a_training_ends_when_it_gains_nothing(code_model, tmp_path):
+    settings = replace(QUICK, learning_rate=0.0, patience=1)
+    training = training_for(code_model, tmp_path, settings)
+    training.acceptances = [2.0]  # which nothing reaches
+    training.run(tmp_path / "state.safetensors")
+    assert training.step == training.steps_per_pass
+
+
+def test_what_is_trained_drafts_better_and_changes_no_text(code_model, tmp_path):
+    """On code that people wrote: what this model writes by itself is too easy to foretell."""
+    code = [Path(adapter_training.__file__).read_text(encoding="utf-8")]
+    settings = replace(QUICK, num_tokens=1, max_new_tokens=4, exits=(1,), texts_per_step=2, passes=4)
+    prompts = ["def add(a, b):\n"]
+    first = adapt(code_model, "layerskip-tiny-code", tmp_path / "untrained", replace(settings, passes=0), prompts, code)
+    found = adapt(code_model, "layerskip-tiny-code", tmp_path, settings, prompts, code)
+    assert found["acceptance"] > first["acceptance"] + 0.05
+    adapted = load_model("layerskip-tiny-code", torch.float32, exit_adapter=tmp_path)
+    assert adapted.exit_adapter.exit_layer == found["exit_layer"] == 1 and adapted.draft_ids is not None
+    assert json.loads((tmp_path / "adapt.json").read_text()) == found
+    config = GenerationConfig(max_new_tokens=24, num_speculations=3)
+    [drafted] = generate(adapted, ["def add(a, b):\n"], config)
+    [plain] = generate(code_model, ["def add(a, b):\n"], GenerationConfig("autoregressive", max_new_tokens=24))
+    assert drafted.token_ids == plain.token_ids and drafted.accepted > 0
+    assert adapt(code_model, "layerskip-tiny-code", tmp_path, settings, prompts, code) == found
+    with pytest.raises(ValueError, match="belongs to a training with other data"):
+        adapt(code_model, "layerskip-tiny-code", tmp_path, settings, ["def other():\n"], code)
+    settings = replace(settings, passes=0, exits=())
+    further = adapt(code_model, "layerskip-tiny-code", tmp_path / "more", settings, prompts, code, start_from=tmp_path)
+    assert further["exit_layer"] == 1 and further["acceptance"] == pytest.approx(found["acceptance"], abs=0.02)
+
+
+def test_an_exit_that_the_model_lacks_is_refused(code_model, tmp_path):
+    with pytest.raises(ValueError, match=r"exit_layer must be in 1\.\.11, got 12"):
+        adapt(code_model, "layerskip-tiny-code", tmp_path, replace(QUICK, exits=(12,)))
+
+
+def test_default_exits():
+    assert default_exits(30) == (2, 4, 8)
+    assert default_exits(2) == (1,)
+
+
+def test_the_predicted_speed_up():
+    costs = StepCosts({1: 10.0, 2: 10.0, 3: 12.0}, layer=0.5, word=1e-4, call=0.25)
+    # One draft: (1 + a) tokens for a draft and a pass of two rows; two: (1 + a + a^2) for two and a pass of three.
+    gain, count = costs.speed_up(0.5, 3, 2500)
+    assert count == 1 and gain == pytest.approx(1.5 * 10 / (2 + 10))
+    gain, count = costs.speed_up(1.0, 3, 2500)
+    assert count == 2 and gain == pytest.approx(3 * 10 / (4 + 12))
+
+
+def test_the_command(code_model, tmp_path, capsys):
+    options = (
+        "--model layerskip-tiny-code --tokens 9 --max-new-tokens 9 --exits 2 --passes 1 --pilot-steps 1 --threads 1"
+    )
+    assert main(["adapt", str(tmp_path / "adapter"), *options.split()]) == 0
+    assert "layerskip sweep --model layerskip-tiny-code --exit-adapter" in capsys.readouterr().out
+    assert load_model("layerskip-tiny-code", exit_adapter=tmp_path / "adapter").exit_adapter.exit_layer == 2
