@@ -47,7 +47,6 @@ class Conversation:
         self._engine = engine
         self._config = config
         self._tokenizer = tokenizer
-        self._template = tokenizer.chat_template
         self.system = system
         self.turns: list[dict[str, str]] = []
 
@@ -65,8 +64,7 @@ class Conversation:
 
         self.turns.append({"role": "user", "content": text})
         try:
-            ids = self._tokenizer.encode(self._template.render(self.messages), add_special_tokens=False)
-            request = self._engine.add_request(ids, self._config)
+            request = self._engine.add_request(self.messages, self._config)
         except BaseException:
             self.turns.pop()
             raise

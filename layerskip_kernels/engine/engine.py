@@ -11,7 +11,7 @@ Every step is the same for all running requests: draft, verify, commit, emit.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from threading import RLock
@@ -30,7 +30,7 @@ from layerskip_kernels.engine.drafting import DraftPlanner, DraftPolicy
 from layerskip_kernels.engine.drafts import Drafts
 from layerskip_kernels.engine.interrupts import DeferredInterrupt
 from layerskip_kernels.engine.preemption import CacheManager, Preemption, Stats
-from layerskip_kernels.engine.request import Generation, Output, Request
+from layerskip_kernels.engine.request import Generation, Output, Prompt, Request
 from layerskip_kernels.engine.scheduler import Scheduler, Work, samplers, sequences, without_drafts
 from layerskip_kernels.errors import CacheFull
 from layerskip_kernels.model.model import Model
@@ -89,13 +89,13 @@ class Engine:
     # ---- requests ----
 
     def add_request(
-        self, prompt: Sequence[int] | str, config: GenerationConfig | None = None, *, salt: bytes | str | None = None
+        self, prompt: Prompt, config: GenerationConfig | None = None, *, salt: bytes | str | None = None
     ) -> int:
-        """Queue a prompt (text or token ids). Returns the request's id.
+        """Queue a prompt (text, token ids or messages). Returns the request's id.
 
         ``salt``: prefixes are shared only among requests of equal salt. Raises ValueError for what the prompt or the
         config ask for that the model does not have or that needs ``add_samples``, TypeError for a prompt that is
-        neither text nor token ids, and CacheFull, with the numbers, for a request that could not fit even if it were
+        none of these, and CacheFull, with the numbers, for a request that could not fit even if it were
         alone.
         """
         if config is not None and config.num_samples > 1:
@@ -104,7 +104,7 @@ class Engine:
         return request_id
 
     def add_samples(
-        self, prompt: Sequence[int] | str, config: GenerationConfig | None = None, *, salt: bytes | str | None = None
+        self, prompt: Prompt, config: GenerationConfig | None = None, *, salt: bytes | str | None = None
     ) -> list[int]:
         """Queue num_samples texts of one prompt, which passes through the model once. Returns their ids.
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from layerskip_kernels.config import GenerationConfig
 from layerskip_kernels.decoding.kv_cache import PagedKVCache
 from layerskip_kernels.decoding.steps import PREFILL_ROWS
 from layerskip_kernels.engine.engine import Engine
 from layerskip_kernels.engine.interrupts import DeferredInterrupt
-from layerskip_kernels.engine.request import Generation, Output, encode
+from layerskip_kernels.engine.request import Generation, Output, Prompt, encode, is_conversation
 from layerskip_kernels.model.model import Model
 
 __all__ = ["Generation", "generate"]
@@ -17,7 +18,7 @@ __all__ = ["Generation", "generate"]
 
 def generate(
     model: Model,
-    prompts: str | Sequence[Sequence[int] | str],
+    prompts: Prompt | Sequence[Prompt],
     config: GenerationConfig | None = None,
     *,
     cache: PagedKVCache | None = None,
@@ -27,7 +28,8 @@ def generate(
     on_prompt: Callable[[int, int], None] | None = None,
     cancelled: Callable[[], bool] | None = None,
 ) -> list[Generation]:
-    """Continue each prompt (text or token ids); one text is one prompt.
+    """Continue each prompt (text, token ids, or messages with role and content); one text is one prompt, and so is
+    one conversation.
 
     Speculation changes the speed, never a bit. (The exceptions are ``acceptance="rejection"``, which keeps only the
     distribution, and ``strategy="early_exit"``, which does not verify.) How much is drafted: see GenerationConfig.
@@ -39,7 +41,7 @@ def generate(
     between cycles; once it is true, what there is so far is returned. ``cache``: where to put the sequences (default:
     a new one of just the right size); it is left without them, whatever happens.
 
-    Raises ValueError for bad prompts and settings, TypeError for a prompt that is neither text nor a list of token ids,
+    Raises ValueError for bad prompts and settings, TypeError for what is no prompt,
     CacheFull when a given cache is too small for one of them, RuntimeError when the logits leave nothing to choose.
     """
     config = config or GenerationConfig()
@@ -87,19 +89,19 @@ def generate(
     return [generations[i] for i in range(len(index))]
 
 
-def _encode_all(model: Model, prompts: str | Sequence[Sequence[int] | str]) -> list[list[int]]:
+def _encode_all(model: Model, prompts: Prompt | Sequence[Prompt]) -> list[list[int]]:
     """The token ids of each prompt. Raises TypeError where ``prompts`` is not a text or a list of prompts."""
-    if isinstance(prompts, str):
+    if isinstance(prompts, str) or is_conversation(prompts):
         prompts = [prompts]
     try:
-        prompts = list(prompts)
+        found: list[Any] = list(prompts)
     except TypeError as error:
         raise TypeError(f"prompts must be a text or a list of prompts, got {type(prompts).__name__}") from error
-    numbers = [i for i, prompt in enumerate(prompts) if hasattr(prompt, "__index__") and not hasattr(prompt, "__len__")]
+    numbers = [i for i, prompt in enumerate(found) if hasattr(prompt, "__index__") and not hasattr(prompt, "__len__")]
     if numbers:
         i = numbers[0]
         raise TypeError(
-            f"prompts must be a list of prompts, but prompts[{i}] is a single token id ({prompts[i]!r:.40}); "
+            f"prompts must be a list of prompts, but prompts[{i}] is a single token id ({found[i]!r:.40}); "
             "put the token ids of one prompt into a list of their own: [[1, 2, 3]]"
         )
-    return [encode(model, prompt) for prompt in prompts]
+    return [encode(model, prompt) for prompt in found]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from operator import index
 from pathlib import Path
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -28,8 +29,11 @@ from layerskip_kernels.engine.acceptance import DraftHistory
 from layerskip_kernels.engine.drafts import DraftRequest
 from layerskip_kernels.model.model import Model
 from layerskip_kernels.model.text_stream import TextStream
+from layerskip_kernels.model.tokenizer import Tokenizer
 
-__all__ = ["Generation", "Output", "Request", "check_length", "encode"]
+__all__ = ["Generation", "Output", "Prompt", "Request", "check_length", "encode", "is_conversation"]
+
+Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]  # a text, token ids, or the messages of a conversation
 
 SHORT_TOKEN = 4  # characters: a text of that many for each position may well fit, so the vocabulary is not searched
 
@@ -132,9 +136,7 @@ class Request:
         self._num_shown = 0  # tokens that outputs hold
 
     @classmethod
-    def samples(
-        cls, model: Model, config: GenerationConfig, prompt: Sequence[int] | str, salt: bytes | str | None
-    ) -> list[Request]:
+    def samples(cls, model: Model, config: GenerationConfig, prompt: Prompt, salt: bytes | str | None) -> list[Request]:
         """One request for each of the prompt's num_samples texts; the engine gives them ids.
 
         Raises ValueError for what the config asks for that the model does not have, TypeError for a bad salt.
@@ -278,22 +280,36 @@ class GeneratedText:
         return "".join(new)
 
 
-def encode(model: Model, prompt: Sequence[int] | str) -> list[int]:
+def encode(model: Model, prompt: Prompt) -> list[int]:
     """The token ids of a prompt.
 
-    Raises ValueError for a text when the model has no tokenizer and for one that is too long for the model, TypeError
-    for what is neither text nor token ids.
+    Raises ValueError for a text when the model has no tokenizer and for one that is too long for the model, for
+    messages that its chat template refuses or when it has none, TypeError for what is no prompt.
     """
-    if not isinstance(prompt, str):
-        try:
-            return [index(token) for token in prompt]
-        except TypeError as error:
-            message = f"a prompt must be a text or a list of token ids, got {prompt!r:.60} ({type(prompt).__name__})"
-            raise TypeError(f"{message}: {error}") from error
+    if isinstance(prompt, str):
+        check_length(model, prompt)
+        return _tokenizer(model).encode(prompt)
+    if is_conversation(prompt):
+        return _tokenizer(model).apply_chat_template(prompt)
+    tokens: Sequence[Any] = prompt
+    try:
+        return [index(token) for token in tokens]
+    except TypeError as error:
+        message = (
+            f"a prompt must be a text, a list of token ids or messages, got {prompt!r:.60} ({type(prompt).__name__})"
+        )
+        raise TypeError(f"{message}: {error}") from error
+
+
+def _tokenizer(model: Model) -> Tokenizer:
     if model.tokenizer is None:
         raise ValueError("this model came without a tokenizer; give the prompt as token ids")
-    check_length(model, prompt)
-    return model.tokenizer.encode(prompt)
+    return model.tokenizer
+
+
+def is_conversation(prompt: Any) -> TypeGuard[Sequence[Mapping[str, Any]]]:
+    """Whether a prompt is messages: dictionaries in a list."""
+    return isinstance(prompt, list | tuple) and len(prompt) > 0 and isinstance(prompt[0], Mapping)
 
 
 def check_length(model: Model, text: str) -> None:

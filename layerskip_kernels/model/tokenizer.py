@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 
@@ -78,6 +79,18 @@ class Tokenizer:
             ids = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
         doubled = add_special_tokens and self._prefix and ids[len(self._prefix) :][: len(self._prefix)] == self._prefix
         return ids[len(self._prefix) :] if doubled else ids
+
+    def apply_chat_template(
+        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True, **variables: Any
+    ) -> list[int]:
+        """The token ids of a conversation, as ChatTemplate.render writes it: special tokens are the template's own.
+
+        Raises ValueError without a template, and what render raises.
+        """
+        if self.chat_template is None:
+            raise ValueError(f"{self._name} came without a chat template; give a text instead of messages")
+        text = self.chat_template.render(messages, add_generation_prompt, **variables)
+        return self.encode(text, add_special_tokens=False)
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """The text of token ids, without special tokens unless they are asked for."""

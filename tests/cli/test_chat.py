@@ -16,7 +16,7 @@ CONFIG = GenerationConfig(max_new_tokens=16, exit_layer=4, num_speculations=3)
 
 
 def expected(model: Model, messages: list[dict[str, str]]) -> str:
-    ids = model.tokenizer.encode(model.tokenizer.chat_template.render(messages), add_special_tokens=False)
+    ids = model.tokenizer.apply_chat_template(messages)
     return generate(model, [ids], CONFIG)[0].text
 
 
@@ -55,6 +55,16 @@ def test_ctrl_c_ends_the_answer_and_not_the_conversation(conversation, tiny_code
     assert said and whole.startswith(said) and len(said) < len(whole)
     assert conversation._engine.num_unfinished == 0
     assert conversation.say("go on", shown.append) == expected(tiny_code, conversation.turns[:3])
+
+
+def test_generate_takes_messages(tiny_code):
+    messages = [{"role": "user", "content": "sort a list"}]
+    ids = tiny_code.tokenizer.apply_chat_template(messages)
+    assert ids != tiny_code.tokenizer.apply_chat_template(messages, add_generation_prompt=False)
+    [one], [same], [expected] = (generate(tiny_code, prompts, CONFIG) for prompts in (messages, [messages], [ids]))
+    assert one.text and one.token_ids == same.token_ids == expected.token_ids
+    with pytest.raises(ValueError, match="message 0 must have a role of"):
+        generate(tiny_code, [[{"role": "poet", "content": "sing"}]], CONFIG)
 
 
 def test_a_message_that_does_not_fit_is_forgotten(conversation):

@@ -38,6 +38,16 @@ def test_the_tokenizer_agrees_with_transformers(default: Checkpoint, tmp_path: P
         ids = default.tokenizer.encode(text)
         assert ids == theirs(text)["input_ids"]
         assert default.tokenizer.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
+    messages = [{"role": "user", "content": "Hello, 世界!"}]
+    for prompt in (True, False):
+        ids = theirs.apply_chat_template(messages, add_generation_prompt=prompt, return_dict=True)["input_ids"]
+        assert default.tokenizer.apply_chat_template(messages, prompt) == ids
+
+
+def test_messages_without_a_template_are_refused(tmp_path: Path):
+    write_word_tokenizer(tmp_path / "words")
+    with pytest.raises(ValueError, match=r"tokenizer\.json came without a chat template"):
+        Tokenizer.from_directory(tmp_path / "words").apply_chat_template([{"role": "user", "content": "a"}])
 
 
 def test_the_stream_of_pieces_is_the_text(default: Checkpoint):
