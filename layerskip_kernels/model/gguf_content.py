@@ -10,6 +10,7 @@ from gguf.constants import GGMLQuantizationType
 from gguf.quants import dequantize
 from torch import Tensor
 
+from layerskip_kernels.model.gguf_respelling import RESPELLINGS
 from layerskip_kernels.ops.reference import BLOCK_TYPES, BlockType, has_finite_scales
 
 __all__ = [
@@ -65,8 +66,9 @@ class GgufTensor:
 
     @property
     def block_type(self) -> BlockType | None:
-        """The type of a matrix that is multiplied as it is stored (rule 8); None: it is read as numbers."""
-        return BLOCK_TYPES.get(self.type.name.lower()) if len(self.shape) == 2 else None
+        """The type of a matrix that is multiplied as it is stored or respelt (rule 8); None: it is read as numbers."""
+        name = RESPELLINGS[self.type][0] if self.type in RESPELLINGS else self.type.name.lower()
+        return BLOCK_TYPES.get(name) if len(self.shape) == 2 else None
 
     def __str__(self) -> str:
         return f"tensor {self.name[:80]!r} in {self.path}"
@@ -121,9 +123,10 @@ def _decode_strings(array: GgufArray, where: str) -> list[str]:
 
 
 def read_gguf_blocks(tensor: GgufTensor) -> Tensor:
-    """Read one tensor that has a ``block_type``: uint8 [N, blocks, bytes of a block], as it is stored."""
+    """Read one tensor that has a ``block_type``: uint8 [N, blocks, bytes of a block], as it is stored or respelt."""
     assert tensor.block_type is not None
-    blocks = torch.from_numpy(_read_bytes(tensor)).view(tensor.shape[0], -1, tensor.block_type.nbytes)
+    _, nbytes, respelt = RESPELLINGS.get(tensor.type, ("", tensor.block_type.nbytes, lambda raw: raw))
+    blocks = respelt(torch.from_numpy(_read_bytes(tensor)).view(tensor.shape[0], -1, nbytes))
     if not has_finite_scales(blocks):
         raise ValueError(f"{tensor} has a block whose scale is a NaN or an infinity; the file is damaged")
     return blocks

@@ -123,6 +123,21 @@ def test_a_type_without_kernels_is_read_as_numbers_and_says_so(tmp_path, capsys)
     assert "its IQ4_XS tensors are read as bfloat16" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("name", "at", "spelt"), [("IQ4_NL", 0, "q8_0"), ("Q3_K", 108, "q6_k")])
+def test_a_type_that_another_spells_stands_for_the_same_numbers(tmp_path, name, at, spelt, capsys):
+    kind, generator = GgmlType[name], np.random.default_rng(1)
+    size, nbytes = gguf.GGML_QUANT_SIZES[kind]
+    raw = generator.integers(0, 256, (256, 256 // size, nbytes), dtype=np.uint8)
+    raw[..., at : at + 2] = generator.normal(size=raw.shape[:2]).astype(np.float16)[..., None].view(np.uint8)
+    raw = raw.reshape(256, -1)
+    path = tmp_path / "m.gguf"
+    write_gguf(path, random_tensors(WIDE), GgmlType.Q8_0, raw={"blk.1.ffn_up.weight": (kind, raw)}, **WIDE_KEYS)
+    kept = read_checkpoint(path, keep_quantised=True).tensors[UP]
+    assert reference.block_type(kept).name == spelt
+    assert torch.equal(reference.dequantise(kept, 256), torch.from_numpy(dequantize(raw, kind)))
+    assert "are read as" not in capsys.readouterr().err
+
+
 # ---- rounding ----
 
 
