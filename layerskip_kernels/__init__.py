@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from layerskip_kernels.config import GenerationConfig
     from layerskip_kernels.decoding.kv_cache import CacheStats, PagedKVCache
-    from layerskip_kernels.decoding.sampling import Sampler, StopStrings, TokenLogprobs, make_sampler
+    from layerskip_kernels.decoding.sampling import Sampler, TokenLogprobs, make_sampler
     from layerskip_kernels.decoding.steps import draft_step, prefill, verify_step
+    from layerskip_kernels.decoding.stop_strings import StopStrings
     from layerskip_kernels.decoding.types import CachedSequence, Draft, Verdict
     from layerskip_kernels.decoding.types import CachedSequence as Sequence
     from layerskip_kernels.engine.engine import Engine
@@ -63,8 +64,9 @@ _MODULES = {
     "config": ("GenerationConfig",),
     "model_config": ("ModelConfig", "RopeScaling"),
     "decoding.kv_cache": ("CacheStats", "PagedKVCache"),
-    "decoding.sampling": ("Sampler", "StopStrings", "TokenLogprobs", "make_sampler"),
+    "decoding.sampling": ("Sampler", "TokenLogprobs", "make_sampler"),
     "decoding.steps": ("draft_step", "prefill", "verify_step"),
+    "decoding.stop_strings": ("StopStrings",),
     "decoding.types": ("CachedSequence", "Draft", "Verdict"),
     "engine.engine": ("Engine",),
     "engine.generation": ("generate",),

@@ -14,7 +14,8 @@ from typing import NamedTuple
 from torch import Tensor
 
 __all__ = [
-    "AdapterLayers", "CacheTensors", "DraftHead", "DraftRows", "DraftSampling", "DraftStops", "Drafted", "LayerWeights",
+    "AdapterLayers", "CacheTensors", "DraftHead", "DraftRows", "DraftSampling", "DraftStops", "Drafted",
+    "JudgeSampling", "LayerWeights",
     "ModelSizes", "ModelWeights", "PendingRows",
 ]  # fmt: skip
 
@@ -201,6 +202,20 @@ class DraftSampling:
     def flat(self) -> list[Tensor]:
         """As the schema in csrc/bindings.cpp takes them."""
         return [getattr(self, field.name) for field in fields(self)]
+
+
+@dataclass(frozen=True, eq=False)
+class JudgeSampling:
+    """How the tokens after J judged rows are chosen: drawn, as drafts are, each row with its own settings.
+
+    Drafts of ``rejecting`` sequences are judged by the rejection rule: ``draft_scores`` are what they were drawn from,
+    sequence by sequence.
+    """
+
+    draws: DraftSampling  # of J rows
+    positions: Tensor  # int64 [J]: of the tokens to be chosen
+    rejecting: tuple[bool, ...]  # B
+    draft_scores: Tensor  # fp32 [R, V]: of the drafts of rejecting sequences
 
 
 @dataclass(frozen=True, eq=False)

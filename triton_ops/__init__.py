@@ -8,7 +8,7 @@ this folder.
 
 from .accept_draft import accept_draft
 from .down_residual import down_residual
-from .elementwise import embed_tokens, exp, gelu, linear, silu, tanh
+from .elementwise import embed_tokens, exp, gelu, inverse_sqrt, linear, log, silu, tanh
 from .errors import check_error, error_of, raise_noted
 from .norm_gate_up_silu import norm_gate_up_silu
 from .norm_head_argmax import norm_head_argmax
@@ -16,7 +16,10 @@ from .norm_qkv_rope_append import norm_qkv_rope_append
 from .out_residual import out_residual
 from .packing import pack_weight, select_rows
 from .paged_attention import paged_attention
+from .random import gumbel, philox
+from .rejection_sample import rejection_sample
 from .rms_norm import rms_norm
+from .sampling import filter_logits, gumbel_argmax
 from .steps import draft_pass, run_layers, verify_pass
 from .transfer import to_device, to_host
 
@@ -28,15 +31,22 @@ __all__ = [
     "embed_tokens",
     "error_of",
     "exp",
+    "filter_logits",
     "gelu",
+    "gumbel",
+    "gumbel_argmax",
+    "inverse_sqrt",
     "linear",
+    "log",
     "norm_gate_up_silu",
     "norm_head_argmax",
     "norm_qkv_rope_append",
     "out_residual",
     "pack_weight",
     "paged_attention",
+    "philox",
     "raise_noted",
+    "rejection_sample",
     "rms_norm",
     "run_layers",
     "select_rows",

@@ -74,10 +74,11 @@ def _launch(
 
 
 def accept_candidates(
-    tokens: Tensor, ends: Tensor, first_judged: Tensor, num_drafts: Tensor, judged: Tensor, candidates: Candidates,
-    targets: Tensor, num_accepted: Tensor, next_tokens: Tensor, error: Tensor, most_drafts: int,
+    tokens: Tensor, ends: Tensor, first_judged: Tensor, num_drafts: Tensor, judged: Tensor,
+    candidates: Candidates | None, targets: Tensor, num_accepted: Tensor, next_tokens: Tensor, error: Tensor,
+    most_drafts: int,
 ) -> None:  # fmt: skip
-    """accept_draft, the targets int64 being written here, out of the candidates of all judged rows.
+    """accept_draft, the targets int64 being written here, out of the candidates of all judged rows; None: they are.
 
     ends int32 [B]: where each sequence's rows end among tokens; first_judged int32 [B]: its first judged row.
     Writes num_accepted and next_tokens int64 [B].

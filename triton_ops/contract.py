@@ -38,6 +38,16 @@ EXP_1 = tl.constexpr(float.fromhex("0x1.123b92p-7"))
 EXP_2 = tl.constexpr(float.fromhex("0x1.55545ep-5"))
 EXP_3 = tl.constexpr(float.fromhex("0x1.55548ep-3"))
 EXP_4 = tl.constexpr(float.fromhex("0x1p-1"))
+LOG_0 = tl.constexpr(float.fromhex("0x1.1457a2p-4"))
+LOG_1 = tl.constexpr(float.fromhex("-0x1.de3c14p-4"))
+LOG_2 = tl.constexpr(float.fromhex("0x1.e6f06cp-4"))
+LOG_3 = tl.constexpr(float.fromhex("-0x1.fc2208p-4"))
+LOG_4 = tl.constexpr(float.fromhex("0x1.233768p-3"))
+LOG_5 = tl.constexpr(float.fromhex("-0x1.555c4ep-3"))
+LOG_6 = tl.constexpr(float.fromhex("0x1.99a4b6p-3"))
+LOG_7 = tl.constexpr(float.fromhex("-0x1.000006p-2"))
+LOG_8 = tl.constexpr(float.fromhex("0x1.555548p-2"))
+SQRT_HALF_BITS = tl.constexpr(0x3F3504F3)
 
 
 @device_function
@@ -65,7 +75,7 @@ def _rounded_by_hand(x):
     return tl.where(x == x, nearest, 0x7FC00000).to(tl.float32, bitcast=True)
 
 
-# ---- rule 5: exp, silu, gelu, tanh ----
+# ---- rule 5: exp, silu, gelu, tanh, log ----
 
 
 @device_function
@@ -193,6 +203,42 @@ def tanh(x):
 @device_function
 def soft_cap(x, cap):
     return cap * tanh(tl.div_rn(x, cap + tl.zeros_like(x)))
+
+
+@device_function
+def log(x):
+    subnormal = x < 1.1754943508222875e-38  # 2^-126
+    bits = tl.where(subnormal, x * 8388608.0, x).to(tl.int32, bitcast=True)
+    f, e = log_parts(bits)
+    y = log_of(f, e - tl.where(subnormal, 23.0, 0.0))
+    y = tl.where(x == float("inf"), x, y)
+    y = tl.where(x == 0.0, -float("inf"), y)
+    return tl.where((x < 0.0) | (x != x), float("nan"), y)
+
+
+@device_function
+def log_parts(bits):
+    """f in [sqrt(1/2) - 1, sqrt(2) - 1) and e, both fp32: the float with these bits is (1 + f) * 2**e."""
+    offset = bits - SQRT_HALF_BITS
+    f = ((offset & 0x007FFFFF) + SQRT_HALF_BITS).to(tl.float32, bitcast=True) - 1.0
+    return f, (offset >> 23).to(tl.float32)
+
+
+@device_function
+def log_of(f, e):
+    """log((1 + f) * 2**e)."""
+    square = f * f
+    y = LOG_0 * f + LOG_1
+    y = y * f + LOG_2
+    y = y * f + LOG_3
+    y = y * f + LOG_4
+    y = y * f + LOG_5
+    y = y * f + LOG_6
+    y = y * f + LOG_7
+    y = y * f + LOG_8
+    y = (y * f) * square + e * LN2_LO
+    y = y - 0.5 * square
+    return (f + y) + e * LN2_HI
 
 
 # ---- rules 1 and 2: sums in a written order ----

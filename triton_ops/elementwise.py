@@ -1,6 +1,7 @@
 """The contract's elementary functions (rule 5), one number a thread: for tests and other callers.
 
-exp, silu, gelu, tanh: within 2 ulp;  linear: rule 1 alone;  embed_tokens: rows of a packed embedding
+exp, log, silu, gelu, tanh: within 2 ulp;  inverse_sqrt: both steps correctly rounded;
+linear: rule 1 alone;  embed_tokens: rows of a packed embedding
 """
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from .contract import exp as _exp
 from .contract import gelu as _gelu
+from .contract import log as _log
 from .contract import silu as _silu
 from .contract import tanh as _tanh
 from .contract import to_dtype
@@ -20,7 +22,7 @@ from .packing import unpack_weight
 from .quantised import code_of
 from .stored_rows import stored_rows
 
-__all__ = ["embed_tokens", "exp", "gelu", "linear", "silu", "tanh"]
+__all__ = ["embed_tokens", "exp", "gelu", "inverse_sqrt", "linear", "log", "silu", "tanh"]
 
 
 @triton.jit
@@ -33,6 +35,10 @@ def _elementwise_kernel(x_ptr, y_ptr, n, FUNCTION: tl.constexpr, BLOCK: tl.const
         y = _gelu(x)
     elif FUNCTION == "tanh":
         y = _tanh(x)
+    elif FUNCTION == "log":
+        y = _log(x)
+    elif FUNCTION == "inverse_sqrt":
+        y = tl.div_rn(1.0, tl.sqrt_rn(x))
     else:
         y = _exp(x)
     tl.store(y_ptr + offs, y, mask=offs < n)
@@ -55,6 +61,16 @@ def _elementwise(x: Tensor, function: str) -> Tensor:
 def exp(x: Tensor) -> Tensor:
     """reference.exp of an fp32 tensor."""
     return _elementwise(x, "exp")
+
+
+def log(x: Tensor) -> Tensor:
+    """reference.log of an fp32 tensor."""
+    return _elementwise(x, "log")
+
+
+def inverse_sqrt(x: Tensor) -> Tensor:
+    """reference.inverse_sqrt of an fp32 tensor."""
+    return _elementwise(x, "inverse_sqrt")
 
 
 def silu(x: Tensor) -> Tensor:

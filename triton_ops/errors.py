@@ -9,10 +9,11 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 __all__ = [
-    "BAD_PAGE", "BAD_POSITION", "BAD_TOKEN", "NAN_LOGITS", "check_error", "error_of", "new_error", "raise_noted",
+    "BAD_PAGE", "BAD_POSITION", "BAD_SCORES", "BAD_TOKEN", "NAN_LOGITS", "check_error", "error_of", "new_error",
+    "raise_noted",
 ]  # fmt: skip
 
-BAD_PAGE, BAD_POSITION, BAD_TOKEN, NAN_LOGITS = 1, 2, 3, 4
+BAD_PAGE, BAD_POSITION, BAD_TOKEN, NAN_LOGITS, BAD_SCORES = 1, 2, 3, 4, 5
 
 MESSAGES = {
     BAD_PAGE: "block_table names a page outside the cache",
@@ -22,6 +23,11 @@ MESSAGES = {
 NAN_MESSAGE = (
     "norm_head_argmax: a logit is NaN, so no token can be chosen: the activations overflowed "
     "(fp16 holds at most 65504; try dtype=torch.bfloat16) or the weights are damaged"
+)
+
+SCORES_MESSAGE = (
+    "no token can be chosen: a score is NaN or +infinite, or all are -infinite. The logits overflowed, or every token "
+    "was excluded: check temperature, penalties and logit_bias"
 )
 
 
@@ -40,7 +46,7 @@ def error_of(k_cache: Tensor) -> Tensor:
 
 
 def check_error(error: Tensor) -> None:
-    """Wait for the device; raise what its kernels noted, and forget it: RuntimeError for NaN, ValueError else."""
+    """Wait for the device; raise what its kernels noted, and forget it: RuntimeError for numbers, ValueError else."""
     raise_noted(int(error), error)
 
 
@@ -51,4 +57,6 @@ def raise_noted(code: int, error: Tensor) -> None:
     error.zero_()
     if code == NAN_LOGITS:
         raise RuntimeError(NAN_MESSAGE)
+    if code == BAD_SCORES:
+        raise RuntimeError(SCORES_MESSAGE)
     raise ValueError(MESSAGES[code])

@@ -10,19 +10,29 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from threading import RLock
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from layerskip_kernels.operands import CacheTensors, DraftHead, DraftRows, ModelSizes, ModelWeights, PendingRows
+from layerskip_kernels.operands import (
+    CacheTensors,
+    DraftHead,
+    DraftRows,
+    DraftSampling,
+    JudgeSampling,
+    ModelSizes,
+    ModelWeights,
+    PendingRows,
+)
 
 from .contract import CHUNK
 from .launch import blocks
 from .paged_attention import ScratchMemory
-from .steps import DraftPlan, Llama, PagedCache, VerifyPlan, head_of
+from .steps import DraftPlan, Drawing, Llama, PagedCache, VerifyPlan, head_of
+from .transfer import to_device
 
 __all__ = ["PlannedSteps"]
 
@@ -74,20 +84,25 @@ class Recorded:
 
 
 class StaticInputs:
-    """Where a plan reads tokens, positions int64 [N] and block_table int32 [B, width] from."""
+    """Where a plan reads tokens, positions int64 [N], block_table int32 [B, width] and ``others`` from."""
 
-    def __init__(self, num_tokens: int, num_sequences: int, width: int, device: torch.device) -> None:
+    def __init__(
+        self, num_tokens: int, num_sequences: int, width: int, device: torch.device, others: Sequence[Tensor] = ()
+    ) -> None:  # fmt: skip
         self.tokens = torch.zeros(num_tokens, dtype=torch.int64, device=device)
         self.positions = torch.zeros(num_tokens, dtype=torch.int64, device=device)
         self.block_table = torch.full((num_sequences, width), -1, dtype=torch.int32, device=device)
+        self.others = [torch.empty(other.shape, dtype=other.dtype, device=device) for other in others]
 
-    def copy(self, tokens: Tensor, positions: Tensor, block_table: Tensor) -> None:
+    def copy(self, tokens: Tensor, positions: Tensor, block_table: Tensor, *others: Tensor) -> None:
         """The inputs of a step. Pages of an earlier one, of other sequences perhaps, do not stay behind the table's."""
         width = block_table.size(1)
         self.tokens.copy_(tokens, non_blocking=True)
         self.positions.copy_(positions, non_blocking=True)
         self.block_table[:, :width].copy_(block_table, non_blocking=True)
         self.block_table[:, width:].fill_(-1)
+        for kept, other in zip(self.others, to_device(self.tokens.device, *others), strict=True):
+            kept.copy_(other)
 
 
 def table_width(max_blocks: int, page_size: int) -> int:
@@ -118,44 +133,55 @@ class PlannedSteps:
 
     def draft_pass(
         self, weights: ModelWeights, sizes: ModelSizes, cache: CacheTensors, rows: DraftRows, head: DraftHead | None,
-        exit_layer: int, max_drafts: int,
-    ) -> Tensor:  # fmt: skip
+        exit_layer: int, max_drafts: int, sampling: DraftSampling | None = None, keep_scores: bool = False,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """The drafts, and the scores that they were drawn from [B, max_drafts, V] ([0, ...] if not kept)."""
         counts = rows.num_drafts.tolist()
         weight, size, ids = head_of(weights, sizes, head)
         width = table_width(rows.block_table.size(1), cache.hidden.size(1))
+        drawing, others = Drawing.of(sampling), sampling.flat if sampling else []
 
         def make() -> tuple[StaticInputs, Recorded]:
-            inputs = StaticInputs(len(counts), len(counts), width, cache.k.device)
+            inputs = StaticInputs(len(counts), len(counts), width, cache.k.device, others)
             llama, paged = Llama(weights, sizes), self._weak_cache(cache, inputs)
-            plan = DraftPlan(llama, paged(), counts, max_drafts, weight, size)
+            plan = DraftPlan(llama, paged(), counts, max_drafts, weight, size, drawing, keep_scores)
             device_ids = None if ids is None else ids.to(inputs.tokens.device)
+            settings = DraftSampling(*inputs.others) if drawing else None
             return inputs, Recorded(
-                lambda: plan.run(llama, paged(), inputs.tokens, inputs.positions, weight, size, device_ids, exit_layer),
+                lambda: plan.run(
+                    llama, paged(), inputs.tokens, inputs.positions, weight, size, device_ids, exit_layer, settings
+                ),
                 inputs.tokens.is_cuda,
             )
 
-        key = ("draft", id(weights), weight.data_ptr(), size, tuple(counts), max_drafts, exit_layer, width, sizes)
-        return self._run(cache.k, key, make, rows.tokens, rows.positions, rows.block_table)
+        key = ("draft", id(weights), weight.data_ptr(), size, tuple(counts), max_drafts, exit_layer, width, sizes,
+               drawing, keep_scores)  # fmt: skip
+        return self._run(cache.k, key, make, rows.tokens, rows.positions, rows.block_table, *others)
 
     def verify_pass(
         self, weights: ModelWeights, sizes: ModelSizes, cache: CacheTensors, rows: PendingRows, num_drafts: Tensor,
-        judged: Tensor,
+        judged: Tensor, sampling: JudgeSampling | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         kind = rows.depths.tolist(), rows.query_start_loc.tolist(), num_drafts.tolist(), judged.tolist()
         width = table_width(rows.block_table.size(1), cache.hidden.size(1))
 
         kept = len(rows.tokens) <= MAX_KEPT_ROWS
+        drawing, rejecting = Drawing.of(sampling and sampling.draws), sampling.rejecting if sampling else ()
+        others = [*sampling.draws.flat, sampling.positions, sampling.draft_scores] if sampling else []
 
         def make() -> tuple[StaticInputs, Recorded]:
-            inputs = StaticInputs(len(rows.tokens), len(num_drafts), width, cache.k.device)
+            inputs = StaticInputs(len(rows.tokens), len(num_drafts), width, cache.k.device, others)
             llama, paged = Llama(weights, sizes), self._weak_cache(cache, inputs, kept)
-            plan = VerifyPlan(llama, paged(), *kind)
+            plan = VerifyPlan(llama, paged(), *kind, drawing, rejecting)
+            draws = DraftSampling(*inputs.others[:-2]) if drawing else None
+            positions, scores = inputs.others[-2:] if drawing else (None, None)
             return inputs, Recorded(
-                lambda: plan.run(llama, paged(), inputs.tokens, inputs.positions), inputs.tokens.is_cuda
+                lambda: plan.run(llama, paged(), inputs.tokens, inputs.positions, draws, positions, scores),
+                inputs.tokens.is_cuda,
             )
 
-        key = ("verify", id(weights), *map(tuple, kind), width, sizes) if kept else None
-        return self._run(cache.k, key, make, rows.tokens, rows.positions, rows.block_table)
+        key = ("verify", id(weights), *map(tuple, kind), width, sizes, drawing, rejecting) if kept else None
+        return self._run(cache.k, key, make, rows.tokens, rows.positions, rows.block_table, *others)
 
     def captured(self) -> int:
         """How many steps' plans are CUDA graphs, over all caches that are there."""
@@ -171,7 +197,7 @@ class PlannedSteps:
             static, recorded = make() if key is None else self._plan(k_cache, key, make)
             static.copy(*inputs)
             results = recorded()  # in buffers of the plan, which its next run overwrites
-            copies = results.clone() if isinstance(results, Tensor) else tuple(result.clone() for result in results)
+            copies = tuple(result.clone() for result in results)
             if k_cache.is_cuda:
                 self._done = self._done or torch.cuda.Event()
                 self._done.record(torch.cuda.current_stream(k_cache.device))

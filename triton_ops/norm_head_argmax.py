@@ -7,6 +7,8 @@ accept_draft) takes the largest of those. Moves V D weights once for every 8 row
 2 T V / C candidates and, where they are wanted, T V logits.
 """
 
+from __future__ import annotations
+
 import torch
 import triton
 import triton.language as tl
@@ -20,7 +22,7 @@ from .launch import OPTIONS, blocks, columns_of, streaming
 from .quantised import code_of
 from .rms_norm import normalised
 
-__all__ = ["Candidates", "best_token", "head_candidates", "norm_head_argmax", "take_draft"]
+__all__ = ["Candidates", "best_token", "head_candidates", "norm_head_argmax", "take_draft", "take_targets"]
 
 TILES = 2
 COMPARED = 512  # candidates that are compared at once
@@ -102,12 +104,17 @@ def _take_draft_kernel(
 
 
 class Candidates:
-    """What a packed LM head of ``size`` columns leaves of each row: best fp32 and token int32 of a program's tiles."""
+    """What is left of each row: best fp32 and token int32 of each of its blocks."""
 
-    def __init__(self, num_rows: int, head: Tensor, size: int, device: torch.device) -> None:
-        self.num_blocks = blocks(size, TILES * columns_of("norm_head_argmax", head)) * TILES
+    def __init__(self, num_rows: int, num_blocks: int, device: torch.device) -> None:
+        self.num_blocks = num_blocks
         self.best = torch.empty(num_rows, self.num_blocks, device=device)
         self.tokens = torch.empty(num_rows, self.num_blocks, dtype=torch.int32, device=device)
+
+    @classmethod
+    def of_head(cls, num_rows: int, head: Tensor, size: int, device: torch.device) -> Candidates:
+        """Those of a packed LM head of ``size`` columns: its blocks are a program's tiles."""
+        return cls(num_rows, blocks(size, TILES * columns_of("norm_head_argmax", head)) * TILES, device)
 
 
 def head_candidates(
@@ -165,19 +172,24 @@ def take_draft(
     )
 
 
+def take_targets(candidates: Candidates, rows: Tensor, targets: Tensor, error: Tensor) -> None:
+    """The token of each row of candidates -> targets int64 [T]. rows int32 [T]: 0 .. T - 1."""
+    take_draft(candidates, None, rows, targets.view(-1, 1), 0, targets, error)
+
+
 def norm_head_argmax(
     hidden: Tensor, norm_weight: Tensor, lm_head: Tensor, vocab_size: int, eps: float, norm_offset: float = 0.0,
     multiplier: float = 1.0, cap: float = 0.0,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """reference.norm_head_argmax: [T, D] -> tokens int64 [T], logits fp32 [T, V]. Waits for the device, to raise."""
     num_rows, device = len(hidden), hidden.device
-    candidates = Candidates(num_rows, lm_head, vocab_size, device)
+    candidates = Candidates.of_head(num_rows, lm_head, vocab_size, device)
     logits = torch.empty(num_rows, vocab_size, device=device)
     rows = torch.arange(num_rows, dtype=torch.int32, device=device)
-    tokens, next_tokens = (torch.empty(num_rows, n, dtype=torch.int64, device=device) for n in (1, 1))
+    tokens = torch.empty(num_rows, dtype=torch.int64, device=device)
     error = new_error(device)
     x = normalised(hidden, norm_weight, eps, norm_offset, lm_head)
     head_candidates(x, rows, lm_head, vocab_size, candidates, logits, multiplier, cap)
-    take_draft(candidates, None, rows, tokens, 0, next_tokens, error)
+    take_targets(candidates, rows, tokens, error)
     check_error(error)
-    return tokens[:, 0], logits
+    return tokens, logits

@@ -11,17 +11,27 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from layerskip_kernels.operands import CacheTensors, DraftHead, DraftRows, ModelSizes, ModelWeights, PendingRows
+from layerskip_kernels.operands import (
+    CacheTensors,
+    DraftHead,
+    DraftRows,
+    DraftSampling,
+    ModelSizes,
+    ModelWeights,
+    PendingRows,
+)
 
 from .accept_draft import accept_candidates
 from .errors import error_of
 from .integer_rows import forms_of
 from .join_rows import join_rows
 from .norm_gate_up_silu import gate_up_silu
-from .norm_head_argmax import Candidates, head_candidates, take_draft
+from .norm_head_argmax import Candidates, head_candidates, take_draft, take_targets
 from .norm_qkv_rope_append import qkv_rope_append
 from .out_residual import linear_residual
 from .paged_attention import ScratchMemory, attend
+from .rejection_sample import Rejection
+from .sampling import Chooser
 from .transfer import to_device
 from .workspace import BufferSizes, Move, int32
 
@@ -142,11 +152,30 @@ def run_layers(weights: ModelWeights, sizes: ModelSizes, cache: CacheTensors, ro
     raise_rows(llama, paged, move, rows.tokens, rows.positions, stop)
 
 
+@dataclass(frozen=True)
+class Drawing:
+    """What decides the launches that draw tokens: whether any row is cut by top-k, or by top-p."""
+
+    top_k: bool
+    top_p: bool
+
+    @classmethod
+    def of(cls, sampling: DraftSampling | None) -> Drawing | None:
+        """Reads the settings, which are on the host."""
+        if sampling is None:
+            return None
+        return cls(bool((sampling.top_ks > 0).any()), bool((sampling.top_ps < 1).any()))
+
+    def chooser(self, num_rows: int, size: int, device: torch.device) -> Chooser:
+        return Chooser(num_rows, size, self.top_k, self.top_p, device)
+
+
 class DraftPlan:
     """draft_pass for certain draft counts: buffers, and a Move for each draft."""
 
     def __init__(
-        self, llama: Llama, cache: PagedCache, num_drafts: list[int], max_drafts: int, head: Tensor, head_size: int
+        self, llama: Llama, cache: PagedCache, num_drafts: list[int], max_drafts: int, head: Tensor, head_size: int,
+        drawing: Drawing | None = None, keep_scores: bool = False,
     ) -> None:  # fmt: skip
         sizes = llama.buffer_sizes(cache, head)
         self.moves = []
@@ -158,32 +187,45 @@ class DraftPlan:
             move.order.copy_(move.sequence_of_row)
             self.moves.append(move)
         self.rows = torch.arange(len(num_drafts), dtype=torch.int32, device=sizes.device)
-        self.candidates = Candidates(len(num_drafts), head, head_size, sizes.device)
+        self.candidates = Candidates.of_head(len(num_drafts), head, head_size, sizes.device)
         self.tokens = torch.zeros(len(num_drafts), dtype=torch.int64, device=sizes.device)
         self.drafts = torch.full((len(num_drafts), max_drafts), -1, dtype=torch.int64, device=sizes.device)
+        self.chooser = drawing and drawing.chooser(len(num_drafts), head_size, sizes.device)
+        self.logits = drawing and torch.empty(len(num_drafts), head_size, device=sizes.device)
+        kept = len(num_drafts) if keep_scores else 0
+        # Tokens outside a draft vocabulary are never written.
+        self.scores = torch.full((kept, max_drafts, llama.sizes.vocab_size), -torch.inf, device=sizes.device)
 
     def run(
         self, llama: Llama, cache: PagedCache, tokens: Tensor, positions: Tensor, head: Tensor, head_size: int,
-        draft_ids: Tensor | None, exit_layer: int,
-    ) -> Tensor:  # fmt: skip
+        draft_ids: Tensor | None, exit_layer: int, sampling: DraftSampling | None = None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """The drafts, and the scores that they were drawn from, if these are kept."""
         error = error_of(cache.k)
         self.tokens.copy_(tokens)
         for i, move in enumerate(self.moves):
             raise_rows(llama, cache, move, self.tokens, positions, exit_layer, position_step=i)
             head_candidates(
-                move.x, self.rows[: move.num_rows], head, head_size, self.candidates, None,
+                move.x, self.rows[: move.num_rows], head, head_size, self.candidates, self.logits,
                 llama.sizes.logits_multiplier, llama.sizes.logits_cap,
             )  # fmt: skip
-            take_draft(self.candidates, draft_ids, move.sequence_of_row, self.drafts, i, self.tokens, error)
-        return self.drafts
+            candidates = self.candidates
+            if self.chooser is not None and self.logits is not None and sampling is not None:
+                self.chooser.run(
+                    self.logits, self.logits, move.sequence_of_row, sampling, positions, error, position_step=i + 1,
+                    ids=draft_ids, kept=self.scores if len(self.scores) else None, kept_row=i,
+                )  # fmt: skip
+                candidates = self.chooser.candidates
+            take_draft(candidates, draft_ids, move.sequence_of_row, self.drafts, i, self.tokens, error)
+        return self.drafts, self.scores
 
 
 class VerifyPlan:
-    """verify_pass for certain depths, rows, draft counts and judged sequences."""
+    """verify_pass for certain depths, rows, draft counts, judged sequences and, of these, rejecting ones."""
 
     def __init__(
         self, llama: Llama, cache: PagedCache, depths: list[int], starts: list[int], num_drafts: list[int],
-        judged: list[bool],
+        judged: list[bool], drawing: Drawing | None = None, rejecting: tuple[bool, ...] = (),
     ) -> None:  # fmt: skip
         head = llama.weights.lm_head
         sizes = llama.buffer_sizes(cache, head)
@@ -191,35 +233,68 @@ class VerifyPlan:
         self.move = Move(sizes, depths, starts, cache.reach, cache.scratch)
         judged_rows: list[int] = []
         first_judged: list[int] = []
+        rejecting_rows: list[int] = []  # among the judged
+        draft_places: list[int] = []  # among the tokens
         for b, drafts in enumerate(num_drafts):
             first_judged.append(len(judged_rows))
+            if judged[b] and any(rejecting[b : b + 1]):
+                rejecting_rows += range(len(judged_rows), len(judged_rows) + drafts)
+                draft_places += range(starts[b + 1] - drafts, starts[b + 1])
             if judged[b]:
                 rows = range(starts[b + 1] - drafts - 1, starts[b + 1])
                 judged_rows += [self.move.place[given] for given in rows]
-        self.judged_rows, self.first_judged, self.ends, self.num_drafts, self.judged = to_device(
+        self.judged_rows, self.first_judged, self.ends, self.num_drafts, self.judged, *of_drawing = to_device(
             device, int32(judged_rows), int32(first_judged), int32(starts[1:]),
             torch.tensor(num_drafts, dtype=torch.int64), torch.tensor(judged, dtype=torch.bool),
+            int32(list(range(len(judged_rows)))), int32(rejecting_rows), int32(draft_places),
         )  # fmt: skip
         self.num_accepted, self.next_tokens = torch.empty_like(self.num_drafts), torch.empty_like(self.num_drafts)
         self.most_drafts = max(num_drafts, default=0)
         vocab_size = llama.sizes.vocab_size
-        self.candidates = Candidates(len(judged_rows), head, vocab_size, device)
+        self.candidates = Candidates.of_head(len(judged_rows), head, vocab_size, device)
         self.targets = torch.empty(len(judged_rows), dtype=torch.int64, device=device)
         self.logits = torch.empty(len(judged_rows), vocab_size, device=device)
+        self.chooser = drawing and drawing.chooser(len(judged_rows), vocab_size, device)
+        self.rows, rejecting_row, draft_place = of_drawing
+        self.rejection = Rejection(rejecting_row, draft_place, vocab_size) if rejecting_rows else None
+        self.scores = torch.empty_like(self.logits if drawing else self.logits[:0])
 
-    def run(self, llama: Llama, cache: PagedCache, tokens: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def run(
+        self, llama: Llama, cache: PagedCache, tokens: Tensor, positions: Tensor,
+        sampling: DraftSampling | None = None, chosen_positions: Tensor | None = None,
+        draft_scores: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         raise_rows(llama, cache, self.move, tokens, positions, len(llama.weights.layers))
         if len(self.judged_rows):  # chunks of prompts alone need no token
             head_candidates(
                 self.move.x, self.judged_rows, llama.weights.lm_head, llama.sizes.vocab_size, self.candidates,
                 self.logits, llama.sizes.logits_multiplier, llama.sizes.logits_cap,
             )  # fmt: skip
+        candidates: Candidates | None = self.candidates
+        if sampling is not None and chosen_positions is not None and len(self.judged_rows):
+            self._draw(tokens, sampling, chosen_positions, draft_scores, error_of(cache.k))
+            candidates = None
         accept_candidates(
             tokens=tokens, ends=self.ends, first_judged=self.first_judged, num_drafts=self.num_drafts,
-            judged=self.judged, candidates=self.candidates, targets=self.targets, num_accepted=self.num_accepted,
+            judged=self.judged, candidates=candidates, targets=self.targets, num_accepted=self.num_accepted,
             next_tokens=self.next_tokens, error=error_of(cache.k), most_drafts=self.most_drafts,
         )  # fmt: skip
         return self.num_accepted, self.next_tokens, self.logits
+
+    def _draw(
+        self, tokens: Tensor, sampling: DraftSampling, positions: Tensor, draft_scores: Tensor | None, error: Tensor
+    ) -> None:  # fmt: skip
+        """The targets, drawn from the logits; those that judge a draft by the rejection rule, by it."""
+        chooser, rejection = self.chooser, self.rejection
+        assert chooser is not None
+        kept = self.scores.view(len(self.scores), 1, -1) if rejection is not None else None
+        chooser.run(self.logits, self.scores, self.rows, sampling, positions, error, kept=kept)
+        take_targets(chooser.candidates, self.rows, self.targets, error)
+        if rejection is not None and draft_scores is not None:
+            rejection.run(
+                draft_scores, self.scores, chooser.maxima, tokens, positions, sampling.seeds, sampling.samples,
+                self.targets, error,
+            )  # fmt: skip
 
 
 def draft_pass(
@@ -230,7 +305,7 @@ def draft_pass(
     llama, paged = Llama(weights, sizes), PagedCache.of(cache, rows.block_table)
     weight, size, ids = head_of(weights, sizes, head)
     plan = DraftPlan(llama, paged, rows.num_drafts.tolist(), max_drafts, weight, size)
-    return plan.run(llama, paged, rows.tokens, rows.positions, weight, size, ids, exit_layer)
+    return plan.run(llama, paged, rows.tokens, rows.positions, weight, size, ids, exit_layer)[0]
 
 
 def head_of(weights: ModelWeights, sizes: ModelSizes, head: DraftHead | None) -> tuple[Tensor, int, Tensor | None]:

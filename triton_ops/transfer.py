@@ -13,6 +13,8 @@ def to_device(device: torch.device, *tensors: Tensor) -> tuple[Tensor, ...]:
     if device.type != "cuda":
         return tuple(tensor.to(device) for tensor in tensors)
     given = [tensor for tensor in tensors if tensor.device != device]
+    if not given:
+        return tensors
     packed = torch.empty(_offsets(given)[-1], dtype=torch.uint8, pin_memory=True)  # torch keeps it until it is copied
     for tensor, part in zip(given, _parts(packed, given), strict=True):
         part.copy_(tensor)

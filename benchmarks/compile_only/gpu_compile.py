@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from layerskip_kernels.model_config import ModelConfig
-from layerskip_kernels.operands import LayerWeights, ModelSizes, ModelWeights
+from layerskip_kernels.operands import DraftSampling, LayerWeights, ModelSizes, ModelWeights
 from layerskip_kernels.triton_ops import steps
 from layerskip_kernels.triton_ops.graphs import table_width
 from layerskip_kernels.triton_ops.packing import num_steps
@@ -190,6 +190,31 @@ def record(config: ModelConfig, numbers: str, step: Step) -> list[Launch]:
         steps.error_of(cache.k)
         with recording(launches), StaysOnDevice():
             plan.run(llama, cache, tokens, positions)
+    return launches
+
+
+def record_sampling(config: ModelConfig, rows: int) -> list[Launch]:
+    """The launches that draw tokens of so many rows, every filter on, out of the whole vocabulary and out of a smaller
+    one, and that judge drafts by the rejection rule. Raises RuntimeError if they wait for the device."""
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
+    size, error = config.vocab_size, empty(1, dtype=torch.int32)
+    numbers, indices = (empty(rows, dtype=dtype) for dtype in (torch.int64, torch.int32))
+    reals = empty(rows)
+    sampling = DraftSampling(reals, numbers, empty(rows, dtype=torch.float64), reals, numbers, numbers)
+    chooser = steps.Drawing(top_k=True, top_p=True).chooser(rows, size, torch.device("meta"))
+    rejection, kept = steps.Rejection(indices, indices, size), empty(rows, 1, size)
+    ids = empty(size, dtype=torch.int64)
+    launches: list[Launch] = []
+    with recording(launches), StaysOnDevice():
+        for known in (None, ids):
+            logits = empty(rows, size)
+            chooser.run(logits, logits, indices, sampling, numbers, error, 3, ids=known, kept=kept, kept_row=2)
+        steps.take_targets(chooser.candidates, indices, numbers, error)
+        scores = kept.view(rows, size)
+        rejection.run(scores, scores, chooser.maxima, numbers, numbers, numbers, numbers, numbers, error)
     return launches
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from layerskip_kernels.decoding.sampling import StopStrings
+from layerskip_kernels.decoding.stop_strings import StopStrings
 from layerskip_kernels.model.text_stream import TextStream
 from layerskip_kernels.model.tokenizer import Tokenizer
 

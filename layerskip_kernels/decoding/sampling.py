@@ -1,4 +1,4 @@
-"""How tokens are chosen from logits, and where a text ends: samplers, log-probabilities, stop strings.
+"""How tokens are chosen from logits, and which tokens end a text: samplers, log-probabilities.
 
 A sampler is a function of logits and of the tokens before them, nothing else: no step, batch or draft leaves a
 trace in it. That is why speculation in the mode "exact" gives the text of plain sampling bit for bit.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import secrets
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -18,11 +18,19 @@ from torch import Tensor
 from layerskip_kernels.config import GenerationConfig
 from layerskip_kernels.decoding.types import Draft
 from layerskip_kernels.model.model import Model
-from layerskip_kernels.operands import DraftSampling
+from layerskip_kernels.operands import DraftSampling, JudgeSampling
 from layerskip_kernels.ops import Backend
 from layerskip_kernels.ops.reference import MASS_ONE
 
-__all__ = ["Sampler", "StopStrings", "TokenLogprobs", "choose_tokens", "judge_drafts", "make_sampler", "top_logprobs"]
+__all__ = [
+    "Sampler",
+    "TokenLogprobs",
+    "choose_tokens",
+    "judge_drafts",
+    "judge_sampling",
+    "make_sampler",
+    "top_logprobs",
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -176,6 +184,22 @@ def draft_sampling(samplers: Sequence[Sampler | None]) -> DraftSampling | None:
     return DraftSampling(*(torch.tensor(column, dtype=dtype) for column, dtype in zip(columns, dtypes, strict=True)))
 
 
+def judge_sampling(
+    ops: Backend, draft: Draft, samplers: Sequence[Sampler | None], vocab_size: int
+) -> JudgeSampling | None:  # fmt: skip
+    """How samplers that process nothing judge a draft; None where all of them take the greatest logit."""
+    judged = [b for b, waiting in enumerate(draft.num_waiting) if not waiting]
+    rows = [(b, i) for b in judged for i in range(draft.counts[b] + 1)]
+    draws = draft_sampling([samplers[b] for b, _ in rows])
+    if draws is None:
+        return None
+    positions = torch.tensor([len(draft.sequences[b].tokens) + i for b, i in rows])
+    rejecting = tuple(sampler is not None and sampler.rejects for sampler in samplers)
+    scores = [draft.scores_of(b, vocab_size) for b in judged if rejecting[b] and draft.counts[b]]
+    draft_scores = torch.cat(ops.to_device(*scores)) if scores else torch.empty(0, vocab_size)
+    return JudgeSampling(draws, positions, rejecting, draft_scores)
+
+
 def _places(samplers: Sequence[Sampler], histories: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor, Tensor]:
     """What selects each row's noise: the position of the token to be chosen, the seed and the sample."""
     positions = torch.tensor([len(history) for history in histories])
@@ -248,92 +272,26 @@ def top_logprobs(ops: Backend, logits: Tensor, tokens: Sequence[int], count: int
     Equal ones are in order of their ids. The sum over the vocabulary is exact in integers, so a row's result
     does not depend on its neighbours or on threads.
     """
-    logits = logits.cpu()
     x = logits - logits.amax(dim=1, keepdim=True)
     totals = (ops.exp(x) * MASS_ONE).to(torch.int64).sum(dim=1)
     logprobs = x - ops.log((totals.double() / MASS_ONE).float())[:, None]
-    return [
-        TokenLogprobs(token, float(row[token]), _greatest(row, min(count, len(row))))
-        for row, token in zip(logprobs, tokens, strict=True)
-    ]
+    chosen = torch.tensor(tokens, dtype=torch.int64).to(logits.device)
+    ids = torch.cat([chosen[:, None], _greatest(logprobs, min(count, logits.size(1)))], dim=1)
+    # One copy of both, if they are on a device: fp64 holds any of them.
+    ids, values = torch.stack([ids.double(), logprobs.gather(1, ids).double()]).cpu()
+    pairs = [list(zip(*row, strict=True)) for row in zip(ids.long().tolist(), values.tolist(), strict=True)]
+    return [TokenLogprobs(*first, tuple(others)) for first, *others in pairs]
 
 
-def _greatest(row: Tensor, count: int) -> tuple[tuple[int, float], ...]:
+def _greatest(rows: Tensor, count: int) -> Tensor:
+    """The ids of the ``count`` greatest of each row, equal ones in order: int64 [T, count]."""
     if count == 0:
-        return ()
+        return torch.empty(len(rows), 0, dtype=torch.int64, device=rows.device)
+    if rows.is_cpu:  # which sorts slowly
+        return torch.stack([_greatest_of(row, count) for row in rows])
+    return rows.sort(dim=1, descending=True, stable=True).indices[:, :count]
+
+
+def _greatest_of(row: Tensor, count: int) -> Tensor:
     ids = (row >= row.topk(count).values[-1]).nonzero()[:, 0]  # topk promises no order of equal values
-    best = ids[row[ids].argsort(descending=True, stable=True)[:count]]
-    return tuple(zip(best.tolist(), row[best].tolist(), strict=True))
-
-
-# ---- stop strings ----
-
-
-class StopStrings:
-    """Watches a growing text for strings that end it, wherever the borders of tokens lie.
-
-    ``push`` text as it comes and show what it returns: text that may be the start of a stop string is held back.
-    Once ``found`` names one, the text is over and ends before it; ``finish`` returns what was held back when it
-    ended otherwise. Of strings that end at the same character, the longest counts. Time is linear in the text
-    (Knuth, Morris and Pratt 1977).
-    """
-
-    def __init__(self, strings: Iterable[str]) -> None:
-        self._patterns = [_Pattern(string) for string in strings]
-        self._held = ""
-        self.found: str | None = None
-
-    def push(self, text: str, may_end: bool = True) -> str:
-        """The text that is safe to show now. What comes after a stop string is dropped.
-
-        ``may_end``: False lets strings that end in this text pass.
-        """
-        if self.found is not None:
-            return ""
-        for n, character in enumerate(text, 1):
-            for pattern in self._patterns:
-                pattern.push(character)
-            ended = [pattern.string for pattern in self._patterns if pattern.complete]
-            if ended and may_end:
-                self.found = max(ended, key=len)
-                return self._release(text[:n], len(self.found))
-        return self._release(text, max((pattern.partial for pattern in self._patterns), default=0))
-
-    def finish(self) -> str:
-        """What was held back, if no stop string was found."""
-        return self._release("", 0) if self.found is None else ""
-
-    def _release(self, text: str, held: int) -> str:
-        whole = self._held + text
-        self._held = whole[len(whole) - held :]
-        return whole[: len(whole) - held]
-
-
-class _Pattern:
-    """How much of one string the end of the text matches."""
-
-    def __init__(self, string: str) -> None:
-        self.string = string
-        self.matched = 0
-        # borders[n]: the longest proper prefix of string[:n] that also ends it.
-        self._borders = [0, 0]
-        for character in string[1:]:
-            border = self._longest(self._borders[-1], character)
-            self._borders.append(border)
-
-    @property
-    def complete(self) -> bool:
-        return self.matched == len(self.string)
-
-    @property
-    def partial(self) -> int:
-        """Length of the longest unfinished match."""
-        return self._borders[self.matched] if self.complete else self.matched
-
-    def push(self, character: str) -> None:
-        self.matched = self._longest(self.partial, character)
-
-    def _longest(self, matched: int, character: str) -> int:
-        while matched and self.string[matched] != character:
-            matched = self._borders[matched]
-        return matched + (self.string[matched] == character)
+    return ids[row[ids].argsort(descending=True, stable=True)[:count]]

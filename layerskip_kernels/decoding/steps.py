@@ -15,7 +15,7 @@ from torch import Tensor
 
 from layerskip_kernels.decoding.adapting import adapt_rows, adapter_layers, raise_to_exit
 from layerskip_kernels.decoding.kv_cache import PagedKVCache
-from layerskip_kernels.decoding.sampling import Sampler, choose_tokens, draft_sampling, judge_drafts
+from layerskip_kernels.decoding.sampling import Sampler, choose_tokens, draft_sampling, judge_drafts, judge_sampling
 from layerskip_kernels.decoding.types import CachedSequence, Draft, Verdict
 from layerskip_kernels.model.model import Model
 from layerskip_kernels.operands import DraftRows, DraftStops, PendingRows
@@ -96,20 +96,23 @@ def verify_step(model: Model, cache: PagedKVCache, draft: Draft, samplers: Sampl
     """
     cache.check_model(model)
     sequences = draft.sequences
+    samplers = samplers or [None] * len(sequences)
+    in_pass = model.ops.draws_in_verification and not any(_processing(sequences, samplers))
     with rollback_on_error(cache, sequences):
         append_rows(cache, draft)
         rows = raise_to_exit(model, cache, pending_rows(model, cache, draft))
+        sampling = judge_sampling(model.ops, draft, samplers, model.config.vocab_size) if in_pass else None
         num_accepted, next_tokens, logits = model.ops.verify_pass(
-            model.weights, model.sizes, cache.tensors, rows, draft.num_tokens, draft.judged
+            model.weights, model.sizes, cache.tensors, rows, draft.num_tokens, draft.judged, sampling
         )
-        # One copy, for which the host waits once. Logits are large: only samplers have them copied.
-        wanted = [num_accepted, next_tokens, draft.tokens, *([logits] if any(samplers or ()) else [])]
+        # One copy, for which the host waits once. Logits are large: only what is drawn on the host has them copied.
+        wanted = [num_accepted, next_tokens, draft.tokens, *([logits] if any(samplers) and not in_pass else [])]
         num_accepted, next_tokens, drafted, *copied = model.ops.to_host(cache.k, *wanted)
         if drafted is not draft.tokens:
             draft = replace(draft, tokens=drafted)
         if copied:
             [logits] = copied
-            judge_drafts(model.ops, draft, logits, samplers or (), num_accepted, next_tokens)
+            judge_drafts(model.ops, draft, logits, samplers, num_accepted, next_tokens)
         ids = [s.id for s in sequences]
         cache.pool.raise_rows(ids, cache.pool.lengths(ids).tolist(), model.config.num_layers)
     return Verdict(draft, num_accepted, next_tokens, logits)
@@ -128,10 +131,9 @@ def _draft(
 
     But samplers that process logits take calls for each token, and so does an exit adapter on a backend that says so.
     """
-    pairs = zip(sequences, samplers, strict=True)
-    processing = [sampler is not None and sampler.processes(sequence.tokens) for sequence, sampler in pairs]
+    processing = _processing(sequences, samplers)
     if not model.ops.drafts_adapt:
-        processing, stops = [any(samplers) or model.num_adapter_layers > 0] * len(sequences), None
+        processing, stops = [p or model.num_adapter_layers > 0 for p in processing], None
     if not any(processing):
         return _draft_in_one_call(model, cache, sequences, exit_layer, counts, samplers, stops)
     parts = []
@@ -145,6 +147,12 @@ def _draft(
                 rule = stops and stops.of(group, max(theirs[2]))
                 parts.append(_draft_in_one_call(model, cache, *theirs, rule))
     return Draft.joined(sequences, parts)
+
+
+def _processing(sequences: Sequence[CachedSequence], samplers: Samplers) -> list[bool]:
+    """Of which sequences the sampler may change the logits, so that what follows is drawn on the host."""
+    pairs = zip(sequences, samplers, strict=True)
+    return [sampler is not None and sampler.processes(sequence.tokens) for sequence, sampler in pairs]
 
 
 def _draft_in_one_call(

@@ -113,7 +113,7 @@ class Draft:
         """The scores that sequence ``b``'s drafts were drawn from; a draft of unknown origin was certain."""
         if b in self.scores:
             return self.scores[b]
-        scores = torch.full((int(self.num_tokens[b]), vocab_size), -torch.inf)
+        scores = torch.full((self.counts[b], vocab_size), -torch.inf, device=self.tokens.device)
         return scores.scatter_(1, self.tokens[b, : len(scores), None], 0.0)
 
 

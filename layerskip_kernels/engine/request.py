@@ -15,7 +15,6 @@ from layerskip_kernels.config import MOST_SPECULATIONS, GenerationConfig
 from layerskip_kernels.decoding.early_exit import early_exit_salt
 from layerskip_kernels.decoding.sampling import (
     Sampler,
-    StopStrings,
     TokenLogprobs,
     end_token_ids,
     make_sampler,
@@ -23,6 +22,7 @@ from layerskip_kernels.decoding.sampling import (
     stop_token_ids,
     top_logprobs,
 )
+from layerskip_kernels.decoding.stop_strings import StopStrings
 from layerskip_kernels.decoding.swap import SwappedKV
 from layerskip_kernels.decoding.types import CachedSequence, Verdict
 from layerskip_kernels.engine.acceptance import DraftHistory

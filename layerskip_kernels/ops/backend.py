@@ -43,6 +43,7 @@ from layerskip_kernels.operands import (
     DraftRows,
     DraftSampling,
     DraftStops,
+    JudgeSampling,
     ModelSizes,
     ModelWeights,
     PendingRows,
@@ -54,9 +55,11 @@ __all__ = ["Backend"]
 class Backend(Protocol):
     """Ops of one kind of machine; ``reference`` documents each."""
 
-    # Whether draft_pass draws tokens, stops sequences and gives confidences. If not, the first two are refused and the
-    # third have no columns.
+    # Whether draft_pass stops sequences and gives confidences. If not, the former is refused and the latter have no
+    # columns.
     drafts_adapt: bool
+    # Whether verify_pass chooses tokens by ``sampling``; elsewhere it is None, and steps draw from its logits.
+    draws_in_verification: bool
 
     # Memory.
     def empty(self, *shape: int, dtype: torch.dtype) -> Tensor:
@@ -217,4 +220,5 @@ class Backend(Protocol):
         rows: PendingRows,
         num_drafts: Tensor,
         judged: Tensor,
+        sampling: JudgeSampling | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]: ...

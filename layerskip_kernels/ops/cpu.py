@@ -18,6 +18,7 @@ from layerskip_kernels.operands import (
     DraftRows,
     DraftSampling,
     DraftStops,
+    JudgeSampling,
     ModelSizes,
     ModelWeights,
     PendingRows,
@@ -33,6 +34,7 @@ class CpuOps(HostMemory):
     """Weights are packed in groups of output columns (``pack_weight``)."""
 
     drafts_adapt = True
+    draws_in_verification = False
 
     def exp(self, x: Tensor) -> Tensor:
         return _cpp.exp(x)
@@ -226,7 +228,10 @@ class CpuOps(HostMemory):
         rows: PendingRows,
         num_drafts: Tensor,
         judged: Tensor,
+        sampling: JudgeSampling | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        if sampling is not None:
+            raise ValueError("backend 'cpu' does not draw tokens in verify_pass")
         return _cpp.verify_pass(
             weights.flat, cache.k, cache.v, cache.hidden, rows.tokens, rows.positions, rows.depths,
             rows.query_start_loc, num_drafts, judged, rows.block_table, sizes.ints, sizes.floats,

@@ -2,7 +2,7 @@
 
 Weights, pages and what the kernels pass on stay on the GPU (under TRITON_INTERPRET=1: on the CPU). Row counts, depths
 and draft counts are read on the host, so that a step is a fixed sequence of launches; ``to_host`` is the one wait of a
-cycle. Sampling's ops run on the CPU, from logits that were copied there: the same bits, for any backend.
+cycle. Steps draw tokens on the device. Rule 7's ops alone run where their numbers are.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from layerskip_kernels.operands import (
     DraftRows,
     DraftSampling,
     DraftStops,
+    JudgeSampling,
     ModelSizes,
     ModelWeights,
     PendingRows,
@@ -80,6 +81,7 @@ class TritonOps:
     """The ops on one device. Raises RuntimeError for an AMD GPU."""
 
     drafts_adapt = False
+    draws_in_verification = True
 
     def __init__(self, device: torch.device) -> None:
         if device.type == "cuda" and torch.version.hip:
@@ -150,13 +152,6 @@ class TritonOps:
     norm_head_argmax = _on_device(triton_ops.norm_head_argmax)
     accept_draft = _on_device(triton_ops.accept_draft)
 
-    def exp(self, x: Tensor) -> Tensor:
-        """As reference.exp, on the device of ``x``."""
-        if x.device != self.device:
-            return self._host.exp(x)
-        with self._current():
-            return triton_ops.exp(x)
-
     def pack_weight(self, weight: Tensor) -> Tensor:
         return triton_ops.pack_weight(weight.to(self.device))
 
@@ -182,14 +177,14 @@ class TritonOps:
         keep_scores: bool = False,
         adapter: AdapterLayers | None = None,
     ) -> Drafted:
-        """As reference.draft_pass, but for what ``drafts_adapt`` says; the drafts stay on the device."""
-        if sampling is not None or stops is not None or adapter is not None:
-            raise ValueError("backend 'triton' neither draws, stops nor adapts drafts in draft_pass")
+        """As reference.draft_pass, but for what ``drafts_adapt`` says; what it made stays on the device."""
+        if stops is not None or adapter is not None:
+            raise ValueError("backend 'triton' neither stops nor adapts drafts in draft_pass")
         with self._current():
-            tokens = self._steps.draft_pass(weights, sizes, cache, rows, head, exit_layer, max_drafts)
-        sequences = len(rows.num_drafts)
-        nothing = torch.empty(sequences, 0), torch.empty(0, max_drafts, sizes.vocab_size)
-        return Drafted(tokens, rows.num_drafts, *nothing)
+            tokens, scores = self._steps.draft_pass(
+                weights, sizes, cache, rows, head, exit_layer, max_drafts, sampling, keep_scores
+            )
+        return Drafted(tokens, rows.num_drafts, torch.empty(len(rows.num_drafts), 0), scores)
 
     def verify_pass(
         self,
@@ -199,34 +194,47 @@ class TritonOps:
         rows: PendingRows,
         num_drafts: Tensor,
         judged: Tensor,
+        sampling: JudgeSampling | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """As reference.verify_pass; the results stay on the device."""
         with self._current():
-            return self._steps.verify_pass(weights, sizes, cache, rows, num_drafts, judged)
+            return self._steps.verify_pass(weights, sizes, cache, rows, num_drafts, judged, sampling)
 
-    # ---- on the host ----
+    # ---- where the numbers are: on the device, or on the host ----
+
+    def _there(self, name: str, numbers: Tensor, *others: Tensor | int) -> Tensor:
+        """An op by its name, on the device of ``numbers``; the other arguments may be on the host."""
+        if numbers.device != self.device:
+            return getattr(self._host, name)(numbers, *others)
+        placed = iter(self.to_device(*(other for other in others if isinstance(other, Tensor))))
+        with self._current():
+            arguments = (next(placed) if isinstance(other, Tensor) else other for other in others)
+            return getattr(triton_ops, name)(numbers, *arguments)
+
+    def exp(self, x: Tensor) -> Tensor:
+        return self._there("exp", x)
 
     def log(self, x: Tensor) -> Tensor:
-        return self._host.log(x.cpu())
+        return self._there("log", x)
 
     def inverse_sqrt(self, x: Tensor) -> Tensor:
-        return self._host.inverse_sqrt(x.cpu())
+        return self._there("inverse_sqrt", x)
 
     def philox(self, counters: Tensor, seed: int) -> Tensor:
-        return self._host.philox(counters.cpu(), seed)
+        return self._there("philox", counters, seed)
 
     def gumbel(self, words: Tensor) -> Tensor:
-        return self._host.gumbel(words.cpu())
+        return self._there("gumbel", words)
 
     def filter_logits(
         self, scores: Tensor, temperatures: Tensor, top_ks: Tensor, top_ps: Tensor, min_ps: Tensor
     ) -> Tensor:
-        return self._host.filter_logits(scores.cpu(), temperatures, top_ks, top_ps, min_ps)
+        return self._there("filter_logits", scores, temperatures, top_ks, top_ps, min_ps)
 
     def gumbel_argmax(self, scores: Tensor, positions: Tensor, seeds: Tensor, samples: Tensor, noisy: Tensor) -> Tensor:
-        return self._host.gumbel_argmax(scores.cpu(), positions, seeds, samples, noisy)
+        return self._there("gumbel_argmax", scores, positions, seeds, samples, noisy)
 
     def rejection_sample(
         self, draft_scores: Tensor, scores: Tensor, drafts: Tensor, positions: Tensor, seeds: Tensor, samples: Tensor
     ) -> Tensor:
-        return self._host.rejection_sample(draft_scores.cpu(), scores.cpu(), drafts, positions, seeds, samples)
+        return self._there("rejection_sample", draft_scores, scores, drafts, positions, seeds, samples)

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from layerskip_kernels.decoding.sampling import StopStrings, TokenLogprobs
+from layerskip_kernels.decoding.sampling import TokenLogprobs
+from layerskip_kernels.decoding.stop_strings import StopStrings
 from layerskip_kernels.engine.request import Generation, Output
 from layerskip_kernels.model.text_stream import TextStream
 from layerskip_kernels.model.tokenizer import Tokenizer

@@ -67,15 +67,23 @@ def test_cycles_with_mixed_exits_a_chunk_and_plain_decoding(two_devices):
     assert same_bits(device, cpu)
 
 
-def test_sampled_drafts(two_devices):
-    """Classical rejection needs the drafts' scores; one sequence of the batch is greedy."""
+SETTINGS = {
+    "exact": dict(temperature=0.8),
+    "rejection": dict(temperature=0.8, top_k=40, top_p=0.9, min_p=0.01, acceptance="rejection"),
+}
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_sampled_drafts(two_devices, settings):
+    """Drawn and judged on the device, beside a greedy sequence: eagerly, captured and replayed."""
 
     def run(model):
         cache, sequences = prefilled(model)
-        config = GenerationConfig(temperature=0.8, top_p=0.9, seed=3, acceptance="rejection")
-        samplers, found, accepted = [make_sampler(model, config, 5), None], [], 0
-        for _ in range(2):
+        samplers = [make_sampler(model, GenerationConfig(seed=3, **SETTINGS[settings]), 5), None]
+        found, accepted = [], 0
+        for _ in range(3):
             draft = draft_step(model, cache, sequences, 1, [2, 1], samplers)
+            assert on_device(draft.tokens) == (model.backend == "triton")
             verdict = verify_step(model, cache, draft, samplers)
             cache.commit(verdict)
             accepted += sum(verdict.accepted)
@@ -83,7 +91,25 @@ def test_sampled_drafts(two_devices):
         assert accepted > 0
         return found
 
-    device, cpu = on_both(run)
+    device, cpu = on_both(run, TWO_LAYERS)
+    assert same_bits(device, cpu)
+
+
+def test_samplers_that_process_logits(two_devices):
+    """Beside one that does not: logits of both come to the host."""
+
+    def run(model):
+        cache, sequences = prefilled(model)
+        configs = [dict(repetition_penalty=1.5), dict(acceptance="rejection")]
+        samplers = [make_sampler(model, GenerationConfig(temperature=0.8, seed=3, **c), 5) for c in configs]
+        found = []
+        for _ in range(2):
+            verdict = verify_step(model, cache, draft_step(model, cache, sequences, 1, [1, 2], samplers), samplers)
+            cache.commit(verdict)
+            found += [verdict.draft.tokens, verdict.num_accepted, verdict.next_tokens]
+        return found
+
+    device, cpu = on_both(run, TWO_LAYERS)
     assert same_bits(device, cpu)
 
 
@@ -169,6 +195,25 @@ def test_copies_and_waits_of_a_greedy_cycle(two_devices):
             assert (len(drafting.to_device()), len(verifying.to_device())) == (1, 1)
             assert (drafting.waits, verifying.waits) == (0, 1)
     assert on_device(verdict.logits) and not on_device(verdict.next_tokens)
+
+
+@pytest.mark.parametrize("acceptance", ["exact", "rejection"])
+def test_a_sampled_cycle_copies_no_logits(two_devices, acceptance):
+    """The counts, tokens and the error word come to the host, in one copy, as in a greedy cycle."""
+    model = agreeing_model(backend="triton", **TWO_LAYERS)
+    cache, sequences = prefilled(model)
+    config = GenerationConfig(temperature=0.8, top_p=0.95, seed=3, acceptance=acceptance)
+    samplers, rejecting = [make_sampler(model, config, 5), None], acceptance == "rejection"
+    for cycle in range(3):
+        with two_devices.watched() as seen:
+            verify_step(model, cache, draft_step(model, cache, sequences, 1, 1, samplers), samplers)
+        cache.rollback(sequences)
+        assert seen.to_host() == [Copy(False, (4 * 16,), False)]
+        assert not any(copy.blocking for copy in seen.copies)
+        assert seen.launches.count("_choose_kernel") == 2 and ("_settle_kernel" in seen.launches) == rejecting
+        if cycle == 2:
+            assert seen.waits == 1
+            assert len(seen.to_device()) == 4  # of each step: what it reads, and how it draws
 
 
 def test_a_kind_of_step_is_launched_the_same_whether_captured_or_not(two_devices):

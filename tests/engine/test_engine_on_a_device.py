@@ -122,9 +122,14 @@ def test_seconds_are_what_the_device_took(two_devices, drafts):
     assert generation.verify_seconds - before[1] == len(seen.launches) - drafting > 10
 
 
-def test_logits_are_copied_for_samplers_and_those_who_ask(two_devices):
+def test_logits_are_copied_for_samplers_that_change_them_and_those_who_ask(two_devices):
     """Rows of logits are the large copies."""
-    for changes, expected in (({}, 0), ({"temperature": 0.5, "seed": 1}, 1), ({"return_logits": True}, 1)):
+    drawn = {"temperature": 0.5, "seed": 1}
+    for changes, expected in (
+        (drawn | {"top_p": 0.9, "logprobs": 3}, 0),
+        (drawn | {"repetition_penalty": 1.3}, 1),
+        ({"return_logits": True}, 1),
+    ):
         engine = decoding(GenerationConfig("autoregressive", max_new_tokens=5, **changes))
         with two_devices.watched() as seen:
             engine.step()

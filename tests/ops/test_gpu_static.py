@@ -1,8 +1,8 @@
 """The Triton kernels without a GPU: compiled ahead of time, read, counted; and that the reader sees what is wrong.
 
 Triton's compiler and its interpreter exclude each other, so what compiles has a process of its own. The grid is trimmed
-to one GPU, the smallest model, the rows of decoding, drafting and verifying, and one step of quantised weights: a
-minute and a half. `make gpu-static` compiles for all GPUs at the shapes of all models.
+to one GPU, the smallest model, the rows of decoding, drafting and verifying, one step of quantised weights, and what
+draws tokens: two minutes. `make gpu-static` compiles for all GPUs at the shapes of all models.
 """
 
 import importlib.util
@@ -17,7 +17,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 HARNESS = ROOT / "benchmarks" / "compile_only"
-CASES = ["bf16,decode,1", "bf16,draft,1", "bf16,verify,7", "q4_k_m,verify,7"]
+CASES = ["bf16,decode,1", "bf16,draft,1", "bf16,verify,7", "q4_k_m,verify,7", "fp32,sampling,7"]
 
 
 def load(name):
@@ -58,7 +58,9 @@ def test_every_kernel_of_the_steps_was_read(report):
     for name in gpu_static.STREAMING:
         assert {(name, 1), (name, 8)} <= kernels
     assert {name for name, _ in kernels} >= {"_join_rows_kernel", "_attend_kernel", "_merge_kernel",
-                                             "_accept_draft_kernel", "_take_draft_kernel"}  # fmt: skip
+                                             "_accept_draft_kernel", "_take_draft_kernel", "_scale_kernel",
+                                             "_count_kernel", "_choose_kernel", "_add_masses_kernel",
+                                             "_residual_kernel", "_settle_kernel"}  # fmt: skip
     assert not [kernel for kernel in report["kernels"] if kernel["problems"]]
 
 

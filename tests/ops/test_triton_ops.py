@@ -20,7 +20,7 @@ SIZES = [(7, 5), (100, 33), *([(2048, 256)] if GPU else [])]
 SPECIAL = [0.0, -0.0, 1e-45, -1e-45, 88.8, 89.1, -103.9, -104.1, 127.9, 128.0, -128.0, 200.0, -200.0]
 
 
-@pytest.mark.parametrize("name", ["exp", "silu", "gelu", "tanh"])
+@pytest.mark.parametrize("name", ["exp", "silu", "gelu", "tanh", "log", "inverse_sqrt"])
 def test_elementary_functions(name):
     spread = torch.randn(20_000, generator=torch.Generator().manual_seed(0)) * 40
     x = torch.cat([spread, torch.tensor([*SPECIAL, torch.inf, -torch.inf, torch.nan])])

@@ -105,6 +105,7 @@ class ReferenceOps(HostMemory):
     """The ``reference`` backend."""
 
     drafts_adapt = True
+    draws_in_verification = True
 
     exp = staticmethod(exp)
     log = staticmethod(log)

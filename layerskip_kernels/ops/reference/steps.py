@@ -13,6 +13,7 @@ from layerskip_kernels.operands import (
     DraftRows,
     DraftSampling,
     DraftStops,
+    JudgeSampling,
     ModelSizes,
     ModelWeights,
     PendingRows,
@@ -26,7 +27,7 @@ from layerskip_kernels.ops.reference.layers import (
     out_residual,
     paged_attention,
 )
-from layerskip_kernels.ops.reference.sampling import MASS_ONE, _masses, filter_logits, gumbel_argmax
+from layerskip_kernels.ops.reference.sampling import MASS_ONE, _masses, filter_logits, gumbel_argmax, rejection_sample
 
 
 def run_layers(
@@ -166,13 +167,15 @@ def verify_pass(
     rows: PendingRows,
     num_drafts: Tensor,
     judged: Tensor,
+    sampling: JudgeSampling | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Raise every pending row to the last layer in one batched pass, and judge the drafts.
 
     num_drafts int64 [B]: how many of a sequence's last rows are its drafts; judged bool [B]: False for a sequence whose
     rows are only raised (a chunk of a prompt), which has no drafts and no logits. Returns num_accepted int64 [B],
     next_tokens int64 [B] as accept_draft does and, for the last num_drafts[b] + 1 rows of each judged sequence, logits
-    fp32 [sum(num_drafts + 1), V]. With no drafts this is plain decoding, and with many rows prefill.
+    fp32 [sum(num_drafts + 1), V]. With no drafts this is plain decoding, and with many rows prefill. ``sampling``: how
+    the tokens are chosen from them; None: the greatest logit.
     """
     run_layers(weights, sizes, cache, rows, len(weights.layers))
     S = cache.hidden.size(1)
@@ -182,7 +185,32 @@ def verify_pass(
     page = rows.block_table[sequence_of_row, rows.positions // S].long()
     hidden = cache.hidden[page[in_head], (rows.positions % S)[in_head]]
     targets, logits = norm_head_argmax(hidden, weights.final_norm, weights.lm_head, sizes.vocab_size, *sizes.head)
+    if sampling is not None:
+        targets = _draw_targets(logits, rows, num_drafts, judged, sampling)
     return *accept_draft(rows.tokens, targets, rows.query_start_loc, num_drafts, judged), logits
+
+
+def _draw_targets(
+    logits: Tensor, rows: PendingRows, num_drafts: Tensor, judged: Tensor, sampling: JudgeSampling
+) -> Tensor:  # fmt: skip
+    """What is drawn from the logits of each judged row, or made of its draft by the rejection rule: int64 [J]."""
+    draws = sampling.draws
+    scores = filter_logits(logits, draws.temperatures, draws.top_ks, draws.top_ps, draws.min_ps)
+    noisy = draws.temperatures != 0
+    targets = gumbel_argmax(scores, sampling.positions, draws.seeds, draws.samples, noisy)
+    first, first_draft = 0, 0
+    for b in judged.nonzero()[:, 0].tolist():
+        count, end = int(num_drafts[b]), int(rows.query_start_loc[b + 1])
+        theirs = slice(first, first + count)
+        first += count + 1
+        if sampling.rejecting[b] and count:
+            draft_scores = sampling.draft_scores[first_draft : first_draft + count]
+            first_draft += count
+            targets[theirs] = rejection_sample(
+                draft_scores, scores[theirs], rows.tokens[end - count : end], sampling.positions[theirs],
+                draws.seeds[theirs], draws.samples[theirs],
+            )  # fmt: skip
+    return targets
 
 
 def judged_rows(num_drafts: Tensor, judged: Tensor) -> Tensor:
