@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
+import math
 import os
 import signal
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from layerskip_kernels.cli.options import add_command, add_model_options, add_threads_option, load, positive
 
 __all__ = ["add_serve_command"]
 
+LEAVING_SECONDS = 5  # for clients to read the ends of their streams, after which connections are closed
 KEY_VARIABLE = "LAYERSKIP_API_KEY"
 MISSING = "layerskip serve needs packages that are not installed; run: pip install starlette uvicorn prometheus-client"
 
@@ -54,14 +58,15 @@ def _serve(args: argparse.Namespace) -> int:
     )
     app = build_app(engine, settings)
     config = uvicorn.Config(app, host=args.host, port=args.port, log_level="warning", access_log=False)
+    config.timeout_graceful_shutdown = math.ceil(args.drain) + LEAVING_SECONDS
     for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn ends in order, then raises what it was ended by once more
         signal.signal(number, lambda *_: None)
-    _Server(config, settings.model_name).run()
+    _Server(config, settings.model_name, lambda: app.state.server.worker.drain(args.drain)).run()
     return 0
 
 
-def _Server(config: Any, name: str) -> Any:  # noqa: N802 - a class once uvicorn is there
-    """uvicorn's server, which says where it listens once it does."""
+def _Server(config: Any, name: str, drain: Callable[[], Awaitable[None]]) -> Any:  # noqa: N802 - once uvicorn is there
+    """uvicorn's server, which says where it listens once it does, and lets streams end only as long as they may."""
     import uvicorn
 
     class Server(uvicorn.Server):
@@ -70,5 +75,10 @@ def _Server(config: Any, name: str) -> Any:  # noqa: N802 - a class once uvicorn
             if self.started:
                 host, port = self.servers[0].sockets[0].getsockname()[:2]
                 print(f"serving {name} on http://{host}:{port} (page: /, API: /v1)", flush=True)
+
+        async def shutdown(self, sockets: Any = None) -> None:
+            draining = asyncio.ensure_future(drain())  # uvicorn would wait for the streams' own ends
+            await super().shutdown(sockets)
+            await draining
 
     return Server(config)

@@ -23,6 +23,7 @@ from starlette.routing import Route
 from layerskip_kernels.decoding.sampling import TokenLogprobs
 from layerskip_kernels.engine.engine import Engine
 from layerskip_kernels.engine.request import check_length
+from layerskip_kernels.errors import shown
 from layerskip_kernels.model.tokenizer import Tokenizer
 from layerskip_kernels.serving.answers import Answer
 from layerskip_kernels.serving.errors import ApiError, as_api_error
@@ -75,7 +76,7 @@ class _Server:
         self.tokenizer = tokenizer
         self.worker = EngineWorker(engine, settings.max_queue)
         self.metrics = Metrics(engine.cache.stats, lambda: engine.stats.preemptions)
-        self.worker.on_output = self.metrics.observe
+        self.worker.on_begin, self.worker.on_output = self.metrics.begin, self.metrics.observe
         self.started = int(time.time())
 
     def routes(self) -> list[Route]:
@@ -241,9 +242,6 @@ class _Server:
         salt = None if asked.cache_salt is None else asked.cache_salt.encode()
         config = asked.generation_config(room)
         job.submissions = await self.worker.submit(prompts, config, salt)
-        for submission in job.submissions:
-            for request_id in submission.request_ids:
-                self.metrics.begin(request_id)
         return job
 
     async def _score(self, prompt: Sequence[int], top: int) -> list[TokenLogprobs | None]:
@@ -258,14 +256,14 @@ class _Server:
         except asyncio.TimeoutError as error:
             raise ApiError(408, f"the body did not arrive within {BODY_SECONDS:.0f} seconds") from error
         try:
-            value = json.loads(body)
+            value = json.loads(body, parse_constant=_refuse_constant)
         except (ValueError, RecursionError) as error:
             raise ApiError(400, f"the body is not valid JSON: {str(error)[:200]}") from error
         try:
             return kind.model_validate(value)
         except ValidationError as error:
             first = error.errors(include_input=False, include_url=False)[0]
-            where = [str(part) for part in first["loc"]]
+            where = [str(part)[:40] for part in first["loc"]]
             message = first["msg"].removeprefix("Value error, ")
             named = where[0] if where else message.split(" ", 1)[0]
             raise ApiError(400, f"{'.'.join(where)}: {message}" if where else message, named[:100]) from error
@@ -304,8 +302,12 @@ class _Server:
     def _check_ids(self, ids: list[int], field: str) -> list[int]:
         size = self.model.config.vocab_size
         if wrong := [i for i in ids if not 0 <= i < size]:
-            raise ApiError(400, f"{field} must hold token ids in 0..{size - 1}, got {wrong[0]}", field)
+            raise ApiError(400, f"{field} must hold token ids in 0..{size - 1}, got {shown(wrong[0])}", field)
         return ids
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no JSON number")
 
 
 def _events(chunks: AsyncIterator[dict[str, Any]]) -> StreamingResponse:

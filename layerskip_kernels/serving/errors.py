@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from layerskip_kernels.errors import CacheFull
@@ -10,6 +11,9 @@ from layerskip_kernels.serving.worker import QueueFullError, WorkerStoppedError
 __all__ = ["ApiError", "as_api_error"]
 
 RETRY_SECONDS = 1
+LONGEST = 500  # characters of a message
+# What the engine calls otherwise than the API does.
+API_NAMES = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens", "num_samples": "n"}
 
 
 class ApiError(Exception):
@@ -28,7 +32,7 @@ class ApiError(Exception):
 
     @property
     def body(self) -> dict[str, Any]:
-        return {"error": {"message": str(self), "type": self.type, "param": self.param, "code": self.code}}
+        return {"error": {"message": str(self)[:LONGEST], "type": self.type, "param": self.param, "code": self.code}}
 
 
 def as_api_error(error: BaseException, fields: tuple[str, ...] = ()) -> ApiError:
@@ -40,7 +44,9 @@ def as_api_error(error: BaseException, fields: tuple[str, ...] = ()) -> ApiError
     if isinstance(error, WorkerStoppedError):
         return ApiError(503, str(error), None, "server_error", "unavailable", {"Retry-After": str(RETRY_SECONDS)})
     if isinstance(error, (ValueError, TypeError, CacheFull)):
-        message = str(error)[:500]
-        named = next((field for field in fields if field in message), None)
-        return ApiError(400, message, named)
+        message = str(error)[:LONGEST]
+        for ours, theirs in API_NAMES.items():
+            message = re.sub(rf"\b{ours}\b", theirs, message)
+        places = [(found.start(), field) for field in fields if (found := re.search(rf"\b{field}\b", message))]
+        return ApiError(400, message, min(places)[1] if places else None)
     return ApiError(500, f"the request failed: {type(error).__name__}", None, "server_error")

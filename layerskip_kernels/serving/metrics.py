@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from time import monotonic
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from layerskip_kernels.decoding.kv_cache import CacheStats
 from layerskip_kernels.engine.request import Generation, Output
@@ -17,7 +18,7 @@ PREFIX = "layerskip:"
 
 
 class Metrics:
-    """One server's figures. ``observe`` is called with every output; the rest is read when it is asked for."""
+    """One server's figures: ``begin`` notes a request, ``observe`` every output; the rest is read when asked for."""
 
     def __init__(self, cache_stats: Callable[[], CacheStats], preemptions: Callable[[], int]) -> None:
         self._cache_stats = cache_stats
@@ -32,9 +33,6 @@ class Metrics:
         def histogram(name: str, text: str) -> Histogram:
             return Histogram(PREFIX + name, text, buckets=SECONDS, registry=self.registry)
 
-        def gauge(name: str, text: str) -> Gauge:
-            return Gauge(PREFIX + name, text, registry=self.registry)
-
         self._prompt_tokens = counter("prompt_tokens", "Tokens of prompts")
         self._generation_tokens = counter("generation_tokens", "Tokens generated")
         self._success = counter("request_success", "Requests that ended, by reason", ("finished_reason",))
@@ -45,15 +43,11 @@ class Metrics:
         self._first = histogram("time_to_first_token_seconds", "From a request to its first token")
         self._between = histogram("inter_token_latency_seconds", "Between tokens")
         self._whole = histogram("e2e_request_latency_seconds", "From a request to its end")
-        self._running = gauge("num_requests_running", "Requests that gain tokens")
-        self._waiting = gauge("num_requests_waiting", "Requests without a first token")
-        self._usage = gauge("kv_cache_usage_perc", "Share of the cache's pages that sequences own, 0 to 1")
-        self._queries = gauge("prefix_cache_queries", "Prompt tokens looked up in the cache")
-        self._hits = gauge("prefix_cache_hits", "Prompt tokens found in the cache")
-        self._preempted = gauge("num_preemptions", "Requests that gave up their pages to others")
+        self.registry.register(self)
 
-    def begin(self, request_id: int) -> None:
-        self._started[request_id] = monotonic()
+    def begin(self, request_id: int, arrived: float) -> None:
+        """``arrived``: by the monotonic clock. Before any output of the request is observed."""
+        self._started[request_id] = arrived
 
     def observe(self, output: Output) -> None:
         now, id_ = monotonic(), output.request_id
@@ -80,14 +74,25 @@ class Metrics:
         if (started := self._started.pop(request_id, None)) is not None:
             self._whole.observe(now - started)
 
-    def text(self) -> bytes:
-        """All of them in Prometheus' text format."""
+    def collect(self) -> Iterator[Metric]:
+        """What is read, not counted here."""
         stats = self._cache_stats()
         pages = stats.num_free + stats.num_cached + stats.num_owned
-        self._running.set(len(self._last))
-        self._waiting.set(len(self._started) - len(self._last))
-        self._usage.set(stats.num_owned / pages if pages else 0.0)
-        self._queries.set(stats.queried_tokens)
-        self._hits.set(stats.hit_tokens)
-        self._preempted.set(self._preemptions())
+        used = stats.num_owned / pages if pages else 0.0
+        running = len(self._last)
+        for name, text, value in (
+            ("num_requests_running", "Requests that gain tokens", running),
+            ("num_requests_waiting", "Requests without a first token", len(self._started) - running),
+            ("kv_cache_usage_perc", "Share of the cache's pages that sequences own, 0 to 1", used),
+        ):
+            yield GaugeMetricFamily(PREFIX + name, text, value=value)
+        for name, text, value in (
+            ("prefix_cache_queries", "Prompt tokens looked up in the cache", stats.queried_tokens),
+            ("prefix_cache_hits", "Prompt tokens found in the cache", stats.hit_tokens),
+            ("num_preemptions", "Requests that gave up their pages to others", self._preemptions()),
+        ):
+            yield CounterMetricFamily(PREFIX + name, text, value=value)
+
+    def text(self) -> bytes:
+        """All of them in Prometheus' text format."""
         return generate_latest(self.registry)

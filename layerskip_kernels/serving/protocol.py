@@ -20,7 +20,7 @@ MAX_PROMPTS = 128  # of one completion request
 # Accepted and without effect here: they concern the provider's side, not the answer.
 HARMLESS = {
     "metadata", "user", "store", "service_tier", "safety_identifier", "prompt_cache_key", "priority", "request_id",
-    "parallel_tool_calls", "spaces_between_special_tokens", "truncate_prompt_tokens", "stream_options",
+    "parallel_tool_calls", "spaces_between_special_tokens",
 }  # fmt: skip
 # Refused unless they ask for nothing.
 NOTHING: dict[str, tuple[Any, ...]] = {
@@ -127,7 +127,7 @@ class SamplingRequest(BaseModel):
             return None
         if wrong := next((key for key in self.logit_bias if not key.isdecimal()), None):
             raise ValueError(f"logit_bias must map token ids to numbers, got the key {wrong[:40]!r}")
-        return {int(key): float(value) for key, value in self.logit_bias.items()}
+        return {int(key): value for key, value in self.logit_bias.items()}
 
 
 class CompletionRequest(SamplingRequest):

@@ -28,10 +28,14 @@ class WorkerStoppedError(RuntimeError):
 
 
 class Submission:
-    """The samples of one prompt on their way: ``outputs`` yields (sample, Output) until all have ended."""
+    """The samples of one prompt on their way: ``next`` gives (sample, Output) until all have ended.
 
-    def __init__(self, request_ids: Sequence[int]) -> None:
+    ``arrived``: when it was asked for, by the monotonic clock.
+    """
+
+    def __init__(self, request_ids: Sequence[int], arrived: float) -> None:
         self.request_ids = list(request_ids)
+        self.arrived = arrived
         self._queue: asyncio.Queue[tuple[int, Output] | BaseException] = asyncio.Queue()
         self._unfinished = len(self.request_ids)
 
@@ -64,7 +68,9 @@ class EngineWorker:
     def __init__(self, engine: Engine, max_queue: int = 256) -> None:
         self.engine = engine
         self.max_queue = max_queue
-        self.on_output: Callable[[Output], None] = lambda output: None  # called in the event loop
+        # Called in the event loop: with each request and its arrival, then with its outputs.
+        self.on_begin: Callable[[int, float], None] = lambda request_id, arrived: None
+        self.on_output: Callable[[Output], None] = lambda output: None
         self._orders: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._submissions: dict[int, tuple[Submission, int]] = {}  # request id -> its submission and its sample
         self._pending = 0  # samples handed to the thread and not yet registered
@@ -94,18 +100,21 @@ class EngineWorker:
     ) -> list[Submission]:
         """Queue prompts, ``config.num_samples`` texts each; all of them or none.
 
-        Raises what Engine.add_samples raises, QueueFullError when the queue is full, WorkerStoppedError when the server
-        takes no more.
+        Raises what Engine.add_samples raises, ValueError for more texts than the queue ever takes, QueueFullError
+        when it is full, WorkerStoppedError when the server takes no more.
         """
         if not self.healthy:
             raise WorkerStoppedError(
                 "the server is shutting down" if self._failure is None else "the engine has failed"
             )
         count = len(prompts) * config.num_samples
+        if count > self.max_queue:
+            raise ValueError(f"n and prompt ask for {count} texts; this server takes at most {self.max_queue}")
         if self.num_unfinished + count > self.max_queue:
             raise QueueFullError(f"{self.num_unfinished} requests are in progress, at most {self.max_queue} may be")
         self._pending += count
-        adding = asyncio.ensure_future(self.call(lambda: self._add(prompts, config, salt)))
+        arrived = monotonic()
+        adding = asyncio.ensure_future(self.call(lambda: self._add(prompts, config, salt, arrived)))
         try:
             return await asyncio.shield(adding)
         except asyncio.CancelledError:  # the client has disconnected
@@ -155,6 +164,7 @@ class EngineWorker:
         for submission in submissions:
             for sample, request_id in enumerate(submission.request_ids):
                 self._submissions[request_id] = submission, sample
+                self.on_begin(request_id, submission.arrived)
 
     def _deliver(self, outputs: Sequence[Output]) -> None:
         for output in outputs:
@@ -188,11 +198,13 @@ class EngineWorker:
         while not self._orders.empty():
             self._orders.get()()
 
-    def _add(self, prompts: Sequence[Sequence[int]], config: GenerationConfig, salt: bytes | None) -> list[Submission]:
+    def _add(
+        self, prompts: Sequence[Sequence[int]], config: GenerationConfig, salt: bytes | None, arrived: float
+    ) -> list[Submission]:
         added: list[Submission] = []
         try:
             for prompt in prompts:
-                added.append(Submission(self.engine.add_samples(prompt, config, salt=salt)))
+                added.append(Submission(self.engine.add_samples(prompt, config, salt=salt), arrived))
         except Exception:
             for submission in added:
                 for request_id in submission.request_ids:

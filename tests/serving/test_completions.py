@@ -135,6 +135,36 @@ def test_chat_through_the_openai_client(server):
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == expected.text
 
 
+def test_completions_through_the_openai_client(server):
+    client = openai.OpenAI(base_url=server.url + "/v1", api_key="none")
+    drawn = dict(model="tiny", prompt=PROMPT, max_tokens=20, temperature=0.9, seed=11)
+    answer = client.completions.create(**drawn, n=2, logprobs=2)
+    config = GenerationConfig(max_new_tokens=20, temperature=0.9, seed=11, num_samples=2, logprobs=2)
+    expected = generate(server.model, [PROMPT], config)
+    assert [choice.text for choice in answer.choices] == [generation.text for generation in expected]
+    assert answer.usage.completion_tokens == 40
+    for choice, generation in zip(answer.choices, expected, strict=True):
+        assert choice.logprobs.token_logprobs == [score.logprob for score in generation.logprobs]
+    stop = expected[0].text[8:12]
+    stopped = client.completions.create(**drawn, stop=[stop], stream=True, stream_options={"include_usage": True})
+    *chunks, usage = list(stopped)
+    assert "".join(chunk.choices[0].text for chunk in chunks) == expected[0].text[: expected[0].text.index(stop)]
+    assert chunks[-1].choices[0].finish_reason == "stop" and usage.usage.prompt_tokens > 0
+
+
+def test_a_stream_that_the_openai_client_cancels(server):
+    client = openai.OpenAI(base_url=server.url + "/v1", api_key="none")
+    body = dict(model="tiny", prompt=PROMPT, max_tokens=900, temperature=0, extra_body={"ignore_eos": True})
+    with client.completions.create(**body, stream=True) as stream:
+        next(iter(stream))
+        assert server.engine.num_unfinished == 1
+    assert server.all_pages_free()
+    assert (
+        server.text(prompt=PROMPT, max_tokens=6, temperature=0)["text"]
+        == alone(server.model, PROMPT, max_new_tokens=6).text
+    )
+
+
 def test_through_litellm(server):
     litellm = pytest.importorskip("litellm", reason="needs litellm (pip install litellm)")
     settings = dict(api_base=server.url + "/v1", api_key="none", temperature=0, max_tokens=12)
@@ -160,13 +190,53 @@ def test_a_last_message_can_be_continued(server):
     assert answer.json()["choices"][0]["message"]["content"] == expected
 
 
-def test_a_second_turn_finds_the_first_in_the_cache(server):
-    long = "# a history " * 40
-    first = server.post("/v1/completions", prompt=long, max_tokens=4, temperature=0).json()["usage"]
-    again = server.post("/v1/completions", prompt=long + " more", max_tokens=4, temperature=0).json()["usage"]
-    salted = server.post("/v1/completions", prompt=long, max_tokens=4, temperature=0, cache_salt="me").json()["usage"]
-    assert first["prompt_tokens_details"]["cached_tokens"] == 0 == salted["prompt_tokens_details"]["cached_tokens"]
-    assert again["prompt_tokens_details"]["cached_tokens"] >= 16
+@pytest.fixture
+def computed(server, monkeypatch):
+    """Empties itself on a call, and gives the number of prompt tokens that went through the model since the last."""
+    rows: list[int] = []
+    plan = server.engine._scheduler.plan
+
+    def counted():
+        made = plan()
+        rows.append(sum(work.rows for work in made if not work.decodes))
+        return made
+
+    def count():
+        found = sum(rows)
+        rows.clear()
+        return found
+
+    monkeypatch.setattr(server.engine._scheduler, "plan", counted)
+    return count
+
+
+def test_a_second_turn_computes_what_is_new(server, computed):
+    """After 1,000 tokens of history: a fifth of the work at most, and so of the time to the first token."""
+    words = server.model.tokenizer.encode("# a history of words, " * 400)
+    answer = server.text(prompt=words[:1000], max_tokens=8, temperature=0, return_token_ids=True)
+    assert computed() == 1000
+    turn = [*words[:1000], *answer["token_ids"], *words[1000:1012]]
+    for salt, most in ((None, 200), ("me", len(turn))):  # another salt finds nothing
+        body = dict(prompt=turn, max_tokens=4, temperature=0, cache_salt=salt)
+        used = server.post("/v1/completions", **body).json()["usage"]
+        count = computed()
+        assert count == len(turn) - used["prompt_tokens_details"]["cached_tokens"] <= most
+    assert count == len(turn)
+
+
+def test_a_conversations_second_turn_computes_what_is_new(server, computed):
+    def said(messages):
+        body = dict(messages=messages, max_tokens=8, temperature=0)
+        return server.post("/v1/chat/completions", **body).json()["choices"][0]["message"]["content"]
+
+    messages = [{"role": "user", "content": "a long story of many words " * 80}]
+    answer = said(messages)
+    first = computed()
+    messages += [{"role": "assistant", "content": answer}, {"role": "user", "content": "and then?"}]
+    again = said(messages)
+    assert first > 500 and computed() <= 0.2 * first
+    ids = server.model.tokenizer.encode(server.model.tokenizer.chat_template.render(messages), add_special_tokens=False)
+    assert again == generate(server.model, [ids], GenerationConfig(max_new_tokens=8))[0].text
 
 
 def test_tokens_there_and_back(server):

@@ -1,17 +1,24 @@
 """The server's manners: errors with the field's name, keys, limits, clients that leave, metrics, an orderly end."""
 
+import asyncio
 import json
-import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import httpx
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
-from support.servers import serving
+from layerskip_kernels import GenerationConfig, generate
+from layerskip_kernels.serving import app
+from layerskip_kernels.serving.worker import EngineWorker
+from support.servers import Server, serving
 
 PROMPT = "def fibonacci(n):"
 HELLO = [{"role": "user", "content": "x"}]
@@ -44,6 +51,16 @@ ENDLESS = dict(prompt=PROMPT, max_tokens=1000, ignore_eos=True, temperature=0, s
         ({"prompt": "word " * 3000}, "prompt", "positions"),
         ({"prompt": "x", "model": "other"}, "model", "not served"),
         ({"prompt": "\ud800"}, None, "surrogate"),
+        ({"prompt": "x", "n": 2, "stop": "must", "temperature": -1}, "temperature", "temperature must be"),
+        ({"prompt": "x", "max_tokens": 10**400}, "max_tokens", "at most"),
+        ({"prompt": "x", "min_tokens": -1}, "min_tokens", "min_tokens must be at least 0"),
+        ({"prompt": "x", "temperature": 10**400}, "temperature", "more than 40 digits"),
+        ({"prompt": "x", "logit_bias": {"5": 10**400}}, "logit_bias", "more than 40 digits"),
+        ({"prompt": [10**400]}, "prompt", "more than 40 digits"),
+        ({"prompt": "x", "temperature": float("nan")}, None, "NaN is no JSON number"),
+        ({"prompt": "x", "top_p": float("inf")}, None, "Infinity is no JSON number"),
+        ({"prompt": "x", "logit_bias": {"a" * 10**6: "b"}}, "logit_bias", "valid"),
+        ({"prompt": ["x"] * 100, "n": 100}, "n", "at most"),
     ],
 )
 def test_a_bad_request_is_told_its_field(server, body, param, said):
@@ -92,16 +109,45 @@ def test_the_page_and_the_small_routes(server):
     assert httpx.get(server.url + "/version").json()["version"]
 
 
-def test_metrics_count_what_happened(server):
-    def value(name: str) -> float:
-        text = httpx.get(server.url + "/metrics").text
-        return float(next(line for line in text.splitlines() if line.startswith(f"layerskip:{name} ")).split()[1])
+DASHBOARDS = {
+    "num_requests_running", "num_requests_waiting", "kv_cache_usage_perc", "prefix_cache_queries", "prefix_cache_hits",
+    "prompt_tokens", "generation_tokens", "num_preemptions", "time_to_first_token_seconds",
+    "inter_token_latency_seconds", "e2e_request_latency_seconds", "request_success", "spec_decode_num_drafts",
+    "spec_decode_num_draft_tokens", "spec_decode_num_accepted_tokens", "spec_decode_num_accepted_tokens_per_pos",
+}  # fmt: skip
 
-    before = value("generation_tokens_total")
+
+def metrics(server: Server) -> dict[str, float]:
+    families = list(text_string_to_metric_families(httpx.get(server.url + "/metrics").text))
+    assert {family.name.removeprefix("layerskip:") for family in families} >= DASHBOARDS
+    return {sample.name.removeprefix("layerskip:"): sample.value for f in families for sample in f.samples}
+
+
+def test_metrics_count_what_happened(server):
+    before = metrics(server)
     server.text(prompt=PROMPT, max_tokens=7, temperature=0, exit_layer=4, num_speculations=4)
-    assert value("generation_tokens_total") == before + 7
-    assert value("spec_decode_num_accepted_tokens_total") <= value("spec_decode_num_draft_tokens_total")
-    assert value("num_requests_running") == 0 == value("kv_cache_usage_perc")
+    after = metrics(server)
+    assert after["generation_tokens_total"] == before["generation_tokens_total"] + 7
+    assert after["time_to_first_token_seconds_count"] == before["time_to_first_token_seconds_count"] + 1
+    assert after["spec_decode_num_accepted_tokens_total"] <= after["spec_decode_num_draft_tokens_total"]
+    assert after["num_requests_running"] == 0 == after["kv_cache_usage_perc"]
+
+
+def test_no_request_waits_for_ever_in_the_metrics(server, monkeypatch):
+    """However late the event loop comes back to who asked: what has ended by then is neither running nor waiting."""
+    submit = EngineWorker.submit
+
+    async def late(*args: Any) -> Any:
+        submissions = await submit(*args)
+        await asyncio.sleep(0.3)
+        return submissions
+
+    monkeypatch.setattr(EngineWorker, "submit", late)
+    before = metrics(server)
+    assert server.text(prompt=PROMPT, max_tokens=1, temperature=0)["text"]
+    after = metrics(server)
+    assert after["num_requests_waiting"] == 0 == after["num_requests_running"]
+    assert after["e2e_request_latency_seconds_count"] == before["e2e_request_latency_seconds_count"] + 1
 
 
 def test_a_key_is_asked_for(tiny_code):
@@ -116,15 +162,29 @@ def test_a_key_is_asked_for(tiny_code):
 
 
 def test_a_full_queue_says_come_again(tiny_code):
-    with serving(tiny_code, max_queue=2) as server:
-        response = server.post("/v1/completions", prompt=["a", "b", "c"], max_tokens=2)
+    with serving(tiny_code, max_queue=2) as server, ThreadPoolExecutor(1) as client:
+        running = client.submit(server.post, "/v1/completions", **{**ENDLESS, "max_tokens": 400})
+        while not server.engine.num_unfinished:
+            time.sleep(0.005)
+        response = server.post("/v1/completions", prompt=["a", "b"], max_tokens=2)
         assert response.status_code == 429 and int(response.headers["retry-after"]) > 0
+        assert running.result().status_code == 200
         assert server.post("/v1/completions", prompt=["a", "b"], max_tokens=2).status_code == 200
+        assert server.post("/v1/completions", prompt=["a", "b", "c"], max_tokens=2).status_code == 400  # never
 
 
 def test_a_body_that_is_too_large_is_refused(tiny_code):
     with serving(tiny_code, max_body=1000) as server:
         assert server.post("/v1/completions", prompt="x" * 2000).status_code == 413
+
+
+def test_a_body_that_comes_too_slowly_is_refused(server, monkeypatch):
+    monkeypatch.setattr(app, "BODY_SECONDS", 0.2)
+    host, port = server.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=20) as client:
+        client.sendall(b'POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\n{"prompt": ')
+        assert client.recv(1000).startswith(b"HTTP/1.1 408 ")
+    assert server.text(prompt=PROMPT, max_tokens=3)["text"]
 
 
 def test_a_request_that_takes_too_long_ends(tiny_code):
@@ -153,21 +213,77 @@ def test_an_error_of_one_request_is_not_the_others(server):
     assert server.text(prompt=PROMPT, max_tokens=3)["text"]
 
 
-@pytest.mark.skipif(os.name != "posix", reason="signals")
-def test_sigterm_lets_streams_end_properly():
+SECRET = "zebrafinch"
+REQUESTS = [  # right ones and wrong ones, each with the secret in it
+    {"prompt": f"def {SECRET}(", "max_tokens": 3},
+    {"prompt": f"def {SECRET}(", "max_tokens": 3, "stream": True},
+    {"prompt": SECRET * 9000},
+    {"prompt": [SECRET]},
+    {"prompt": f"\ud800{SECRET}"},
+    {"prompt": "x", "logit_bias": {SECRET: 1}},
+    {"prompt": "x", "stop": [SECRET] * 99},
+    {"prompt": "x", SECRET: 1},
+    {"prompt": "x", "model": SECRET},
+    {"prompt": f"def {SECRET}(", "logit_bias": {str(i): float("-inf") for i in range(4096)}},
+]
+
+
+def who_reads_nothing(url: str) -> socket.socket:
+    """A client that asks for more than fits on the way to it."""
+    host, port = url.removeprefix("http://").split(":")
+    body = json.dumps({**ENDLESS, "stream": True, "logprobs": 20}).encode()
+    client = socket.socket()
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+    client.connect((host, int(port)))
+    client.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+    return client
+
+
+def test_a_server_with_streams_ends_in_order_and_has_logged_nothing(tiny_code):
+    """SIGTERM in the middle of eight streams and an answer in one piece: each ends, or is cut off properly."""
     command = [sys.executable, "-m", "layerskip_kernels.cli", "serve", "--model", "layerskip-tiny-code", "--port", "0"]
-    process = subprocess.Popen([*command, "--threads", "1", "--drain", "0.3"], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [*command, "--threads", "1", "--drain", "0.5", "--max-batch", "9"],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
     try:
         assert process.stdout is not None
         url = process.stdout.readline().split(" on ")[1].split(" ")[0]
-        body = {**ENDLESS, "stream": True}
-        with httpx.stream("POST", url + "/v1/completions", json=body, timeout=30) as response:
-            lines = response.iter_lines()
-            next(lines)
+        for body in REQUESTS:
+            httpx.post(url + "/v1/completions", content=json.dumps(body), timeout=30)
+        started = threading.Barrier(10, timeout=60)
+
+        def stream(number: int) -> tuple[str, str]:
+            body = {**ENDLESS, "max_tokens": (40, 1000)[number % 2], "stream": True}
+            with httpx.stream("POST", url + "/v1/completions", json=body, timeout=60) as response:
+                lines = response.iter_lines()
+                got = [next(lines)]
+                started.wait()
+                got += [line for line in lines if line]
+            assert got[-1] == "data: [DONE]"
+            choices = [json.loads(line.removeprefix("data: "))["choices"][0] for line in got[:-1]]
+            return "".join(choice["text"] for choice in choices), choices[-1]["finish_reason"]
+
+        def whole() -> tuple[str, str]:
+            started.wait()
+            choice = httpx.post(url + "/v1/completions", json=ENDLESS, timeout=60).json()["choices"][0]
+            return choice["text"], choice["finish_reason"]
+
+        with ThreadPoolExecutor(9) as clients:
+            answers = [clients.submit(stream, number) for number in range(8)] + [clients.submit(whole)]
+            started.wait()
+            silent = who_reads_nothing(url)
+            time.sleep(0.1)  # for these two to be asked for
             process.send_signal(signal.SIGTERM)
-            rest = [line for line in lines if line]
-        assert rest[-1] == "data: [DONE]"
-        assert '"finish_reason": "abort"' in rest[-2] or '"finish_reason": "length"' in rest[-2]
-        assert process.wait(timeout=20) == 0
+            ends = [answer.result() for answer in answers]
+        [free] = generate(
+            tiny_code, [PROMPT], GenerationConfig("autoregressive", max_new_tokens=1000, eos_token_ids=())
+        )
+        assert all(free.text.startswith(text.rstrip("\ufffd")) for text, _ in ends)
+        assert {reason for _, reason in ends} <= {"length", "abort"} and "abort" in {reason for _, reason in ends}
+        assert process.wait(timeout=30) == 0
+        silent.close()
+        logged = process.stdout.read()
+        assert SECRET not in logged and "Traceback" not in logged and PROMPT not in logged
     finally:
         process.kill()
