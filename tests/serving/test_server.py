@@ -18,7 +18,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from layerskip_kernels import GenerationConfig, generate
 from layerskip_kernels.serving import app
 from layerskip_kernels.serving.worker import EngineWorker
-from support.servers import Server, serving
+from support.servers import serving
 
 PROMPT = "def fibonacci(n):"
 HELLO = [{"role": "user", "content": "x"}]
@@ -117,16 +117,16 @@ DASHBOARDS = {
 }  # fmt: skip
 
 
-def metrics(server: Server) -> dict[str, float]:
-    families = list(text_string_to_metric_families(httpx.get(server.url + "/metrics").text))
+def metrics(url: str) -> dict[str, float]:
+    families = list(text_string_to_metric_families(httpx.get(url + "/metrics").text))
     assert {family.name.removeprefix("layerskip:") for family in families} >= DASHBOARDS
     return {sample.name.removeprefix("layerskip:"): sample.value for f in families for sample in f.samples}
 
 
 def test_metrics_count_what_happened(server):
-    before = metrics(server)
+    before = metrics(server.url)
     server.text(prompt=PROMPT, max_tokens=7, temperature=0, exit_layer=4, num_speculations=4)
-    after = metrics(server)
+    after = metrics(server.url)
     assert after["generation_tokens_total"] == before["generation_tokens_total"] + 7
     assert after["time_to_first_token_seconds_count"] == before["time_to_first_token_seconds_count"] + 1
     assert after["spec_decode_num_accepted_tokens_total"] <= after["spec_decode_num_draft_tokens_total"]
@@ -143,9 +143,9 @@ def test_no_request_waits_for_ever_in_the_metrics(server, monkeypatch):
         return submissions
 
     monkeypatch.setattr(EngineWorker, "submit", late)
-    before = metrics(server)
+    before = metrics(server.url)
     assert server.text(prompt=PROMPT, max_tokens=1, temperature=0)["text"]
-    after = metrics(server)
+    after = metrics(server.url)
     assert after["num_requests_waiting"] == 0 == after["num_requests_running"]
     assert after["e2e_request_latency_seconds_count"] == before["e2e_request_latency_seconds_count"] + 1
 
@@ -161,12 +161,15 @@ def test_a_key_is_asked_for(tiny_code):
         assert httpx.get(server.url + "/metrics").status_code == 401
 
 
-def test_a_full_queue_says_come_again(tiny_code):
+def test_a_full_queue_says_come_again(tiny_code, monkeypatch):
     with serving(tiny_code, max_queue=2) as server, ThreadPoolExecutor(1) as client:
-        running = client.submit(server.post, "/v1/completions", **{**ENDLESS, "max_tokens": 400})
+        gate, step = threading.Event(), server.engine.step
+        monkeypatch.setattr(server.engine, "step", lambda: (gate.wait(60), step())[1])
+        running = client.submit(server.post, "/v1/completions", prompt="a", max_tokens=2)
         while not server.engine.num_unfinished:
             time.sleep(0.005)
         response = server.post("/v1/completions", prompt=["a", "b"], max_tokens=2)
+        gate.set()
         assert response.status_code == 429 and int(response.headers["retry-after"]) > 0
         assert running.result().status_code == 200
         assert server.post("/v1/completions", prompt=["a", "b"], max_tokens=2).status_code == 200
@@ -228,6 +231,12 @@ REQUESTS = [  # right ones and wrong ones, each with the secret in it
 ]
 
 
+def arrived(url: str) -> float:
+    """How many requests the engine has had."""
+    counted = ("num_requests_running", "num_requests_waiting", "e2e_request_latency_seconds_count")
+    return sum(metrics(url)[name] for name in counted)
+
+
 def who_reads_nothing(url: str) -> socket.socket:
     """A client that asks for more than fits on the way to it."""
     host, port = url.removeprefix("http://").split(":")
@@ -251,7 +260,7 @@ def test_a_server_with_streams_ends_in_order_and_has_logged_nothing(tiny_code):
         url = process.stdout.readline().split(" on ")[1].split(" ")[0]
         for body in REQUESTS:
             httpx.post(url + "/v1/completions", content=json.dumps(body), timeout=30)
-        started = threading.Barrier(10, timeout=60)
+        before, started = arrived(url), threading.Barrier(10, timeout=60)
 
         def stream(number: int) -> tuple[str, str]:
             body = {**ENDLESS, "max_tokens": (40, 1000)[number % 2], "stream": True}
@@ -273,7 +282,8 @@ def test_a_server_with_streams_ends_in_order_and_has_logged_nothing(tiny_code):
             answers = [clients.submit(stream, number) for number in range(8)] + [clients.submit(whole)]
             started.wait()
             silent = who_reads_nothing(url)
-            time.sleep(0.1)  # for these two to be asked for
+            while arrived(url) < before + 10:
+                time.sleep(0.02)
             process.send_signal(signal.SIGTERM)
             ends = [answer.result() for answer in answers]
         [free] = generate(
