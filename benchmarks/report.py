@@ -203,6 +203,18 @@ def generation(results: Results) -> str:
     return table(["", "tokens/s", "accepted", "over plain"], lines)
 
 
+def serving(results: Results) -> str:
+    found = results["serving"]
+    lines = [[r["name"], f"{r['tokens_per_second']:.1f}", with_spread(r)] for r in found["results"]]
+    streams = table([f"{found['streams']} streams", "tokens/s", "ms until all have ended (IQR)"], lines)
+    turns = found["second_turn"]
+    first, second = (f"{turns[key] * 1e3:.0f} ms" for key in ("first_turn_s", "second_turn_s"))
+    return (
+        f"{streams}\n\nThe first token after {turns['history']:,} tokens: {first}; of the second turn: {second}, "
+        f"{turns['over_first']:.2f} of it."
+    )
+
+
 def policies(results: Results) -> str:
     found = results["policies"]["models"]
     parts = []
@@ -362,6 +374,7 @@ SECTIONS: dict[str, tuple[str, Callable[[Results], str]]] = {
     "cycles": ("cycle", cycles),
     "generation": ("generate", generation),
     "engine": ("engine", engine),
+    "serving": ("serving", serving),
     "policies": ("policies", policies),
     "alternatives": ("alternatives", alternatives),
     "draft_vocab": ("draft_vocab", draft_vocab),

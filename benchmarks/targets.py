@@ -220,6 +220,29 @@ def drafts(results: Results) -> Row:
     return Row(what, 1.05, worst["time_over_plain"], False, ours=f"worst: batch {batch}, {worst['name']}")
 
 
+def serving(what: str, key: str, bound: float) -> Callable[[Results], Row]:
+    """A ratio of tokens per second over HTTP."""
+
+    def row(results: Results) -> Row:
+        found = results.get("serving")
+        if not found:
+            return Row(what, bound, None)
+        rates = {r["name"]: f"{r['tokens_per_second']:.1f} tokens/s" for r in found["results"]}
+        peer = rates["llama.cpp server BF16"] if key == "http_over_llama_cpp" else rates["engine"]
+        return Row(what, bound, found[key], ours=rates["layerskip serve"], peer=peer)
+
+    return row
+
+
+def second_turn(results: Results) -> Row:
+    what = "time to first token of a second turn over the first's, 1,000 tokens of history"
+    found = results.get("serving", {}).get("second_turn")
+    if not found:
+        return Row(what, 0.2, None, at_least=False)
+    ours = f"{found['second_turn_s'] * 1e3:.0f} and {found['first_turn_s'] * 1e3:.0f} ms"
+    return Row(what, 0.2, found["over_first"], False, ours=ours)
+
+
 TRANSFORMERS = ("Transformers bf16", "Transformers fp32")
 EARLY_EXIT = ("Transformers bf16, early exit", "Transformers fp32, early exit")
 ROWS: list[Callable[[Results], Row]] = [
@@ -244,4 +267,7 @@ ROWS: list[Callable[[Results], Row]] = [
     cycles("Llama-3.2-1B"),
     together,
     drafts,
+    serving("8 streams over HTTP over the engine alone", "http_over_engine", 0.95),
+    serving("8 streams over HTTP over llama.cpp's server, BF16", "http_over_llama_cpp", 1.5),
+    second_turn,
 ]  # fmt: skip
