@@ -15,7 +15,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := $(shell find csrc -type f)
 CPP := $(filter %.h %.inl %.cpp %.cu %.cuh,$(SOURCES) $(wildcard tests/cpp/*))
 
-.PHONY: help demo test oldest bench fuzz sanitize cuda-check gpu-static gpu-check lint format docs wheel clean
+.PHONY: help demo test clients oldest bench fuzz sanitize cuda-check gpu-static gpu-check lint format docs wheel clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -26,6 +26,12 @@ demo: .venv/built  ## generate with early exit and without, and compare
 
 test: .venv/built  ## the whole test suite
 	$(BIN)/python -m pytest
+
+# Where there is no Chromium and none can be installed, the page's tests are skipped and say so.
+clients: .venv/clients  ## the server's tests with other people's clients: OpenAI's, litellm, lm-eval, Ray, schemathesis, a browser
+	$(BIN)/python -m pytest -rs $(CLIENT_TESTS)
+
+CLIENT_TESTS := tests/serving tests/integrations tests/test_examples.py
 
 # The part of the suite that meets other packages; kernels meet torch alone.
 OLDEST_TESTS := tests/cli tests/model tests/training tests/test_rooms.py
@@ -40,7 +46,7 @@ gpu-static: .venv/built  ## compile the Triton kernels for four GPUs at real sha
 	$(BIN)/python benchmarks/compile_only/gpu_static.py
 
 # Each writes benchmarks/results/<name>.json; the report puts them together.
-BENCHMARKS := peers bench_steps bench_long bench_contended bench_cycle bench_generate bench_engine bench_policies bench_alternatives bench_quantised bench_draft_vocab bench_perplexity bench_memory
+BENCHMARKS := peers bench_steps bench_long bench_contended bench_cycle bench_generate bench_engine bench_serving bench_policies bench_alternatives bench_quantised bench_draft_vocab bench_perplexity bench_memory
 
 bench: .venv/bench  ## measure ops, steps, peers and limits; docs/performance.md is made of it (15 minutes on two cores)
 	@rm -f benchmarks/results/*.json
@@ -109,6 +115,10 @@ $(BIN)/pip:
 	headers="$$(csrc/python-headers .venv-oldest/bin/python)" && \
 		PATH="$(CURDIR)/.venv-oldest/bin:$$PATH" CPATH="$$headers$${CPATH:+:$$CPATH}" \
 		.venv-oldest/bin/python -m pip --disable-pip-version-check install --no-build-isolation --no-deps -e .
+	touch $@
+
+.venv/clients: .venv/built
+	$(PIP) install -c constraints.txt litellm "lm-eval[api]" playwright "ray[serve,data]" schemathesis
 	touch $@
 
 .venv/bench: .venv/built

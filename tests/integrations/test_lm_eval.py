@@ -1,4 +1,4 @@
-"""The harness: log-likelihoods of any exit, texts, a task of our own from a file."""
+"""The harness: log-likelihoods of any exit, texts, a task of our own from a file; a server and HFLM beside it."""
 
 import json
 from types import SimpleNamespace
@@ -14,6 +14,8 @@ from layerskip_kernels import GenerationConfig, generate
 from layerskip_kernels.cli.main import main
 from layerskip_kernels.decoding.exits import each_exit
 from layerskip_kernels.integrations.lm_eval import LayerSkipLM
+from layerskip_kernels.model.sources import SHIPPED
+from support.servers import serving
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -33,6 +35,59 @@ def test_log_likelihoods_are_those_of_the_exit(tiny_code, exit_layer):
     expected = sum(float(logprobs[i - 1, ids[i]]) for i in range(start, len(ids)))
     assert score == pytest.approx(expected, abs=1e-4)
     assert greedy == (rows.tokens[start - 1 :].tolist() == ids[start:])
+
+
+PAIRS = [
+    ("import os\nimport ", "sys"),
+    ("def add(a, b):\n    return", " a + b"),
+    ("class Stack:\n    def ", "__init__(self):"),
+    ("x = [1, 2", ", 3]"),
+    ("", "import os"),
+]
+
+
+@pytest.fixture(scope="module")
+def judges(tmp_path_factory):
+    """One model in fp32: in this process, over HTTP as the harness asks a server, and as Transformers computes it."""
+    pytest.importorskip("tenacity", reason="needs the harness's clients (pip install 'lm-eval[api]')")
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.models.openai_completions import LocalCompletionsAPI
+    from transformers import PreTrainedTokenizerFast
+
+    folder = SHIPPED / "layerskip-tiny-code"
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_file=str(folder / "tokenizer.json"), bos_token="<|endoftext|>", eos_token="<|endoftext|>"
+    )
+    there = tmp_path_factory.mktemp("tokenizer")
+    tokenizer.save_pretrained(there)
+    model = layerskip_kernels.load_model("layerskip-tiny-code", dtype=torch.float32)
+    theirs = HFLM(pretrained=str(folder), tokenizer=tokenizer, dtype="float32", device="cpu", batch_size=1)
+    with serving(model) as server:
+        over_http = LocalCompletionsAPI(
+            base_url=server.url + "/v1/completions", model="tiny", tokenizer=str(there),
+            tokenizer_backend="huggingface",
+            add_bos_token=True, max_length=model.config.max_positions, num_concurrent=2, max_retries=1,
+        )  # fmt: skip
+        yield LayerSkipLM(model), over_http, theirs
+
+
+def test_a_server_scores_as_the_process_does_and_both_as_transformers(judges):
+    here, over_http, theirs = (judge.loglikelihood(asked(*PAIRS), disable_tqdm=True) for judge in judges)
+    assert [greedy for _, greedy in here] == [greedy for _, greedy in over_http] == [greedy for _, greedy in theirs]
+    assert {greedy for _, greedy in here} == {True, False}
+    for (mine, _), (served, _), (reference, _) in zip(here, over_http, theirs, strict=True):
+        assert served == pytest.approx(mine, abs=1e-5)
+        assert mine == pytest.approx(reference, abs=1e-3)
+
+
+def test_a_server_writes_what_the_process_writes(judges):
+    settings = {"until": ["Return", "\n\n\n"], "max_gen_toks": 24, "do_sample": False}
+    texts = [(prompt, dict(settings)) for prompt in ("def fibonacci(n):", "class Stack:", "import os\n")]
+    requests = [SimpleNamespace(args=text) for text in texts]
+    here, over_http = (judge.generate_until(requests, disable_tqdm=True) for judge in judges[:2])
+    assert here == over_http and all(here)
+    config = GenerationConfig("autoregressive", max_new_tokens=24, stop=("Return", "\n\n\n"))
+    assert here == [g.text for g in generate(judges[0].model, [prompt for prompt, _ in texts], config)]
 
 
 def test_exits_differ(tiny_code):

@@ -11,6 +11,7 @@ serve = pytest.importorskip("ray.serve", reason="needs Ray Serve")
 
 from layerskip_kernels import GenerationConfig, generate
 from layerskip_kernels.integrations.ray import Generator, deployment
+from support.servers import serving
 
 PORT = 18_231
 PROMPTS = ["def add(", "import ", "class A:", "for i in"]
@@ -48,3 +49,19 @@ def test_texts_through_ray_data(cluster, tiny_code):
     assert {row["prompt"]: row["generated"] for row in rows} == {
         p: g.text for p, g in zip(PROMPTS, expected, strict=True)
     }
+
+
+def test_ray_datas_http_processor(cluster, tiny_code):
+    llm = pytest.importorskip("ray.data.llm", reason="needs Ray Data's LLM part")
+    data = pytest.importorskip("ray.data", reason="needs Ray Data")
+    with serving(tiny_code) as server:
+        config = llm.HttpRequestProcessorConfig(url=server.url + "/v1/completions", batch_size=2, concurrency=1)
+        asked = {"max_tokens": 6, "temperature": 0}
+        process = llm.build_processor(
+            config,
+            preprocess=lambda row: {"payload": {"prompt": row["prompt"], **asked}},
+            postprocess=lambda row: {"prompt": row["prompt"], "text": row["http_response"]["choices"][0]["text"]},
+        )
+        rows = process(data.from_items([{"prompt": prompt} for prompt in PROMPTS])).take_all()
+    expected = generate(tiny_code, PROMPTS, GenerationConfig(max_new_tokens=6))
+    assert {row["prompt"]: row["text"] for row in rows} == {p: g.text for p, g in zip(PROMPTS, expected, strict=True)}
