@@ -72,7 +72,9 @@ def judges(tmp_path_factory):
 
 
 def test_a_server_scores_as_the_process_does_and_both_as_transformers(judges):
-    here, over_http, theirs = (judge.loglikelihood(asked(*PAIRS), disable_tqdm=True) for judge in judges)
+    said = generate(judges[0].model, ["def fibonacci(n):"], GenerationConfig(max_new_tokens=3))[0].text
+    pairs = asked(*PAIRS, ("def fibonacci(n):", said))  # the last is what it says of itself
+    here, over_http, theirs = (judge.loglikelihood(pairs, disable_tqdm=True) for judge in judges)
     assert [greedy for _, greedy in here] == [greedy for _, greedy in over_http] == [greedy for _, greedy in theirs]
     assert {greedy for _, greedy in here} == {True, False}
     for (mine, _), (served, _), (reference, _) in zip(here, over_http, theirs, strict=True):
