@@ -332,9 +332,12 @@ def _beside_llama_cpp(name: str, ours: dict[str, Any], peer: dict[str, Any]) -> 
 
 def int8(results: Results) -> str:
     found = results["perplexity"]
-    lines = [[name, f"{value:.4f}"] for name, value in found["perplexity"].items()]
-    text = f"{found['problems']} HumanEval solutions, {found['tokens']} tokens:\n\n"
-    return text + table(["weights", "perplexity"], lines)
+    lines = []
+    for name, value in found["perplexity"].items():
+        distance = found["from_fp32"][name]
+        lines.append([name, f"{value:.4f}", f"{distance['kl']:.1e}", f"{distance['agreement']:.3f}"])
+    text = f"{found['problems']} HumanEval solutions, {found['tokens']} tokens; against fp32 on the same weights:\n\n"
+    return text + table(["weights", "perplexity", "KL to fp32", "first choices that agree"], lines)
 
 
 def memory(results: Results) -> str:

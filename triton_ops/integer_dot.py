@@ -7,7 +7,8 @@ the same eight of a block's 32 integers. So all loads are tiles [4, 32, words]: 
 lanes, their words. On other hardware threads exchange what they loaded; the bits are the same.
 
 KIND is all that the kernels know of a type of weights (quantised.Kind.code): 0 for the model's dtype, else the bits of
-a code, and whether there is a c, whether scales are products, whether they are a whole segment's.
+a code, and whether there is a c, whether scales are products, whether they are a whole segment's, and whether a
+weight has two planes.
 """
 
 import triton.language as tl
@@ -71,6 +72,7 @@ def integer_dot(
     BITS: tl.constexpr = KIND & 15
     COMMON: tl.constexpr = (KIND & 32) != 0
     BY_SEGMENT: tl.constexpr = (KIND & 64) != 0
+    PLANES: tl.constexpr = 2 if (KIND & 128) != 0 else 1
     R: tl.constexpr = 8 if ROWS <= 8 else 16
     HALVES: tl.constexpr = R // 8
     steps = length if BITS == 8 else (length + 1) // 2  # a step has one block of 8 bits or two of fewer
@@ -96,7 +98,7 @@ def integer_dot(
     for i in tl.static_range(2 * TILES):
         waiting = waiting + (_load_step(w_ptrs[i // 2], places[i], 0, steps, KIND),)
     if BY_SEGMENT:
-        sums = (tl.zeros([8, 16, R], tl.int32),) * (2 * TILES)
+        sums = (tl.zeros([8, 16, R], tl.int32),) * ((PLANES + 1) * TILES)
     else:
         sums = (tl.zeros([8, 16, R], tl.float32),) * TILES
     for step in range(0, steps):
@@ -106,7 +108,7 @@ def integer_dot(
             waiting = waiting + (_load_step(w_ptrs[i // 2], places[i], step + 1, steps, KIND),)
         x = _load_rows(x_codes, step, HALVES)
         if BY_SEGMENT:
-            sums = _add_planes(sums, loaded, x, TILES, HALVES)
+            sums = _add_planes(sums, loaded, x, PLANES, TILES, HALVES)
         elif BITS == 8:
             sums = _add_block_of_planes(sums, loaded, x, x_params, step, KIND, TILES, HALVES)
         else:
@@ -125,9 +127,14 @@ def integer_dot(
     for i in tl.static_range(TILES):
         if BY_SEGMENT:
             s = _load_row_scales(x_params, 0, HALVES)
-            s = s * _segment_scales(w_ptrs[i], places[2 * i], places[2 * i + 1], steps, R)
-            # The fold of one term, from +0.0.
-            total = (sums[2 * i].to(tl.float32) * (128.0 * s) + sums[2 * i + 1].to(tl.float32) * s) + 0.0
+            s = s * _segment_scales(w_ptrs[i], places[2 * i], places[2 * i + 1], steps, R, KIND)
+            at = (PLANES + 1) * i
+            if PLANES == 1:
+                total = sums[at].to(tl.float32) * (128.0 * s) + sums[at + 1].to(tl.float32) * s
+            else:
+                total = sums[at].to(tl.float32) * (16384.0 * s) + sums[at + 1].to(tl.float32) * (128.0 * s)
+                total = total + sums[at + 2].to(tl.float32) * s
+            total = total + 0.0  # the fold of one term, from +0.0
         else:
             total = sums[i]
         y = y + _rows_of(_tree8(tl.reshape(tl.permute(total, [1, 2, 0]), [16 * R, 8])), R, ROWS)
@@ -135,17 +142,21 @@ def integer_dot(
 
 
 @device_function
-def _add_planes(sums, loaded, x, TILES: tl.constexpr, HALVES: tl.constexpr):
-    """A block's exact sums of both planes, which are added up over a segment: two of int32 [8, 16, R] a tile."""
+def _add_planes(sums, loaded, x, PLANES: tl.constexpr, TILES: tl.constexpr, HALVES: tl.constexpr):
+    """A block's exact sums by powers of 128, added up over a segment: int32 [8, 16, R], PLANES + 1 of each tile."""
     high = _fragment_of_rows(x, 0, -1, HALVES)
     low = _fragment_of_rows(x, 1, -1, HALVES)
     new_sums = ()
     for i in tl.static_range(TILES):
         w = _fragment_of_columns(loaded[2 * i], loaded[2 * i + 1], 0, 0, 8)
-        new_sums = new_sums + (
-            tl.dot(w, high, sums[2 * i], out_dtype=tl.int32),
-            tl.dot(w, low, sums[2 * i + 1], out_dtype=tl.int32),
-        )
+        first = tl.dot(w, high, sums[(PLANES + 1) * i], out_dtype=tl.int32)
+        second = tl.dot(w, low, sums[(PLANES + 1) * i + 1], out_dtype=tl.int32)
+        if PLANES == 1:
+            new_sums = new_sums + (first, second)
+        else:
+            w = _fragment_of_columns((loaded[2 * i][1],), (loaded[2 * i + 1][1],), 0, 0, 8)
+            second = tl.dot(w, high, second, out_dtype=tl.int32)
+            new_sums = new_sums + (first, second, tl.dot(w, low, sums[3 * i + 2], out_dtype=tl.int32))
     return new_sums
 
 
@@ -405,6 +416,8 @@ def _load_step(w_ptr, column, step, steps, KIND: tl.constexpr):
     high = codes
     scales = codes
     at = base + 1024
+    if (KIND & 128) != 0:  # the low plane
+        high = tl.load(at + ((place * 4 + t) * 4 + four), mask=inside, other=0, eviction_policy="evict_first")
     if BITS == 5:
         high = tl.load(at + (place * 4 + t + one), mask=inside, other=0)
         at = at + 256
@@ -447,16 +460,17 @@ def _place_of_common(block, length, WORDS: tl.constexpr, KIND: tl.constexpr):
 
 
 @device_function
-def _segment_scales(w_ptr, low, high, steps, R: tl.constexpr):
+def _segment_scales(w_ptr, low, high, steps, R: tl.constexpr, KIND: tl.constexpr):
     """Of a type whose scales are a segment's: fp32 [8, 16, R]."""
-    return _of_columns(_segment_scales_of(w_ptr, low, steps), _segment_scales_of(w_ptr, high, steps), R)
+    return _of_columns(_segment_scales_of(w_ptr, low, steps, KIND), _segment_scales_of(w_ptr, high, steps, KIND), R)
 
 
 @device_function
-def _segment_scales_of(w_ptr, column, steps):
+def _segment_scales_of(w_ptr, column, steps, KIND: tl.constexpr):
     """The same of one column a lane: fp32 [4, 32, 2]."""
-    w_ptr = w_ptr.to(tl.pointer_type(tl.int32), bitcast=True) + steps * 1024
-    group = ((column // 16).to(tl.int64) * (steps * 1024 + 128))[None, :, None]
+    WORDS: tl.constexpr = KIND >> 8
+    w_ptr = w_ptr.to(tl.pointer_type(tl.int32), bitcast=True) + steps * WORDS
+    group = ((column // 16).to(tl.int64) * (steps * WORDS + 128))[None, :, None]
     place = tl.arange(0, 4)[:, None, None] * 16 + (column % 16)[None, :, None]
     words = tl.load(w_ptr + group + (place * 2 + tl.arange(0, 2)[None, None, :]))
     return words.to(tl.float32, bitcast=True)

@@ -38,7 +38,7 @@ def blocks(n: int, size: int) -> int:
 
 def is_quantised(weight: Tensor) -> bool:
     """Whether a packed weight is multiplied by rule 8."""
-    return weight.dtype in (torch.uint8, torch.int8)
+    return weight.dtype in (torch.uint8, torch.int8, torch.int16)
 
 
 def exact_products(dtype: torch.dtype) -> bool:

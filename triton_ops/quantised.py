@@ -4,8 +4,9 @@ Sixteen columns lie together, and of them step by step: two blocks of 32 in each
 codes. A step holds [4, 16, 4, 16] bytes of codes (segments s and s + 4; columns; lanes t; then segment, half of the
 block, k = 4 t + 0 .. 3, with the second block in the upper half of each byte), the codes' fifth and sixth bits, a word
 or two of scales for each column and pair of segments, and, where scales are products, numbers of 256 weights each. A
-packed weight is uint8 [ceil(N / 16), steps, bytes of a step]: those bytes tell the type. Ours, ``int8``, is int8
-[ceil(N / 16), 8 * steps + 1, 512], whose last 512 bytes are the scales.
+packed weight is uint8 [ceil(N / 16), steps, bytes of a step]: those bytes tell the type. Ours, ``int8`` and ``int15``,
+are int8 [ceil(N / 16), 8 * steps + 1, 512] and int16 [ceil(N / 16), 16 * steps + 1, 256], whose last 512 bytes are the
+scales; a step of int15 holds the codes of the high plane and then those of the low one, both signed.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ __all__ = [
 
 BLOCK = 32
 ONE_PLANE, TWO_PLANES, TWO_PLANES_BY_SEGMENT = 0, 1, 2  # what rows are rounded to
-INT8_UNIT = 512
+UNIT = 512  # bytes of which there are whole numbers in a packed weight of ours
 
 
 @dataclass(frozen=True)
@@ -34,17 +35,26 @@ class Kind:
 
     bits of a code; has_c: a code stands for a * code - c, else for a * (code - half of their number); common: scales
     are products with a number of 256 weights; at: where a block's first bytes (of a GGUF file) keep its fp16 numbers,
-    scales, fifth or sixth bits, and codes.
+    scales, fifth or sixth bits, and codes; planes: of weights whose scales are a segment's.
     """
 
     name: str
     bits: int
     has_c: bool = False
     common: bool = False
-    by_segment: bool = False
+    planes: int = 0
     file_bytes: int = 0
     high_at: int = 0
     codes_at: int = 0
+
+    @property
+    def by_segment(self) -> bool:
+        return self.planes > 0
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of a packed weight."""
+        return (torch.uint8, torch.int8, torch.int16)[self.planes]
 
     @property
     def form(self) -> int:
@@ -60,7 +70,7 @@ class Kind:
     @property
     def regions(self) -> list[tuple[int, int]]:
         """A step's bytes as [first, 16 columns, last], one after the other."""
-        regions = [(4, 64)]
+        regions = [(4, 64)] * max(1, self.planes)
         if 4 < self.bits < 8:
             regions.append((4, 16 * (self.bits - 4)))
         if self.common:
@@ -76,20 +86,18 @@ class Kind:
     def packed_shape(self, n: int, k: int) -> tuple[int, int, int]:
         """Of a weight [n, k]."""
         steps = blocks(segment_blocks(k), self.parts)
-        return (
-            (blocks(n, GROUP), 8 * steps + 1, INT8_UNIT)
-            if self.by_segment
-            else (blocks(n, GROUP), steps, self.step_bytes)
-        )
+        if self.by_segment:
+            return blocks(n, GROUP), self.step_bytes // UNIT * steps + 1, UNIT // self.planes
+        return blocks(n, GROUP), steps, self.step_bytes
 
     @property
     def code(self) -> int:
         """As the kernels take it: integer_dot's KIND."""
-        flags = 16 * self.has_c + 32 * self.common + 64 * self.by_segment
+        flags = 16 * self.has_c + 32 * self.common + 64 * self.by_segment + 128 * (self.planes == 2)
         return self.bits + flags + 256 * (self.step_bytes // 4)
 
 
-INT8 = Kind("int8", 8, by_segment=True)
+BY_SEGMENT = (Kind("int8", 8, planes=1), Kind("int15", 8, planes=2))
 KINDS = (
     Kind("q4_0", 4, file_bytes=18, codes_at=2),
     Kind("q4_1", 4, has_c=True, file_bytes=20, codes_at=4),
@@ -106,10 +114,14 @@ _BY_STEP_BYTES = {kind.step_bytes: kind for kind in KINDS}
 
 def kind_of(packed: Tensor) -> Kind:
     """The type of a packed quantised weight. Raises ValueError for what pack_quantised did not make."""
-    kind = INT8 if packed.dtype == torch.int8 else _BY_STEP_BYTES.get(packed.size(-1))
+    kind = _of_segments(packed.dtype) or _BY_STEP_BYTES.get(packed.size(-1))
     if kind is None or packed.dim() != 3:
         raise ValueError(f"no packed weight of a known type: {packed.dtype} {list(packed.shape)}")
     return kind
+
+
+def _of_segments(dtype: torch.dtype) -> Kind | None:
+    return next((kind for kind in BY_SEGMENT if kind.dtype == dtype), None)
 
 
 def code_of(weight: Tensor) -> int:
@@ -226,15 +238,19 @@ def _images_of(packed: Tensor, rows: Tensor, regions: list[tuple[int, int]]) -> 
     )
 
 
-SCALE_REGION = [(4, 8)]  # of int8: a column's scales in segments s and s + 4
+SCALE_REGION = [(4, 8)]  # of a segment's scales: a column's in segments s and s + 4
 
 
 def pack_quantised(weight: Tensor) -> Tensor:
     """A row-major weight as the reference has it -> packed, on the same device. Raises ValueError for another."""
-    if weight.dtype == torch.int8:
-        if weight.dim() != 2 or weight.size(1) < 2 * BLOCK or weight.size(1) % BLOCK:
-            raise ValueError(f"weight is int8 {list(weight.shape)}, expected [N, K + 32] with whole blocks of 32")
-        return _pack_int8(weight.view(torch.uint8))
+    of_segments = _of_segments(weight.dtype)
+    if of_segments is not None:
+        scales = 4 * SEGMENTS // weight.itemsize
+        if weight.dim() != 2 or weight.size(1) < BLOCK + scales or (weight.size(1) - scales) % BLOCK:
+            raise ValueError(
+                f"weight is {weight.dtype} {list(weight.shape)}, expected [N, K + {scales}] with whole blocks of 32"
+            )
+        return _pack_segments(of_segments, weight)
     kind = _BY_FILE_BYTES.get(weight.size(-1)) if weight.dim() == 3 else None
     if kind is None:
         raise ValueError(
@@ -246,12 +262,16 @@ def pack_quantised(weight: Tensor) -> Tensor:
     return _grouped(_images(kind, _codes(kind, weight), _block_scales(kind, weight), common), kind.regions)
 
 
-def _pack_int8(weight: Tensor) -> Tensor:
-    n = len(weight)
-    codes, scales = weight[:, :-BLOCK].reshape(n, -1, BLOCK), weight[:, -BLOCK:].reshape(n, 2, 4, 4)
-    packed = _grouped(_images(INT8, codes, None, None), INT8.regions)
-    tail = _grouped(scales.transpose(1, 2).reshape(n, 1, BLOCK), SCALE_REGION)
-    return torch.cat([packed.view(len(packed), -1, INT8_UNIT), tail], dim=1).view(torch.int8)
+def _pack_segments(kind: Kind, weight: Tensor) -> Tensor:
+    n, at = len(weight), weight.size(1) - 4 * SEGMENTS // weight.itemsize
+    codes, scales = weight[:, :at], weight[:, at:].contiguous().view(torch.uint8).view(n, 2, 4, 4)
+    planes = [codes] if kind.planes == 1 else [codes >> 8, (codes & 127) - 64]
+    images = [
+        _images(kind, plane.to(torch.int8).view(torch.uint8).reshape(n, -1, BLOCK), None, None) for plane in planes
+    ]
+    packed = _grouped(torch.cat(images, dim=-1), kind.regions)
+    tail = _grouped(scales.transpose(1, 2).reshape(n, 1, 4 * SEGMENTS), SCALE_REGION)
+    return torch.cat([packed.view(len(packed), -1, UNIT), tail], dim=1).view(kind.dtype)
 
 
 def select_quantised_rows(packed: Tensor, rows: Tensor) -> Tensor:
@@ -263,4 +283,4 @@ def select_quantised_rows(packed: Tensor, rows: Tensor) -> Tensor:
     codes = data[:, :-1].reshape(len(data), -1, kind.step_bytes)
     chosen = _grouped(_images_of(codes, rows, kind.regions), kind.regions)
     tail = _grouped(_images_of(data[:, -1:], rows, SCALE_REGION), SCALE_REGION)
-    return torch.cat([chosen.view(len(chosen), -1, INT8_UNIT), tail], dim=1).view(torch.int8)
+    return torch.cat([chosen.view(len(chosen), -1, UNIT), tail], dim=1).view(kind.dtype)

@@ -22,6 +22,7 @@ def stored_number(w_ptr, row, i, mask, length, KIND: tl.constexpr):
     HAS_C: tl.constexpr = (KIND & 16) != 0
     COMMON: tl.constexpr = (KIND & 32) != 0
     BY_SEGMENT: tl.constexpr = (KIND & 64) != 0
+    PLANES: tl.constexpr = 2 if (KIND & 128) != 0 else 1
     WORDS: tl.constexpr = KIND >> 8
     PARTS: tl.constexpr = 1 if BITS == 8 else 2
     words = w_ptr.to(tl.pointer_type(tl.int32), bitcast=True)
@@ -43,6 +44,9 @@ def stored_number(w_ptr, row, i, mask, length, KIND: tl.constexpr):
     at = base + 1024
     if BITS == 8:
         q = signed_byte(code, 0)
+        if PLANES == 2:
+            low = tl.load(at + (place * 4 + t) * 4 + half, mask=mask, other=0) >> (k % 4 * 8)
+            q = q * 128.0 + signed_byte(low, 0)
     else:
         q = (code >> (part * 4)) & 15
         if BITS == 5:
@@ -57,7 +61,7 @@ def stored_number(w_ptr, row, i, mask, length, KIND: tl.constexpr):
             q = q - (1 << (BITS - 1))
         q = q.to(tl.float32)
     if BY_SEGMENT:
-        a = tl.load(group + steps * 1024 + place * 2 + segment // 4, mask=mask, other=0).to(tl.float32, bitcast=True)
+        a = tl.load(group + steps * WORDS + place * 2 + segment // 4, mask=mask, other=0).to(tl.float32, bitcast=True)
     elif COMMON:
         scales = tl.load(at + place * 2 + segment // 4, mask=mask, other=0)
         common = block // 8

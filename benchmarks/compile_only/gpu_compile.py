@@ -29,7 +29,7 @@ from layerskip_kernels.operands import DraftSampling, LayerWeights, ModelSizes, 
 from layerskip_kernels.triton_ops import steps
 from layerskip_kernels.triton_ops.graphs import table_width
 from layerskip_kernels.triton_ops.packing import num_steps
-from layerskip_kernels.triton_ops.quantised import INT8, KINDS, Kind
+from layerskip_kernels.triton_ops.quantised import BY_SEGMENT, KINDS, Kind
 
 PAGE_SIZE = 16
 EXIT_LAYER = 2
@@ -39,7 +39,7 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-KIND_NAMED = {kind.name: kind for kind in (*KINDS, INT8)}
+KIND_NAMED = {kind.name: kind for kind in (*KINDS, *BY_SEGMENT)}
 # What a case names: a model's dtype, and the type of its weights where it is another.
 NUMBERS: dict[str, tuple[torch.dtype, str | None]] = {
     "bf16": (torch.bfloat16, None), "fp16": (torch.float16, None), "fp32": (torch.float32, None),
@@ -142,7 +142,7 @@ def meta_model(config: ModelConfig, dtype: torch.dtype, weights: str | None = No
 
     def packed(n: int, k: int, kind: Kind | None = other) -> Tensor:
         if kind is not None:
-            return empty(*kind.packed_shape(n, k), dtype=torch.int8 if kind.by_segment else torch.uint8)
+            return empty(*kind.packed_shape(n, k), dtype=kind.dtype)
         return empty(-(-n // 16), num_steps(k), 8, 16, 8)
 
     d, f, k = config.hidden_size, config.intermediate_size, config.head_dim

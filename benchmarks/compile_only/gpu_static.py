@@ -35,6 +35,7 @@ CODES_OF_STEP = 1024  # bytes of codes that a warp takes from sixteen columns in
 # terms of blocks (four to seven operations for each column, row and block of 32), which scales of segments have not.
 MAX_INSTRUCTIONS = {
     "q4_0": 410, "q4_1": 530, "q5_0": 510, "q5_1": 630, "q8_0": 300, "q4_k": 650, "q5_k": 750, "q6_k": 950, "int8": 90,
+    "int15": 90,
 }  # fmt: skip
 # Instructions of a warp for each position of V in attention, by rows of a program, where the products are exact: what
 # was reached (9 and 27), and room for other compilers.
@@ -268,7 +269,9 @@ def file_bytes(config: Any, weights: str, layers: int) -> int:
 
     def beyond(n: int, k: int, name: str) -> int:
         kind = KIND_NAMED[name]
-        stored = n * (k + 32) if kind.by_segment else n * k // (256 if kind.common else 32) * kind.file_bytes
+        stored = (
+            n * (kind.planes * k + 32) if kind.by_segment else n * k // (256 if kind.common else 32) * kind.file_bytes
+        )
         return stored - 2 * n * k
 
     fine, outer, other = types_of(weights)

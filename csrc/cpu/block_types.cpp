@@ -227,23 +227,30 @@ void ForFields(const std::vector<int>& fields, int64_t lane, const F& move) {
   }
 }
 
-// int8: where number k of a lane, and byte `byte` of the scale of segment s, stand in a group of `blocks` blocks.
-int64_t Int8At(int64_t k, int64_t lane) { return k / 4 * 4 * kGroup + lane * 4 + k % 4; }
-int64_t ScaleAt(int64_t blocks, int64_t s, int64_t lane) {
-  return (blocks * kBlock + s * static_cast<int64_t>(sizeof(float))) * kGroup +
+// Types with scales of segments: where the code of number k of a lane in a plane, and the scale of segment s, stand in
+// a group of `blocks` blocks.
+int64_t CodeAt(int planes, int plane, int64_t k, int64_t lane) {
+  return ((k / kBlock * planes + plane) * kBlock + k % kBlock / 4 * 4) * kGroup + lane * 4 + k % 4;
+}
+int64_t ScaleAt(int planes, int64_t blocks, int64_t s, int64_t lane) {
+  return (blocks * planes * kBlock + s * static_cast<int64_t>(sizeof(float))) * kGroup +
          lane * static_cast<int64_t>(sizeof(float));
 }
 
-void PackInt8(const uint8_t* rows, int64_t n, int64_t k, int64_t group, uint8_t* to) {
-  const int64_t blocks = Blocks(k), row_bytes = blocks * kBlock + kScaleRows;
+// A row's numbers are bytes (int8), or words of an upper byte and seven lower bits (int15); codes are unsigned.
+void PackSegments(const uint8_t* rows, int planes, int64_t n, int64_t k, int64_t group, uint8_t* to) {
+  const int64_t blocks = Blocks(k), code_bytes = blocks * kBlock * planes, row_bytes = code_bytes + kScaleBytes;
   for (int64_t lane = 0; lane < kGroup; ++lane) {
     const int64_t row = group * kGroup + lane;
     const uint8_t* from = row < n ? rows + row * row_bytes : nullptr;
-    for (int64_t i = 0; i < blocks * kBlock; ++i) to[Int8At(i, lane)] = from == nullptr ? 0 : from[i] ^ 0x80;
+    for (int64_t i = 0; i < blocks * kBlock; ++i) {
+      to[CodeAt(planes, 0, i, lane)] = from == nullptr ? 0 : from[planes * i + planes - 1] ^ 0x80;
+      if (planes == 2) to[CodeAt(planes, 1, i, lane)] = from == nullptr ? 0 : from[2 * i] & 127;
+    }
     for (int64_t s = 0; s < kSegments; ++s) {
-      uint8_t* scale = to + ScaleAt(blocks, s, lane);
+      uint8_t* scale = to + ScaleAt(planes, blocks, s, lane);
       std::memset(scale, 0, sizeof(float));
-      if (from != nullptr) std::memcpy(scale, from + blocks * kBlock + s * sizeof(float), sizeof(float));
+      if (from != nullptr) std::memcpy(scale, from + code_bytes + s * sizeof(float), sizeof(float));
     }
   }
 }
@@ -269,7 +276,7 @@ const BlockLayout* LayoutOfPackedBytes(int64_t bytes) {
 }
 
 int64_t GroupBytes(WeightType type, int64_t k) {
-  if (type == WeightType::kInt8) return (Blocks(k) * kBlock + kScaleRows) * kGroup;
+  if (const int planes = WeightPlanes(type); planes > 0) return (Blocks(k) * kBlock * planes + kScaleBytes) * kGroup;
   const BlockLayout& layout = *LayoutOf(type);
   return NumBlocks(layout, k) * layout.image_bytes * kGroup;
 }
@@ -279,8 +286,8 @@ void PackQuantised(WeightView weight, int64_t n, int64_t k, int64_t group_begin,
   const int64_t group_bytes = GroupBytes(weight.type, k);
   for (int64_t group = group_begin; group < group_end; ++group) {
     uint8_t* to = static_cast<uint8_t*>(packed) + group * group_bytes;
-    if (weight.type == WeightType::kInt8) {
-      PackInt8(rows, n, k, group, to);
+    if (const int planes = WeightPlanes(weight.type); planes > 0) {
+      PackSegments(rows, planes, n, k, group, to);
       continue;
     }
     const BlockLayout& layout = *LayoutOf(weight.type);
@@ -304,11 +311,13 @@ void CopyQuantisedRow(WeightView weight, int64_t row, int64_t k, int64_t to_row,
   const int64_t group_bytes = GroupBytes(weight.type, k), lane = row % kGroup, to_lane = to_row % kGroup;
   const uint8_t* from = static_cast<const uint8_t*>(weight.data) + row / kGroup * group_bytes;
   uint8_t* to = static_cast<uint8_t*>(packed) + to_row / kGroup * group_bytes;
-  if (weight.type == WeightType::kInt8) {
+  if (const int planes = WeightPlanes(weight.type); planes > 0) {
     const int64_t blocks = Blocks(k);
-    for (int64_t i = 0; i < blocks * kBlock; ++i) to[Int8At(i, to_lane)] = from[Int8At(i, lane)];
+    for (int plane = 0; plane < planes; ++plane)
+      for (int64_t i = 0; i < blocks * kBlock; ++i)
+        to[CodeAt(planes, plane, i, to_lane)] = from[CodeAt(planes, plane, i, lane)];
     for (int64_t s = 0; s < kSegments; ++s)
-      std::memcpy(to + ScaleAt(blocks, s, to_lane), from + ScaleAt(blocks, s, lane), sizeof(float));
+      std::memcpy(to + ScaleAt(planes, blocks, s, to_lane), from + ScaleAt(planes, blocks, s, lane), sizeof(float));
     return;
   }
   const BlockLayout& layout = *LayoutOf(weight.type);
@@ -324,12 +333,14 @@ void CopyQuantisedRow(WeightView weight, int64_t row, int64_t k, int64_t to_row,
 void DequantiseRow(WeightView weight, int64_t row, int64_t k, float* out) {
   const int64_t lane = row % kGroup;
   const uint8_t* group = static_cast<const uint8_t*>(weight.data) + row / kGroup * GroupBytes(weight.type, k);
-  if (weight.type == WeightType::kInt8) {
+  if (const int planes = WeightPlanes(weight.type); planes > 0) {
     const int64_t blocks = Blocks(k), length = (blocks + kSegments - 1) / kSegments * kBlock;
     for (int64_t i = 0; i < k; ++i) {
       float scale;
-      std::memcpy(&scale, group + ScaleAt(blocks, i / length, lane), sizeof(scale));
-      out[i] = static_cast<float>(group[Int8At(i, lane)] - 128) * scale;
+      std::memcpy(&scale, group + ScaleAt(planes, blocks, i / length, lane), sizeof(scale));
+      int q = group[CodeAt(planes, 0, i, lane)] - 128;
+      if (planes == 2) q = 128 * q + group[CodeAt(planes, 1, i, lane)] - 64;
+      out[i] = static_cast<float>(q) * scale;
     }
     return;
   }

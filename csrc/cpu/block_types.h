@@ -14,7 +14,7 @@ inline constexpr int64_t kGroup = 16;  // output columns in a packed weight grou
 inline constexpr int64_t kBlock = 32;  // numbers that share a scale, of activations and (at most) of weights
 
 // kDense: in the model's dtype. The others as reference.BLOCK_TYPES names them.
-enum class WeightType { kDense, kInt8, kQ4_0, kQ4_1, kQ5_0, kQ5_1, kQ8_0, kQ4K, kQ5K, kQ6K };
+enum class WeightType { kDense, kInt8, kInt15, kQ4_0, kQ4_1, kQ5_0, kQ5_1, kQ8_0, kQ4K, kQ5K, kQ6K };
 
 // A packed linear weight, or the embedding.
 struct WeightView {
@@ -22,8 +22,12 @@ struct WeightView {
   WeightType type;
 };
 
-// int8 weights end with their scales, fp32 [8 segments][16 columns] in a group: so many rows of sixteen bytes.
-inline constexpr int64_t kScaleRows = kSegments * static_cast<int64_t>(sizeof(float));
+// Planes of the types of our own, which have scales of segments; 0: of any other.
+inline constexpr int WeightPlanes(WeightType type) {
+  return type == WeightType::kInt8 ? 1 : type == WeightType::kInt15 ? 2 : 0;
+}
+// They end with those scales, fp32 [8 segments][16 columns] in a group: so many bytes of each row.
+inline constexpr int64_t kScaleBytes = kSegments * static_cast<int64_t>(sizeof(float));
 
 struct BlockLayout {
   WeightType type;

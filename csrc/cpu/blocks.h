@@ -14,8 +14,8 @@ enum class Rounding { kOnePlane, kTwoPlanes, kTwoPlanesBySegment };
 inline constexpr int kNumRoundings = 3;
 
 // Not of a dense type.
-inline Rounding RoundingOf(WeightType type) {
-  if (type == WeightType::kInt8) return Rounding::kTwoPlanesBySegment;
+inline constexpr Rounding RoundingOf(WeightType type) {
+  if (WeightPlanes(type) > 0) return Rounding::kTwoPlanesBySegment;
   return type == WeightType::kQ8_0 ? Rounding::kTwoPlanes : Rounding::kOnePlane;
 }
 

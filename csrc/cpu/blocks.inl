@@ -411,21 +411,6 @@ void DotOnePlane(const IntegerBlock<1>* x, int64_t stride, int64_t blocks, const
   for (int r = 0; r < kRows; ++r) out[r] = segments.Tree(r);
 }
 
-// The sums over both planes of one block of 8-bit codes, added to `high` and `low`.
-template <int kRows>
-LAYERSKIP_FN void AddPlanes(const IntegerBlock<2>* x_b, const uint8_t* codes, Sums<8> (&high)[kRows],
-                            Sums<8> (&low)[kRows]) {
-  ForSteps<0, 8>([&](auto step) {
-    constexpr int kStep = decltype(step)::value;
-    const Codes u = CodesAt<8, kStep>(codes);
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) {
-      high[r].template Add<kStep>(u, FourCodes(x_b[r].planes[0] + 4 * kStep));
-      low[r].template Add<kStep>(u, FourCodes(x_b[r].planes[1] + 4 * kStep));
-    }
-  });
-}
-
 template <int kRows>
 void DotQ8(const IntegerBlock<2>* x, int64_t stride, int64_t blocks, const uint8_t* group, F32x16 (&out)[kRows]) {
   using Traits = BlockTraits<WeightType::kQ8_0>;
@@ -458,30 +443,54 @@ void DotQ8(const IntegerBlock<2>* x, int64_t stride, int64_t blocks, const uint8
   for (int r = 0; r < kRows; ++r) out[r] = segments.Tree(r);
 }
 
-template <int kRows>
-void DotInt8(const IntegerBlock<2>* x, int64_t stride, int64_t blocks, const uint8_t* group, F32x16 (&out)[kRows]) {
+// int8 and int15: the planes of weights and of rows are multiplied as polynomials in 128, whose coefficients are sums
+// over a whole segment, the highest power first.
+template <int kPlanes, int kRows>
+void DotSegments(const IntegerBlock<2>* x, int64_t stride, int64_t blocks, const uint8_t* group, F32x16 (&out)[kRows]) {
+  constexpr int kPowers = kPlanes + 1;
+  constexpr int32_t kZeros[] = {128, 64};  // codes that stand for 0, by plane
+  constexpr float kFactors[] = {16384.0f, 128.0f, 1.0f};
+  constexpr int64_t kPlaneBytes = kBlock * kGroup;
   const int64_t length = (blocks + kSegments - 1) / kSegments;
-  const auto* scales = reinterpret_cast<const float*>(group + blocks * kBlock * kGroup);
+  const auto* scales = reinterpret_cast<const float*>(group + blocks * kPlanes * kPlaneBytes);
   Segments<kRows> segments;
   for (int s = 0; s < kSegments; ++s) {
     const int64_t begin = Least(s * length, blocks), end = Least((s + 1) * length, blocks);
-    Sums<8> high[kRows], low[kRows];
+    Sums<8> sums[kPowers][kRows];
     int32_t totals[kRows][2] = {};
     for (int64_t b = begin; b < end; ++b) {
-      const uint8_t* codes = group + b * kBlock * kGroup;
-      FetchBlock(codes, kBlock * kGroup);
-      AddPlanes<kRows>(x + b * stride, codes, high, low);
+      const uint8_t* codes = group + b * kPlanes * kPlaneBytes;
+      const IntegerBlock<2>* x_b = x + b * stride;
+      FetchBlock(codes, kPlanes * kPlaneBytes);
+      ForSteps<0, 8>([&](auto step) {
+        constexpr int kStep = decltype(step)::value;
+        ForSteps<0, kPlanes>([&](auto plane) {
+          constexpr int kPlane = decltype(plane)::value;
+          const Codes u = CodesAt<8, kStep>(codes + kPlane * kPlaneBytes);
+#pragma GCC unroll 8
+          for (int r = 0; r < kRows; ++r) {
+            sums[kPlane][r].template Add<kStep>(u, FourCodes(x_b[r].planes[0] + 4 * kStep));
+            sums[kPlane + 1][r].template Add<kStep>(u, FourCodes(x_b[r].planes[1] + 4 * kStep));
+          }
+        });
+      });
       for (int r = 0; r < kRows; ++r)
-        for (int plane = 0; plane < 2; ++plane) totals[r][plane] += x[b * stride + r].sums[plane];
+        for (int plane = 0; plane < 2; ++plane) totals[r][plane] += x_b[r].sums[plane];
     }
     const F32x16 weight_scale = Load(scales + s * kGroup);
     for (int r = 0; r < kRows; ++r) {
       F32x16 term = Zero();
       if (begin < end) {
-        const F32x16 A = ToFloats(Sub(high[r].Total(), BroadcastInt(128 * totals[r][0])));
-        const F32x16 B = ToFloats(Sub(low[r].Total(), BroadcastInt(128 * totals[r][1])));
         const F32x16 scale = Mul(Broadcast(x[begin * stride + r].scale), weight_scale);
-        term = Add(Zero(), Add(Mul(A, Mul(Broadcast(128.0f), scale)), Mul(B, scale)));
+        for (int power = 0; power < kPowers; ++power) {
+          int32_t zeros = 0;
+          if (power < kPlanes) zeros += kZeros[power] * totals[r][0];
+          if (power > 0) zeros += kZeros[power - 1] * totals[r][1];
+          const F32x16 S = ToFloats(Sub(sums[power][r].Total(), BroadcastInt(zeros)));
+          const F32x16 product = Mul(S, Mul(Broadcast(kFactors[3 - kPowers + power]), scale));
+          term = power == 0 ? product : Add(term, product);
+        }
+        term = Add(Zero(), term);
       }
       segments.Put(s, r, term);
     }
@@ -501,7 +510,7 @@ LAYERSKIP_FN void WithRows(int64_t n, const F& f) {
 template <WeightType kType>
 void DotGroups(const void* integers, int64_t rows, int64_t k, const void* weight, int64_t n, int64_t group_begin,
                int64_t group_end, float* out) {
-  constexpr int kPlanes = kType == WeightType::kInt8 || kType == WeightType::kQ8_0 ? 2 : 1;
+  constexpr int kPlanes = RoundingOf(kType) == Rounding::kOnePlane ? 1 : 2;
   const int64_t blocks = Blocks(k), group_bytes = GroupBytes(kType, k);
   const IntegerRows<kPlanes> x{static_cast<IntegerBlock<kPlanes>*>(const_cast<void*>(integers)), rows, blocks};
   constexpr int kMost = kRowsAtOnce<kPlanes>;
@@ -514,8 +523,8 @@ void DotGroups(const void* integers, int64_t rows, int64_t k, const void* weight
         WithRows<kMost>(Least(kMost, tile_end - row), [&](auto count) {
           constexpr int kRows = decltype(count)::value;
           F32x16 y[kRows];
-          if constexpr (kType == WeightType::kInt8) {
-            DotInt8<kRows>(x.At(row, 0), x.TileRows(), blocks, w, y);
+          if constexpr (WeightPlanes(kType) > 0) {
+            DotSegments<WeightPlanes(kType), kRows>(x.At(row, 0), x.TileRows(), blocks, w, y);
           } else if constexpr (kType == WeightType::kQ8_0) {
             DotQ8<kRows>(x.At(row, 0), x.TileRows(), blocks, w, y);
           } else {
@@ -542,6 +551,7 @@ void Dot(const void* integers, int64_t rows, int64_t k, WeightView weight, int64
   case WeightType::type:     \
     return DotGroups<WeightType::type>(integers, rows, k, weight.data, n, group_begin, group_end, out)
     LAYERSKIP_CASE(kInt8);
+    LAYERSKIP_CASE(kInt15);
     LAYERSKIP_CASE(kQ4_0);
     LAYERSKIP_CASE(kQ4_1);
     LAYERSKIP_CASE(kQ5_0);

@@ -40,14 +40,20 @@ inline void CheckTensor(const char* name, const at::Tensor& tensor, at::ScalarTy
   TORCH_CHECK_VALUE(tensor.is_contiguous(), name, " must be contiguous; call .contiguous() first");
 }
 
-// A packed weight [N, K], in the model's dtype or quantised: int8 [groups, K + 32, 16] with K in whole blocks, or uint8
-// [groups, blocks, bytes], whose bytes tell the type.
+// Of the dtype of a weight with scales of segments; kDense: another's.
+inline WeightType SegmentType(at::ScalarType dtype) {
+  return dtype == at::kChar ? WeightType::kInt8 : dtype == at::kShort ? WeightType::kInt15 : WeightType::kDense;
+}
+
+// A packed weight [N, K], in the model's dtype or quantised: with K in whole blocks int8 [groups, K + 32, 16] or int16
+// [groups, K + 16, 16], or uint8 [groups, blocks, bytes], whose bytes tell the type.
 inline WeightView CheckPacked(const char* name, const at::Tensor& weight, at::ScalarType dtype, int64_t n, int64_t k) {
   TORCH_CHECK_VALUE(1 <= n && n <= kMaxSize, name, " must have 1..", kMaxSize, " output columns, asked for ", n);
   const int64_t groups = (n + kGroup - 1) / kGroup;
-  if (weight.scalar_type() == at::kChar) {
-    CheckTensor(name, weight, at::kChar, {groups, Blocks(k) * kBlock + kScaleRows, kGroup});
-    return {weight.const_data_ptr(), WeightType::kInt8};
+  if (const WeightType type = SegmentType(weight.scalar_type()); type != WeightType::kDense) {
+    const int64_t scales = kScaleBytes / weight.element_size();
+    CheckTensor(name, weight, weight.scalar_type(), {groups, Blocks(k) * kBlock + scales, kGroup});
+    return {weight.const_data_ptr(), type};
   }
   if (weight.scalar_type() == at::kByte) {
     const BlockLayout* layout = weight.dim() == 3 ? LayoutOfPackedBytes(weight.size(2)) : nullptr;

@@ -9,20 +9,21 @@ namespace layerskip {
 
 Tensor pack_weight(const Tensor& weight) {
   const at::ScalarType dtype = weight.scalar_type();
-  const bool in_blocks = dtype == at::kByte, is_int8 = dtype == at::kChar;
+  const bool in_blocks = dtype == at::kByte;
   if (in_blocks) {
     CheckTensor("weight", weight, dtype, {kAny, kAny, kAny});
   } else {
     CheckTensor("weight", weight, dtype, {kAny, kAny});
   }
   const int64_t n = weight.size(0), groups = (n + kGroup - 1) / kGroup;
-  WeightView view{weight.const_data_ptr(), is_int8 ? WeightType::kInt8 : WeightType::kDense};
+  WeightView view{weight.const_data_ptr(), SegmentType(dtype)};
   int64_t k = weight.size(1);
   std::vector<int64_t> sizes = {groups, k, kGroup};
-  if (is_int8) {
-    k -= kScaleRows;
-    TORCH_CHECK_VALUE(k >= 0 && k % kBlock == 0, "an int8 weight holds whole blocks of ", kBlock, " and ", kScaleRows,
-                      " bytes of scales in each row, got ", weight.size(1), "; use quantise_int8");
+  if (view.type != WeightType::kDense) {
+    k -= kScaleBytes / weight.element_size();
+    TORCH_CHECK_VALUE(k >= 0 && k % kBlock == 0, "a weight of ", dtype, " holds whole blocks of ", kBlock, " and ",
+                      kScaleBytes, " bytes of scales in each row, got ", weight.size(1),
+                      " numbers; use quantise_int8 or quantise_int15");
   } else if (in_blocks) {
     const BlockLayout* layout = LayoutOfFileBytes(weight.size(2));
     TORCH_CHECK_VALUE(layout != nullptr, "weight has blocks of ", weight.size(2), " bytes, which no known type has");
@@ -52,10 +53,11 @@ Tensor select_rows(const Tensor& weight, const Tensor& rows) {
   const int64_t* row = rows.const_data_ptr<int64_t>();
   CheckRange("rows", row, rows.numel(), 0, weight.size(0) * kGroup);
   int64_t k = weight.size(1);
-  if (dtype == at::kChar) k = std::max<int64_t>(0, k - kScaleRows);
+  const bool by_segment = SegmentType(dtype) != WeightType::kDense;
+  if (by_segment) k = std::max<int64_t>(0, k - kScaleBytes / weight.element_size());
   if (const BlockLayout* layout = LayoutOfPackedBytes(weight.size(2)); dtype == at::kByte && layout != nullptr)
     k *= layout->size;
-  const bool is_dense = dtype != at::kByte && dtype != at::kChar;
+  const bool is_dense = dtype != at::kByte && !by_segment;
   const WeightView view = CheckPacked("weight", weight, dtype, std::max<int64_t>(1, weight.size(0) * kGroup), k);
   const int64_t groups = (rows.numel() + kGroup - 1) / kGroup;
   Tensor selected = at::zeros({groups, weight.size(1), weight.size(2)}, weight.options());

@@ -26,7 +26,7 @@ __all__ = [
 ]  # fmt: skip
 
 # quantise.WEIGHT_TYPES, which take torch to import.
-WEIGHTS = ("16bit", "int8", "q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q4_k", "q5_k", "q6_k")
+WEIGHTS = ("16bit", "int8", "int15", "q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q4_k", "q5_k", "q6_k")
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 PROMPT_BYTES, TEXT_BYTES = 64 << 20, 1 << 30  # of a file of prompts, and of one of texts, at most
 MAX_THREADS = max(64, 4 * (os.cpu_count() or 1))

@@ -42,7 +42,7 @@ def load_model(
     """A model ready to run on ``backend``; ``source`` and ``dtype`` as in ``read_checkpoint``.
 
     ``weights``: None keeps the quantised weights of a GGUF file as they are (rule 8 of docs/arithmetic.md). Else they
-    are read as numbers, which "16bit" leaves in ``dtype``, and "int8", "q8_0", "q4_k" or another of
+    are read as numbers, which "16bit" leaves in ``dtype``, and "int8", "int15", "q4_k" or another of
     quantise.WEIGHT_TYPES rounds in the linear layers and the LM head, for less memory read per token (another model,
     then: its own bits, the same in every backend and strategy). A ``layerskip.json`` of the model (`defaults`) says
     which exit layer, number of drafts and draft vocabulary are used where a GenerationConfig leaves them open.

@@ -11,11 +11,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from layerskip_kernels.ops.reference import BLOCK_TYPES, has_finite_scales, quantise_int8
+from layerskip_kernels.ops.reference import BLOCK_TYPES, has_finite_scales, quantise_int8, quantise_int15
 
 __all__ = ["WEIGHT_TYPES", "check_weights", "quantise"]
 
-WEIGHT_TYPES = ("int8", *BLOCK_TYPES)
+BY_SEGMENT = {"int8": quantise_int8, "int15": quantise_int15}  # types of our own
+WEIGHT_TYPES = (*BY_SEGMENT, *BLOCK_TYPES)
 CANDIDATES = 20  # scales that are tried for a block
 SUBS = 8  # blocks of 32 in one of 256
 
@@ -27,13 +28,13 @@ def check_weights(weights: str | None) -> None:
 
 
 def quantise(weight: Tensor, name: str) -> Tensor:
-    """A matrix [N, K] of finite numbers as the type ``name``: uint8 [N, blocks, bytes], or int8 as quantise_int8.
+    """A matrix [N, K] of finite numbers as the type ``name``: uint8 [N, blocks, bytes], or as quantise_int8 has it.
 
     Rows that are no whole number of blocks are filled up with zeros. Raises ValueError where a block's scale would be
     beyond fp16, which the type stores it in.
     """
-    if name == "int8":
-        return quantise_int8(weight)
+    if name in BY_SEGMENT:
+        return BY_SEGMENT[name](weight)
     kind = BLOCK_TYPES[name]
     filled = torch.nn.functional.pad(weight.float(), (0, -weight.size(1) % kind.size))
     blocks = QUANTISERS[name](filled.unflatten(1, (-1, kind.size)))

@@ -151,7 +151,8 @@ def test_rounding_is_nearer_than_ggufs(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "most"), [("q4_k", 0.08), ("q5_k", 0.04), ("q6_k", 0.019), ("int8", 0.008), ("q8_0", 0.006)]
+    ("name", "most"),
+    [("q4_k", 0.08), ("q5_k", 0.04), ("q6_k", 0.019), ("int8", 0.008), ("q8_0", 0.006), ("int15", 7e-5)],
 )
 def test_rounding_is_near(name, most):
     weight = torch.randn(40, 512, generator=torch.Generator().manual_seed(3)) * torch.logspace(-2, 0, 40)[:, None]

@@ -13,7 +13,7 @@ from support.quantised_weights import TYPES, activations, random_weight
 from support.triton_arguments import DEVICE, assert_equal, attention_case, on_device, packed, random
 
 N = 133 if GPU else 16
-MIXED = [("q4_k", "q6_k", "q8_0"), ("q5_1", "q5_1", "q5_1"), ("int8", "dense", "q4_1")]
+MIXED = [("q4_k", "q6_k", "q8_0"), ("q5_1", "q5_1", "q5_1"), ("int15", "dense", "int8")]
 
 
 def linear(x, weight, bias=None):
@@ -39,7 +39,7 @@ def test_same_bits_at_odd_sizes(name, k):
     assert_equal(linear(x, weight), reference.linear(x, weight, None, N))
 
 
-@pytest.mark.parametrize("name", ["q4_0", "q4_k", "q6_k", "q8_0", "int8"])
+@pytest.mark.parametrize("name", ["q4_0", "q4_k", "q6_k", "q8_0", "int8", "int15"])
 def test_same_bits_of_several_steps_in_every_dtype(dtype, name):
     """Segments of three blocks: a step and a half; the last segments are zeros, those before not full."""
     x, weight = activations(2, 580, dtype), random_weight(name, N + 4, 580)
@@ -53,7 +53,7 @@ def test_same_bits_with_scales_that_are_tiny(name, scales):
     assert_equal(linear(x, weight), reference.linear(x, weight, None, N))
 
 
-@pytest.mark.parametrize("name", ["q5_k", "q6_k", "q8_0", "int8"])
+@pytest.mark.parametrize("name", ["q5_k", "q6_k", "q8_0", "int8", "int15"])
 def test_same_bits_of_activations_of_any_size(name):
     x = torch.randn(9, 288)
     x[0], x[1], x[2] = 0.0, x[1] * 2.0**-130, x[2] * 1e30
@@ -100,7 +100,7 @@ def test_norm_qkv_rope_append(names, rows):
         assert_equal(got, expected)
 
 
-@pytest.mark.parametrize("names", [("q4_k", "q6_k"), ("int8", "int8"), ("dense", "q5_0")])
+@pytest.mark.parametrize("names", [("q4_k", "q6_k"), ("int8", "int8"), ("int15", "int15"), ("dense", "q5_0")])
 @pytest.mark.parametrize("rows", [2, 9])
 def test_norm_gate_up_silu(names, rows):
     hidden, norm = random(rows, 70, dtype=torch.bfloat16) * 10, random(70, dtype=torch.bfloat16)
@@ -119,7 +119,7 @@ def test_out_residual_and_down_residual(dtype, name):
     assert_equal(got, reference.down_residual(x, weight, residual))
 
 
-@pytest.mark.parametrize("name", ["q6_k", "q4_0", "int8"])
+@pytest.mark.parametrize("name", ["q6_k", "q4_0", "int8", "int15"])
 @pytest.mark.parametrize("vocab_size", [5, 101])
 def test_norm_head_argmax(name, vocab_size):
     hidden, norm = random(9, 50, dtype=torch.bfloat16), random(50, dtype=torch.bfloat16)
@@ -135,5 +135,6 @@ def test_other_bytes_are_refused():
         packed(torch.zeros(4, 2, 19, dtype=torch.uint8))
     with pytest.raises(ValueError, match="no packed weight of a known type"):
         triton_ops.linear(torch.zeros(1, 64).to(DEVICE), torch.zeros(1, 2, 19, dtype=torch.uint8).to(DEVICE), None, 4)
-    with pytest.raises(ValueError, match="whole blocks of 32"):
-        packed(torch.zeros(4, 40, dtype=torch.int8))
+    for dtype in (torch.int8, torch.int16):
+        with pytest.raises(ValueError, match="whole blocks of 32"):
+            packed(torch.zeros(4, 40, dtype=dtype))

@@ -6,15 +6,16 @@ import torch
 from layerskip_kernels.ops import reference
 
 BLOCKS = list(reference.BLOCK_TYPES)
-TYPES = [*BLOCKS, "int8"]
+TYPES = [*BLOCKS, "int8", "int15"]
 
 
 def random_weight(name: str, n: int, k: int, seed: int = 0, scales: str = "usual") -> torch.Tensor:
     """Any bytes, codes of -128 among them, with scales that are numbers; or subnormal ones, or zeros."""
     generator = np.random.default_rng(seed)
-    if name == "int8":
-        weight = reference.quantise_int8(torch.from_numpy(generator.normal(size=(n, k)).astype(np.float32)))
-        weight[:, : -(-k // 32) * 32 : 7] = -128
+    if name in ("int8", "int15"):
+        numbers = torch.from_numpy(generator.normal(size=(n, k)).astype(np.float32))
+        weight = (reference.quantise_int8 if name == "int8" else reference.quantise_int15)(numbers)
+        weight[:, : -(-k // 32) * 32 : 7] = torch.iinfo(weight.dtype).min
         return weight
     kind = reference.BLOCK_TYPES[name]
     raw = generator.integers(0, 256, (n, -(-k // kind.size), kind.nbytes), dtype=np.uint8)

@@ -31,6 +31,7 @@ from layerskip_kernels.ops.reference.blocks import (
     integer_dot,
     is_quantised,
     quantise_int8,
+    quantise_int15,
     quantise_rows,
 )
 from layerskip_kernels.ops.reference.layers import (
@@ -87,6 +88,7 @@ __all__ = [
     "paged_attention",
     "philox",
     "quantise_int8",
+    "quantise_int15",
     "quantise_rows",
     "rejection_sample",
     "rms_norm",

@@ -1,10 +1,11 @@
 """Rule 8: the integer dot. Weights in blocks of integers with scales, activations made integers row by row.
 
 A quantised weight [N, K] is uint8 [N, blocks, bytes of a block], laid out as in a GGUF file; the bytes tell the type
-(BLOCK_TYPES). The type of our own, ``int8``, is int8 [N, ceil(K / 32) * 32 + 32]: integers, then the bytes of eight
-fp32 scales. Where K is no whole number of blocks, the rest are zeros.
+(BLOCK_TYPES). Types of our own have a scale for each of eight segments of a row, whose fp32 bytes end it: ``int8`` is
+int8 [N, ceil(K / 32) * 32 + 32], and ``int15`` int16 [N, ceil(K / 32) * 32 + 16], numbers of 15 bits in two planes (see
+segment_parts). Where K is no whole number of blocks, the rest are zeros.
 
-In a piece (a block, a half of one, or a segment of an int8 row), element k stands for ``a * q[k] - c``, q an integer.
+In a piece (a block, a half of one, or a segment), element k stands for ``a * q[k] - c``, q an integer.
 """
 
 from collections.abc import Callable
@@ -17,7 +18,8 @@ from torch import Tensor
 SEGMENTS = 8
 BLOCK = 32  # activations share a scale in blocks of this
 SMALLEST_MAXIMUM = 2.0**-100  # of a block of activations; below, they count as zeros
-INT8_SCALE_BYTES = 4 * SEGMENTS
+SCALE_BYTES = 4 * SEGMENTS  # at the end of a row with scales of segments
+LARGEST = {torch.int8: 127, torch.int16: 127 * 128 + 63}  # of the integers that rounding makes
 
 
 class Pieces(NamedTuple):
@@ -129,7 +131,7 @@ _BY_BYTES = {kind.nbytes: kind for kind in BLOCK_TYPES.values()}
 
 def is_quantised(weight: Tensor) -> bool:
     """Whether a weight, packed or not, is multiplied by rule 8."""
-    return weight.dtype in (torch.uint8, torch.int8)
+    return weight.dtype in (torch.uint8, torch.int8, torch.int16)
 
 
 def block_type(weight: Tensor) -> BlockType:
@@ -186,7 +188,7 @@ def planes_of(X: Tensor) -> tuple[Tensor, Tensor]:
 
 def integer_dot(x: Tensor, weight: Tensor) -> Tensor:
     """Rule 8: x [T, K] times a quantised weight [N, K] -> fp32 [T, N]."""
-    return _int8_dot(x.float(), weight) if weight.dtype == torch.int8 else _block_dot(x.float(), weight)
+    return _block_dot(x.float(), weight) if weight.dtype == torch.uint8 else _segment_dot(x.float(), weight)
 
 
 def _block_dot(x: Tensor, weight: Tensor) -> Tensor:
@@ -203,13 +205,24 @@ def _block_dot(x: Tensor, weight: Tensor) -> Tensor:
     return _folded(torch.nn.functional.pad(terms_PTN, padding).unflatten(0, (SEGMENTS, length)))
 
 
-def _int8_dot(x: Tensor, weight: Tensor) -> Tensor:
-    """A term for each segment: ``fl(A * fl(128*s)) + fl(B*s)``, A and B the sums over the planes, s = fl(a*scale)."""
-    q, scales = int8_parts(weight)
-    X, s_TS = quantise_rows(_padded(x, q.size(1) * q.size(2)).view(len(x), SEGMENTS, -1), 2)
-    A, B = (_exact_sums(plane, q).float() for plane in planes_of(X))
+def _segment_dot(x: Tensor, weight: Tensor) -> Tensor:
+    """A term for each segment, of the planes of weights and rows multiplied as polynomials in 128, s = fl(a*scale).
+
+    int8: ``fl(A * fl(128*s)) + fl(B*s)``, A and B its sums with the rows' planes. int15 the same with three:
+    ``fl(A * fl(16384*s)) + fl(B * fl(128*s)) + fl(C*s)``, B the sum of what has one high and one low plane.
+    """
+    planes, scales = segment_parts(weight)
+    X, s_TS = quantise_rows(_padded(x, SEGMENTS * planes[0].size(2)).view(len(x), SEGMENTS, -1), 2)
+    sums = [torch.zeros(())] * (len(planes) + 1)
+    for i, q in enumerate(planes):
+        for j, plane in enumerate(planes_of(X)):
+            sums[i + j] = sums[i + j] + _exact_sums(plane, q)
     s = s_TS.T[:, :, None] * scales.T[:, None, :]
-    return _folded((A * (128.0 * s) + B * s)[:, None])
+    powers = [128.0**power for power in range(len(planes), -1, -1)]
+    term, *others = (total.float() * (power * s) for total, power in zip(sums, powers, strict=True))
+    for other in others:
+        term = term + other
+    return _folded(term[:, None])
 
 
 def _padded(x: Tensor, size: int) -> Tensor:
@@ -231,7 +244,7 @@ def _folded(terms_SLTN: Tensor) -> Tensor:
     return partials[0]
 
 
-# ---- what weights stand for, and int8 ----
+# ---- what weights stand for, and the types with scales of segments ----
 
 
 def dequantise(weight: Tensor, hidden_size: int) -> Tensor:
@@ -239,8 +252,9 @@ def dequantise(weight: Tensor, hidden_size: int) -> Tensor:
 
     Takes several times the memory of the result.
     """
-    if weight.dtype == torch.int8:
-        q, scales = int8_parts(weight)
+    if weight.dtype != torch.uint8:
+        (high, *low), scales = segment_parts(weight)
+        q = 128 * high + low[0] if low else high
         return (q * scales[:, :, None]).flatten(1)[:, :hidden_size]
     q, a, c = block_type(weight).pieces(weight)
     values = a[:, :, None] * q
@@ -252,18 +266,36 @@ def quantise_int8(weight: Tensor) -> Tensor:
 
     A segment is ceil(ceil(K / 32) / 8) blocks of 32.
     """
+    q, scales = _rounded_segments(weight, torch.int8)
+    return torch.cat([q.to(torch.int8), scales.view(torch.int8)], dim=1)
+
+
+def quantise_int15(weight: Tensor) -> Tensor:
+    """The same as ``int15``: -16319..16319, and a scale of the largest / 16319."""
+    q, scales = _rounded_segments(weight, torch.int16)
+    q = q.int() + 64
+    return torch.cat([(q >> 7 << 8 | q & 127).to(torch.int16), scales.view(torch.int16)], dim=1)
+
+
+def _rounded_segments(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The integers fp32 [N, K in whole blocks] and the scales fp32 [N, 8]."""
     N, K = weight.shape
     blocks = -(-K // BLOCK)
     segments = _padded(weight.float(), SEGMENTS * -(-blocks // SEGMENTS) * BLOCK).view(N, SEGMENTS, -1)
-    scales = segments.abs().amax(dim=2) / 127.0
+    scales = segments.abs().amax(dim=2) / LARGEST[dtype]
     safe = torch.where(scales > 0, scales, 1.0)
-    integers = (segments / safe[:, :, None]).round().clamp(-127, 127).to(torch.int8)
-    return torch.cat([integers.view(N, -1)[:, : blocks * BLOCK], scales.view(torch.int8)], dim=1)
+    integers = (segments / safe[:, :, None]).round().clamp(-LARGEST[dtype], LARGEST[dtype])
+    return integers.view(N, -1)[:, : blocks * BLOCK], scales
 
 
-def int8_parts(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """The integers int32 [N, 8, L] and the scales fp32 [N, 8] of an int8 weight."""
-    scales = weight[:, -INT8_SCALE_BYTES:].contiguous().view(torch.float32)
-    blocks = (weight.size(1) - INT8_SCALE_BYTES) // BLOCK
-    length = -(-blocks // SEGMENTS) * BLOCK
-    return _padded(weight[:, :-INT8_SCALE_BYTES], SEGMENTS * length).int().view(len(weight), SEGMENTS, length), scales
+def segment_parts(weight: Tensor) -> tuple[list[Tensor], Tensor]:
+    """The planes int32 [N, 8, L], the highest first, and the scales fp32 [N, 8] of an int8 or int15 weight.
+
+    int8 has one. A number of int15 is 128 * high + low: high its word's upper byte, low, -64..63, the lower one's seven
+    bits less 64.
+    """
+    codes, scales = weight.split([weight.size(1) - SCALE_BYTES // weight.itemsize, SCALE_BYTES // weight.itemsize], 1)
+    planes = [codes.int()] if weight.dtype == torch.int8 else [codes.int() >> 8, (codes.int() & 127) - 64]
+    length = -(-codes.size(1) // (SEGMENTS * BLOCK)) * BLOCK
+    filled = [_padded(plane, SEGMENTS * length).view(len(weight), SEGMENTS, length) for plane in planes]
+    return filled, scales.contiguous().view(torch.float32)
