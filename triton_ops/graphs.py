@@ -166,7 +166,7 @@ class PlannedSteps:
         width = table_width(rows.block_table.size(1), cache.hidden.size(1))
 
         kept = len(rows.tokens) <= MAX_KEPT_ROWS
-        drawing, rejecting = Drawing.of(sampling and sampling.draws), sampling.rejecting if sampling else ()
+        drawing, rejecting = Drawing.of(sampling.draws if sampling else None), sampling.rejecting if sampling else ()
         others = [*sampling.draws.flat, sampling.positions, sampling.draft_scores] if sampling else []
 
         def make() -> tuple[StaticInputs, Recorded]:

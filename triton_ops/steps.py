@@ -190,8 +190,8 @@ class DraftPlan:
         self.candidates = Candidates.of_head(len(num_drafts), head, head_size, sizes.device)
         self.tokens = torch.zeros(len(num_drafts), dtype=torch.int64, device=sizes.device)
         self.drafts = torch.full((len(num_drafts), max_drafts), -1, dtype=torch.int64, device=sizes.device)
-        self.chooser = drawing and drawing.chooser(len(num_drafts), head_size, sizes.device)
-        self.logits = drawing and torch.empty(len(num_drafts), head_size, device=sizes.device)
+        self.chooser = drawing.chooser(len(num_drafts), head_size, sizes.device) if drawing else None
+        self.logits = torch.empty(len(num_drafts), head_size, device=sizes.device) if drawing else None
         kept = len(num_drafts) if keep_scores else 0
         # Tokens outside a draft vocabulary are never written.
         self.scores = torch.full((kept, max_drafts, llama.sizes.vocab_size), -torch.inf, device=sizes.device)
@@ -254,7 +254,7 @@ class VerifyPlan:
         self.candidates = Candidates.of_head(len(judged_rows), head, vocab_size, device)
         self.targets = torch.empty(len(judged_rows), dtype=torch.int64, device=device)
         self.logits = torch.empty(len(judged_rows), vocab_size, device=device)
-        self.chooser = drawing and drawing.chooser(len(judged_rows), vocab_size, device)
+        self.chooser = drawing.chooser(len(judged_rows), vocab_size, device) if drawing else None
         self.rows, rejecting_row, draft_place = of_drawing
         self.rejection = Rejection(rejecting_row, draft_place, vocab_size) if rejecting_rows else None
         self.scores = torch.empty_like(self.logits if drawing else self.logits[:0])

@@ -19,10 +19,11 @@ from layerskip_kernels.model.exit_adapter import (
     read_exit_adapter,
     write_exit_adapter,
 )
+from layerskip_kernels.model.files import write_whole
 from layerskip_kernels.model.model import Model
 from layerskip_kernels.training.adapter_choice import StepCosts, measure_costs
 from layerskip_kernels.training.adapter_training import AdapterTraining, AdaptSettings, OwnWeights, say
-from layerskip_kernels.training.kept import Origin, check_checkpoints, write_atomically
+from layerskip_kernels.training.kept import Origin, check_checkpoints
 from layerskip_kernels.training.written_texts import NOT_ASKED, Text, judged_texts, write_texts
 
 __all__ = ["adapt"]
@@ -83,7 +84,7 @@ def adapt(
     if not choice_file.exists():
         costs = measure_costs(model, texts[0].tokens)
         found = list(_tried(model, own, texts, words, exits, settings, costs, kept))
-        write_atomically(choice_file, json.dumps([asdict(candidate) for candidate in found]) + "\n")
+        write_whole(choice_file, json.dumps([asdict(candidate) for candidate in found]) + "\n")
     candidates = [Candidate(**entry) for entry in json.loads(choice_file.read_text(encoding="utf-8"))]
     chosen = max(candidates, key=lambda candidate: candidate.speed_up)
     say(_table(candidates, chosen))
@@ -149,5 +150,5 @@ def _export(
     defaults = DraftDefaults(chosen.exit_layer, chosen.num_speculations, tuple(vocab))
     write_defaults(output, defaults)
     found = {**asdict(chosen), "acceptance": max(training.acceptances), "steps": training.step}
-    write_atomically(output / "adapt.json", json.dumps(found) + "\n")
+    write_whole(output / "adapt.json", json.dumps(found) + "\n")
     return found

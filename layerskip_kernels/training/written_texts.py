@@ -13,8 +13,8 @@ from layerskip_kernels.config import GenerationConfig
 from layerskip_kernels.decoding.exits import each_exit
 from layerskip_kernels.engine.engine import Engine
 from layerskip_kernels.engine.generation import Generation
+from layerskip_kernels.model.files import write_whole
 from layerskip_kernels.model.model import Model
-from layerskip_kernels.training.kept import write_atomically
 
 __all__ = ["NOT_ASKED", "Text", "judged_texts", "write_texts"]
 
@@ -55,7 +55,7 @@ def write_texts(
                 from_prompts = group % 2 == 0 and BATCH * (group // 2) < len(prompts)
                 first = BATCH * (group // 2)
                 chosen = list(prompts[first : first + BATCH]) if from_prompts else own_prompts(model, group)
-                write_atomically(path, "".join(_line(text) for text in _continued(model, chosen, max_new_tokens)))
+                write_whole(path, "".join(_line(text) for text in _continued(model, chosen, max_new_tokens)))
             found = [Text(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
             added = sum(text.num_targets for text in found)
             if not added:
@@ -76,7 +76,7 @@ def judged_texts(model: Model, texts: Sequence[str], folder: Path, show: bool = 
         shown = tqdm(
             [piece for piece in pieces if len(piece) > 1], unit=" texts", desc="judging texts", disable=not show
         )
-        write_atomically(path, "".join(_line(Text(tokens, _choices(model, tokens))) for tokens in shown))
+        write_whole(path, "".join(_line(Text(tokens, _choices(model, tokens))) for tokens in shown))
     return [Text(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
