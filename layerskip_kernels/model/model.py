@@ -167,7 +167,7 @@ class Model:
             return exit_layer, config.num_speculations
         if config.num_speculations == AUTO:
             return exit_layer, MOST_SPECULATIONS
-        return exit_layer, chosen.num_speculations if chosen else NUM_SPECULATIONS
+        return exit_layer, (chosen.num_speculations if chosen else None) or NUM_SPECULATIONS
 
     def check_exit(self, exit_layer: int) -> None:
         """Raise ValueError unless this model's layers below the last can draft at ``exit_layer``."""
@@ -181,7 +181,8 @@ class Model:
 
     def leaves_drafting_open(self, config: GenerationConfig) -> bool:
         """Whether something about drafting is chosen on the way: "auto", or neither config nor measurements say how."""
-        said = self.defaults is not None or config.exit_layer is not None or config.num_speculations is not None
+        measured = self.defaults is not None and self.defaults.num_speculations is not None
+        said = measured or config.exit_layer is not None or config.num_speculations is not None
         return config.strategy == "self_speculative" and (config.asks_for_auto or not said)
 
     def draft_exits(self, config: GenerationConfig) -> tuple[int, ...]:

@@ -147,7 +147,7 @@ def _export(
     tensors = {name: tensor.to(model.dtype) for name, tensor in training.best.items()}
     ordered = {name: tensors[name] for name in adapter_shapes(model.config, chosen.num_layers)}
     write_exit_adapter(output, chosen.exit_layer, ordered, model.name, model.weights)
-    defaults = DraftDefaults(chosen.exit_layer, chosen.num_speculations, tuple(vocab))
+    defaults = DraftDefaults(chosen.exit_layer, draft_vocab=tuple(vocab))
     write_defaults(output, defaults)
     found = {**asdict(chosen), "acceptance": max(training.acceptances), "steps": training.step}
     write_whole(output / "adapt.json", json.dumps(found) + "\n")

@@ -57,6 +57,20 @@ def test_what_the_user_says_goes_before_the_model():
     assert drafts_of(model, GenerationConfig(num_speculations=7)) == 7
 
 
+def test_a_number_of_drafts_left_out_is_chosen_on_the_way(tmp_path):
+    write_directory(tmp_path)
+    (tmp_path / "layerskip.json").write_text('{"exit_layer": 1, "draft_vocab": [3, 5]}')
+    model = load_model(tmp_path)
+    assert model.defaults == DraftDefaults(1, None, (3, 5)) and model.draft_ids is not None
+    assert model.leaves_drafting_open(GenerationConfig())
+    assert not model.leaves_drafting_open(GenerationConfig(num_speculations=2))
+    assert model.draft_exits(GenerationConfig()) == (1,)
+    assert model.draft_settings(GenerationConfig(num_speculations=2)) == (1, 2)
+    write_defaults(tmp_path, DraftDefaults(1, None, (3, 5)))
+    assert "num_speculations" not in json.loads((tmp_path / "layerskip.json").read_text())
+    assert load_model(tmp_path).defaults == model.defaults
+
+
 def test_defaults_change_no_token():
     model = tiny_model()
     [plain] = generate(model, [[1, 2, 3]], GenerationConfig("autoregressive"))
@@ -88,7 +102,7 @@ def test_the_draft_vocabulary_may_be_a_list_or_a_file(tmp_path, form):
     [
         ("{", "is not valid JSON: Expecting property name"),
         ("[1, 2]", "must hold a JSON object"),
-        ('{"exit_layer": 1}', "lacks the field 'num_speculations'"),
+        ('{"num_speculations": 1}', "lacks the field 'exit_layer'"),
         ('{"exit_layer": 1, "num_speculations": 2, "exit": 3}', "JSON object of exit_layer"),
         ('{"exit_layer": 0, "num_speculations": 2}', "exit_layer must be an integer in 1..1, got 0"),
         ('{"exit_layer": 2, "num_speculations": 2}', "exit_layer must be an integer in 1..1, got 2"),
