@@ -20,7 +20,7 @@ from layerskip_kernels.model.json_file import JsonObject, read_json_object
 from layerskip_kernels.model.lora import ADAPTER_CONFIG, Adapter
 from layerskip_kernels.model.model import Model
 from layerskip_kernels.model.safetensors_file import TORCH_DTYPES, TensorEntry, read_tensor
-from layerskip_kernels.model.sources import locate
+from layerskip_kernels.model.sources import locate, locate_exit_adapter
 from layerskip_kernels.model.tensor_names import check_finite, expected_shapes
 from layerskip_kernels.model.tokenizer import Tokenizer
 from layerskip_kernels.model.weight_files import TensorsOnDemand, check_entries, read_entries, split_fused
@@ -47,14 +47,14 @@ def load_model(
     then: its own bits, the same in every backend and strategy). A ``layerskip.json`` of the model (`defaults`) says
     which exit layer, number of drafts and draft vocabulary are used where a GenerationConfig leaves them open.
 
-    ``exit_adapter``: an ``exit_adapter.safetensors`` made for this model, or its folder (model/exit_adapter.py): drafts
-    exit into it, texts stay the model's. A ``layerskip.json`` beside it counts before the model's. Raises ValueError
-    naming the file for another model's adapter and for a damaged one.
+    ``exit_adapter``: an ``exit_adapter.safetensors`` made for this model, its folder (model/exit_adapter.py), or the
+    name of one that this package ships: drafts exit into it, texts stay the model's. A ``layerskip.json`` beside it
+    counts before the model's. Raises ValueError naming the file for another model's adapter and for a damaged one.
     """
     quantise.check_weights(weights)
     checkpoint = read_checkpoint(source, dtype, on_demand=True, keep_quantised=weights is None)
     model = Model.from_checkpoint(checkpoint, backend, weights)
-    return model if exit_adapter is None else _with_adapter(model, Path(exit_adapter))
+    return model if exit_adapter is None else _with_adapter(model, locate_exit_adapter(exit_adapter))
 
 
 def _with_adapter(model: Model, path: Path) -> Model:

@@ -8,9 +8,10 @@ from pathlib import Path
 import torch
 
 from layerskip_kernels.model.defaults import DEFAULT_MODEL
+from layerskip_kernels.model.exit_adapter import ADAPTER_FILE
 from layerskip_kernels.model.gguf_cache import converted_directory
 
-__all__ = ["default_model_path", "locate", "shipped_checkpoints"]
+__all__ = ["default_model_path", "locate", "locate_exit_adapter", "shipped_checkpoints", "shipped_exit_adapters"]
 
 HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 HUB_FILES = [
@@ -34,6 +35,16 @@ def shipped_checkpoints() -> list[str]:
     """The names of the checkpoints that this package ships, for ``load_model``."""
     configs = [*SHIPPED.glob("*/config.json"), *SHIPPED.glob("*/adapter_config.json")]
     return sorted({path.parent.name for path in configs})
+
+
+def shipped_exit_adapters() -> list[str]:
+    """The names of the exit adapters that this package ships, for ``load_model(exit_adapter=...)``."""
+    return sorted(path.parent.name for path in SHIPPED.glob(f"*/{ADAPTER_FILE}"))
+
+
+def locate_exit_adapter(named: str | os.PathLike[str]) -> Path:
+    """The file or folder of an exit adapter: a path, or the name of one that is shipped."""
+    return SHIPPED / named if not os.path.exists(named) and named in shipped_exit_adapters() else Path(named)
 
 
 def locate(
