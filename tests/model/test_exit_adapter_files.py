@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from layerskip_kernels import GenerationConfig, generate, load_model
+from layerskip_kernels.model import sources
 from layerskip_kernels.model.exit_adapter import write_exit_adapter
 from support.checkpoint_files import HF_CONFIG, random_tensors, write_directory
 from support.commands import error_of
@@ -54,6 +55,15 @@ def test_a_model_finds_its_adapter_however_it_is_loaded(source, adapter, options
     [found], [expected] = generate(model, [[5, 6, 7]], config), generate(plain, [[5, 6, 7]], config.plain())
     assert found.drafted > 0
     assert found.token_ids == expected.token_ids and torch.equal(found.logits, expected.logits)
+
+
+def test_a_shipped_adapter_is_found_by_its_name(source, adapter, monkeypatch):
+    monkeypatch.setattr(sources, "SHIPPED", adapter.parent)
+    assert sources.shipped_exit_adapters() == ["adapter"]
+    model = load_model(source, exit_adapter="adapter")
+    assert model.exit_adapter is not None and model.exit_adapter.exit_layer == 2
+    with pytest.raises(FileNotFoundError, match=r"^other is missing; an exit adapter is a file named exit_adapter"):
+        load_model(source, exit_adapter="other")
 
 
 def test_numbers_are_read_as_they_were_written(source, adapter):
