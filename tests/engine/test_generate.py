@@ -46,7 +46,7 @@ def test_quantised_weights_change_no_bit_either(one_thread, dtype, weights, tied
 
 
 def test_unknown_weights_are_refused():
-    with pytest.raises(ValueError, match="weights must be None, '16bit' or one of int8, q4_0"):
+    with pytest.raises(ValueError, match="weights must be None, '16bit' or one of int8, int15, q4_0"):
         tiny_model(weights="int4")
 
 

@@ -110,9 +110,15 @@ def test_llama_cpp_gives_the_ids_of_what_was_written(tmp_path: Path, recorded: d
 
 @pytest.mark.parametrize("published", published_vocabularies(), ids=lambda path: path.name)
 def test_a_published_vocabulary(tmp_path: Path, published: Path):
-    """The ids are those of sentencepiece, which the model was trained with, and of llama.cpp, where these are there."""
+    """The ids are those of sentencepiece, which the model was trained with, and of llama.cpp, where these are there.
+
+    Not of texts that begin with a space: before these, Transformers puts no other one, as the others do, and a
+    ``tokenizer.model`` by itself is read as Transformers reads it.
+    """
     shutil.copy(published, tmp_path / "tokenizer.model")
-    tokenizer, texts = Tokenizer.from_directory(tmp_path), random_texts(200, seed=21)
+    tokenizer = Tokenizer.from_directory(tmp_path)
+    texts = [text for text in random_texts(200, seed=21) if not text.startswith(" ")]
+    assert len(texts) > 150
     expected, path = [tokenizer.encode(text) for text in texts], rewritten(tokenizer, tmp_path)
     assert ids_of(path, texts) == expected
     assert [tokenizer.decode(ids) for ids in expected] == [text.replace(SPACE, " ") for text in texts]
