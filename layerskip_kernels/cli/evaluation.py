@@ -68,7 +68,8 @@ def _sweep(args: argparse.Namespace) -> int:
     require_matplotlib(args.plot)
     examples = named_prompts(args, args.num_prompts)
     model = load(args)
-    layers = args.exit_layer or exit_layers.exit_layers_of(model.config.num_layers)
+    adapted = [] if model.exit_adapter is None else [model.exit_adapter.exit_layer]
+    layers = args.exit_layer or adapted or exit_layers.exit_layers_of(model.config.num_layers)
     try:
         found = sweep(
             model, examples.prompts, layers, args.num_speculations, args.max_new_tokens, args.rounds, examples.origin
@@ -85,9 +86,19 @@ def _sweep(args: argparse.Namespace) -> int:
         print("nothing was saved; --save makes the best setting this model's default", file=sys.stderr)
         return 0
     check_worth_saving(found)
-    path = write_defaults(args.model, defaults_of(model, best(found)))
+    path = write_defaults(_kept_with(args), defaults_of(model, best(found)))
     print(f"the best setting is now this model's default: {path}", file=sys.stderr)
     return 0
+
+
+def _kept_with(args: argparse.Namespace) -> str | Path | None:
+    """Whose defaults are written: the exit adapter's, where there is one, else the model's."""
+    from layerskip_kernels.model.sources import locate_exit_adapter
+
+    if args.exit_adapter is None:
+        return args.model
+    adapter = locate_exit_adapter(args.exit_adapter)
+    return adapter if adapter.is_dir() else adapter.parent
 
 
 # ---- lens ----

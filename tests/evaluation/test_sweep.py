@@ -291,6 +291,19 @@ def test_the_best_setting_is_saved_where_that_was_asked(early, quiet, monkeypatc
     assert find_defaults(tmp_path, tmp_path, early_model().config) == DraftDefaults(1, 2)
 
 
+def test_an_exit_adapter_has_its_own_exit_and_its_own_defaults(quiet, monkeypatch, capsys, tmp_path):
+    """An adapter that is the model's own final norm alone changes nothing else."""
+    model = replace(early_model(), tokenizer=Words())
+    adapted = model.with_exit_adapter(2, {"norm.weight": model.weights.final_norm.clone()})
+    monkeypatch.setattr("layerskip_kernels.load_model", lambda *_: adapted)
+    LayerClock(monkeypatch)
+    quick = [option for option in QUICK if option not in ("--exit-layer", "1")]
+    where = ["--model", str(tmp_path / "model"), "--exit-adapter", str(tmp_path)]
+    assert main([*quick, *where, "--save"]) == 0
+    assert str(tmp_path / "layerskip.json") in capsys.readouterr().err
+    assert find_defaults(tmp_path, tmp_path, model.config) == DraftDefaults(2, 2)
+
+
 @pytest.mark.parametrize("options", [[], ["--rounds", "1", "--save"]], ids=["not asked", "one round"])
 def test_nothing_is_saved(early, quiet, monkeypatch, capsys, tmp_path, config_directory, options):
     LayerClock(monkeypatch)
