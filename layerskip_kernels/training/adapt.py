@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 from collections import Counter
@@ -15,6 +16,7 @@ import torch
 from layerskip_kernels.model.defaults import DraftDefaults, write_defaults
 from layerskip_kernels.model.exit_adapter import (
     adapter_shapes,
+    model_norms,
     num_adapter_layers,
     read_exit_adapter,
     write_exit_adapter,
@@ -66,16 +68,18 @@ def adapt(
     exits = settings.exits or default_exits(model.config.num_layers)
     for exit_layer in exits:
         model.check_exit(exit_layer)
-    made_from: Origin = {"model": model.name, "dtype": str(model.dtype), "prompts": list(prompts), "given": list(given)}
+    norms = hashlib.sha256(model_norms(model.weights).view(torch.uint8).numpy().tobytes()).hexdigest()
+    made_from: Origin = {"model": model.name, "norms": norms, "dtype": str(model.dtype)}
+    made_from |= {"prompts": list(prompts), "given": list(given)}
     made_from |= {"start_from": start_from and str(start_from), **json.loads(json.dumps(asdict(settings)))}
     kept = output / "training"
     kept.mkdir(exist_ok=True)
-    state_file = kept / "state.safetensors"
-    check_checkpoints(kept, state_file if state_file.exists() else None, made_from)
+    written = kept / "texts"
+    check_checkpoints(kept, written if written.exists() else None, made_from)  # states and choice follow from texts
     show = sys.stderr.isatty()
     encode = model.tokenizer.encode if model.tokenizer is not None else None
     ids = [encode(prompt) for prompt in prompts] if encode is not None else []
-    texts = write_texts(model, ids, kept / "texts", settings.num_tokens, settings.max_new_tokens, show)
+    texts = write_texts(model, ids, written, settings.num_tokens, settings.max_new_tokens, show)
     texts += judged_texts(model, given, kept, show) if given else []
     say(f"{sum(text.num_targets for text in texts):,} tokens in {len(texts):,} texts")
     own = OwnWeights(source, max(settings.adapter_layers), start and start[1])
@@ -90,7 +94,7 @@ def adapt(
     say(_table(candidates, chosen))
     vocab = sorted(words[: chosen.num_words])
     training = AdapterTraining(model, own, texts, vocab, chosen.exit_layer, chosen.num_layers, settings, kept)
-    training.run(state_file)
+    training.run(kept / "state.safetensors")
     return _export(model, training, chosen, vocab, output)
 
 

@@ -105,8 +105,8 @@ class AdapterTraining:
         self._head = own.head[torch.tensor(vocab)]
         self._word_of = torch.full((own.head.size(0),), UNKNOWN)
         self._word_of[torch.tensor(vocab)] = torch.arange(len(vocab))
-        self._held_out = [i for i in range(len(texts)) if i % HELD_OUT == HELD_OUT // 2] or [len(texts) - 1]
-        self._trained_on = [i for i in range(len(texts)) if i not in set(self._held_out)]
+        self._held_out = [*range(HELD_OUT // 2, len(texts), HELD_OUT)] or [len(texts) - 1]
+        self._trained_on = sorted({*range(len(texts))} - {*self._held_out})
         self._optimizer = torch.optim.AdamW(self.layers.parameters(), settings.learning_rate, (0.9, 0.95))
         self.step, self.acceptances = 0, [self.acceptance()]
         self.best: Tensors = self.layers.tensors(torch.float32)

@@ -419,8 +419,7 @@ print((time.process_time() - imported) / imported)
 
 
 def test_a_warm_load_in_a_fresh_process_takes_little_more_than_importing_torch(default: Checkpoint):
-    """In one thread's CPU time, the least of three ratios: the tests may share the machine, and a quiet one takes half
-    of torch's time. A conversion takes many times that."""
+    """In one thread's CPU time, the least of three ratios: the tests may share the machine."""
     settings = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", WARM_LOAD]
     runs = [subprocess.run(command, check=True, env=settings, stdout=subprocess.PIPE) for _ in range(3)]

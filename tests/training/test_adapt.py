@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from layerskip_kernels import GenerationConfig, Model, generate, load_model
+from layerskip_kernels import GenerationConfig, Model, draft_step, generate, load_model, prefill
 from layerskip_kernels.cli.main import main
 from layerskip_kernels.training import adapter_training, written_texts
 from layerskip_kernels.training.adapt import adapt, default_exits
@@ -63,12 +63,15 @@ def test_states_are_kept_and_completed(tmp_path):
 
 
 def test_states_are_those_of_drafting():
+    """Bit for bit those that draft_step keeps in the cache."""
     model, tokens = tiny_model(), random_tokens(20)
-    cache = cache_for(model, 20)
+    cache = cache_for(model, 30, page_size=30)
     sequence = cache.add_sequence(tokens)
-    cache.pool.append([sequence.id], [20])
-    assert states_at_exit(model, 2, tokens).shape == (20, model.config.hidden_size)
-    assert torch.equal(states_at_exit(model, 2, tokens)[:7], states_at_exit(model, 2, tokens[:7]))
+    cache.commit(prefill(model, cache, [sequence]))
+    draft = draft_step(model, cache, [sequence], 2, 3)
+    [page] = cache.pool.pages(sequence.id)
+    text = [*sequence.tokens, *draft.of(0)]  # 21 tokens and 3 drafts, of which the last has passed no layer yet
+    assert torch.equal(cache.hidden[page, 20:23], states_at_exit(model, 2, text)[20:23])
 
 
 def test_texts_are_the_models_own(code_model, tmp_path):
@@ -162,6 +165,7 @@ def test_what_is_trained_drafts_better_and_changes_no_text(code_model, tmp_path)
     [plain] = generate(code_model, ["def add(a, b):\n"], GenerationConfig("autoregressive", max_new_tokens=24))
     assert drafted.token_ids == plain.token_ids and drafted.accepted > 0
     assert adapt(code_model, "layerskip-tiny-code", tmp_path, settings, prompts, code) == found
+    (tmp_path / "training" / "state.safetensors").unlink()  # texts of other prompts are no good either
     with pytest.raises(ValueError, match="belongs to a training with other data"):
         adapt(code_model, "layerskip-tiny-code", tmp_path, settings, ["def other():\n"], code)
     settings = replace(settings, passes=0, exits=())
