@@ -1,8 +1,8 @@
-"""Plans of steps, kept and replayed: the second step of a kind is captured in a CUDA graph, later ones replay it.
+"""Passes, kept and replayed: the second step of a kind is captured in a CUDA graph, later ones replay it.
 
 A kind is everything that decides which kernels run on which buffers: draft counts, depths, rows per sequence, exit
-layer, the block table's width. Tokens, positions and pages are copied into the plan's own inputs first. On the CPU
-(interpreted) a plan is kept, too, and run kernel by kernel.
+layer, the block table's width. Tokens, positions and pages are copied into the pass's own inputs first. On the CPU
+(interpreted) a pass is kept, too, and run kernel by kernel.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from layerskip_kernels.operands import (
 from .contract import CHUNK
 from .launch import blocks
 from .paged_attention import ScratchMemory
-from .steps import DraftPlan, Drawing, Llama, PagedCache, VerifyPlan, head_of
+from .steps import DraftPass, Drawing, Llama, PagedCache, VerifyPass, head_of
 from .transfer import to_device
 
-__all__ = ["PlannedSteps"]
+__all__ = ["KeptPasses"]
 
-MAX_PLANS = 64  # for each cache
-MAX_KEPT_ROWS = 64  # more rows are a prompt: its plan is large, seldom met again, and longer to run than to launch
+MAX_PASSES = 64  # for each cache
+MAX_KEPT_ROWS = 64  # more rows are a prompt: its pass is large, seldom met again, and longer to run than to launch
 
 
 class Recorded:
@@ -84,7 +84,7 @@ class Recorded:
 
 
 class StaticInputs:
-    """Where a plan reads tokens, positions int64 [N], block_table int32 [B, width] and ``others`` from."""
+    """Where a pass reads tokens, positions int64 [N], block_table int32 [B, width] and ``others`` from."""
 
     def __init__(
         self, num_tokens: int, num_sequences: int, width: int, device: torch.device, others: Sequence[Tensor] = ()
@@ -112,18 +112,18 @@ def table_width(max_blocks: int, page_size: int) -> int:
 
 
 class OfCache:
-    """What steps on a cache share: their plans, the least recently used first, and attention's memory."""
+    """What steps on a cache share: their passes, the least recently used first, and attention's memory."""
 
     def __init__(self) -> None:
-        self.plans: OrderedDict[Hashable, tuple[StaticInputs, Recorded]] = OrderedDict()
+        self.passes: OrderedDict[Hashable, tuple[StaticInputs, Recorded]] = OrderedDict()
         self.scratch = ScratchMemory()
 
 
-class PlannedSteps:
-    """draft_pass and verify_pass with plans; their arguments and results as in steps.py.
+class KeptPasses:
+    """draft_pass and verify_pass, kept by kind; their arguments and results as in steps.py.
 
     num_drafts, judged, depths and query_start_loc are read on the host. Steps of different threads and streams run
-    one after the other, since they share the plans' buffers.
+    one after the other, since they share the passes' buffers.
     """
 
     def __init__(self) -> None:
@@ -144,11 +144,11 @@ class PlannedSteps:
         def make() -> tuple[StaticInputs, Recorded]:
             inputs = StaticInputs(len(counts), len(counts), width, cache.k.device, others)
             llama, paged = Llama(weights, sizes), self._weak_cache(cache, inputs)
-            plan = DraftPlan(llama, paged(), counts, max_drafts, weight, size, drawing, keep_scores)
+            draft = DraftPass(llama, paged(), counts, max_drafts, weight, size, drawing, keep_scores)
             device_ids = None if ids is None else ids.to(inputs.tokens.device)
             settings = DraftSampling(*inputs.others) if drawing else None
             return inputs, Recorded(
-                lambda: plan.run(
+                lambda: draft.run(
                     llama, paged(), inputs.tokens, inputs.positions, weight, size, device_ids, exit_layer, settings
                 ),
                 inputs.tokens.is_cuda,
@@ -172,11 +172,11 @@ class PlannedSteps:
         def make() -> tuple[StaticInputs, Recorded]:
             inputs = StaticInputs(len(rows.tokens), len(num_drafts), width, cache.k.device, others)
             llama, paged = Llama(weights, sizes), self._weak_cache(cache, inputs, kept)
-            plan = VerifyPlan(llama, paged(), *kind, drawing, rejecting)
+            verify = VerifyPass(llama, paged(), *kind, drawing, rejecting)
             draws = DraftSampling(*inputs.others[:-2]) if drawing else None
             positions, scores = inputs.others[-2:] if drawing else (None, None)
             return inputs, Recorded(
-                lambda: plan.run(llama, paged(), inputs.tokens, inputs.positions, draws, positions, scores),
+                lambda: verify.run(llama, paged(), inputs.tokens, inputs.positions, draws, positions, scores),
                 inputs.tokens.is_cuda,
             )
 
@@ -184,8 +184,8 @@ class PlannedSteps:
         return self._run(cache.k, key, make, rows.tokens, rows.positions, rows.block_table, *others)
 
     def captured(self) -> int:
-        """How many steps' plans are CUDA graphs, over all caches that are there."""
-        return sum(recorded.captured for of in self._of_cache.values() for _, recorded in of.plans.values())
+        """How many passes are CUDA graphs, over all caches that are there."""
+        return sum(recorded.captured for of in self._of_cache.values() for _, recorded in of.passes.values())
 
     def _run(
         self, k_cache: Tensor, key: Hashable | None, make: Callable[[], tuple[StaticInputs, Recorded]], *inputs: Tensor
@@ -194,24 +194,24 @@ class PlannedSteps:
         with self._lock:
             if self._done is not None:
                 torch.cuda.current_stream(k_cache.device).wait_event(self._done)
-            static, recorded = make() if key is None else self._plan(k_cache, key, make)
+            static, recorded = make() if key is None else self._pass_of(k_cache, key, make)
             static.copy(*inputs)
-            results = recorded()  # in buffers of the plan, which its next run overwrites
+            results = recorded()  # in buffers of the pass, which its next run overwrites
             copies = tuple(result.clone() for result in results)
             if k_cache.is_cuda:
                 self._done = self._done or torch.cuda.Event()
                 self._done.record(torch.cuda.current_stream(k_cache.device))
             return copies
 
-    def _plan(self, k_cache: Tensor, key: Hashable, make: Callable[[], Any]) -> tuple[StaticInputs, Recorded]:
-        """The plan of a kind, the least recently used one making room; all go when their cache goes."""
-        plans = self._shared(k_cache).plans
-        if key not in plans:
-            plans[key] = make()
-            if len(plans) > MAX_PLANS:
-                plans.popitem(last=False)
-        plans.move_to_end(key)
-        return plans[key]
+    def _pass_of(self, k_cache: Tensor, key: Hashable, make: Callable[[], Any]) -> tuple[StaticInputs, Recorded]:
+        """The pass of a kind, the least recently used one making room; all go when their cache goes."""
+        passes = self._shared(k_cache).passes
+        if key not in passes:
+            passes[key] = make()
+            if len(passes) > MAX_PASSES:
+                passes.popitem(last=False)
+        passes.move_to_end(key)
+        return passes[key]
 
     def _shared(self, k_cache: Tensor) -> OfCache:
         found = self._of_cache.get(id(k_cache))
@@ -221,13 +221,13 @@ class PlannedSteps:
         return found
 
     def _weak_cache(self, cache: CacheTensors, inputs: StaticInputs, kept: bool = True) -> Callable[[], PagedCache]:
-        """The cache's tensors with the plan's own block table, not kept alive by the plan."""
+        """The cache's tensors with the pass's own block table, not kept alive by the pass."""
         references = [weakref.ref(tensor) for tensor in (cache.k, cache.v, cache.hidden)]
         scratch = self._shared(cache.k).scratch if kept else ScratchMemory()
 
         def paged() -> PagedCache:
             k, v, hidden = (reference() for reference in references)
-            assert k is not None and v is not None and hidden is not None  # the plans of a cache go with it
+            assert k is not None and v is not None and hidden is not None  # the passes of a cache go with it
             return PagedCache(k, v, hidden, inputs.block_table, scratch)
 
         return paged

@@ -170,7 +170,7 @@ class Drawing:
         return Chooser(num_rows, size, self.top_k, self.top_p, device)
 
 
-class DraftPlan:
+class DraftPass:
     """draft_pass for certain draft counts: buffers, and a Move for each draft."""
 
     def __init__(
@@ -220,7 +220,7 @@ class DraftPlan:
         return self.drafts, self.scores
 
 
-class VerifyPlan:
+class VerifyPass:
     """verify_pass for certain depths, rows, draft counts, judged sequences and, of these, rejecting ones."""
 
     def __init__(
@@ -304,8 +304,8 @@ def draft_pass(
     """reference.draft_pass. Waits for num_drafts, unless it is on the host; errors are noted (error_of)."""
     llama, paged = Llama(weights, sizes), PagedCache.of(cache, rows.block_table)
     weight, size, ids = head_of(weights, sizes, head)
-    plan = DraftPlan(llama, paged, rows.num_drafts.tolist(), max_drafts, weight, size)
-    return plan.run(llama, paged, rows.tokens, rows.positions, weight, size, ids, exit_layer)[0]
+    draft = DraftPass(llama, paged, rows.num_drafts.tolist(), max_drafts, weight, size)
+    return draft.run(llama, paged, rows.tokens, rows.positions, weight, size, ids, exit_layer)[0]
 
 
 def head_of(weights: ModelWeights, sizes: ModelSizes, head: DraftHead | None) -> tuple[Tensor, int, Tensor | None]:
@@ -319,7 +319,7 @@ def verify_pass(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """reference.verify_pass. Waits for depths, query_start_loc, num_drafts and judged, unless they are on the host."""
     llama, paged = Llama(weights, sizes), PagedCache.of(cache, rows.block_table)
-    plan = VerifyPlan(
+    verify = VerifyPass(
         llama, paged, rows.depths.tolist(), rows.query_start_loc.tolist(), num_drafts.tolist(), judged.tolist()
     )  # fmt: skip
-    return plan.run(llama, paged, rows.tokens, rows.positions)
+    return verify.run(llama, paged, rows.tokens, rows.positions)

@@ -1,4 +1,4 @@
-"""Steps of the Triton backend without a GPU: the real plans run on meta tensors, and every launch compiles its kernel.
+"""Steps of the Triton backend without a GPU: the real passes run on meta tensors, and every launch compiles its kernel.
 
 A driver that knows a target and nothing else stands where the GPU's would; what it has no answer to (streams, waiting,
 memory) fails. Import this only where TRITON_INTERPRET is not 1.
@@ -180,16 +180,16 @@ def record(config: ModelConfig, numbers: str, step: Step) -> list[Launch]:
     tokens, positions = (torch.empty(step.rows, dtype=torch.int64, device="meta") for _ in range(2))
     launches: list[Launch] = []
     if step.kind == "draft":
-        draft = steps.DraftPlan(llama, cache, [1], 1, llama.weights.lm_head, llama.sizes.vocab_size)
+        draft = steps.DraftPass(llama, cache, [1], 1, llama.weights.lm_head, llama.sizes.vocab_size)
         steps.error_of(cache.k)  # made once for a cache
         with recording(launches), StaysOnDevice():
             draft.run(llama, cache, tokens, positions, llama.weights.lm_head, llama.sizes.vocab_size, None, EXIT_LAYER)
     else:
         depths = [0] * step.rows if step.kind == "decode" else [EXIT_LAYER] * (step.rows - 1) + [0]
-        plan = steps.VerifyPlan(llama, cache, depths, [0, step.rows], [step.rows - 1], [True])
+        verify = steps.VerifyPass(llama, cache, depths, [0, step.rows], [step.rows - 1], [True])
         steps.error_of(cache.k)
         with recording(launches), StaysOnDevice():
-            plan.run(llama, cache, tokens, positions)
+            verify.run(llama, cache, tokens, positions)
     return launches
 
 

@@ -17,23 +17,23 @@ def clock(gpu: Gpu) -> float:
     return gpu.fp32 * 1e12 / (gpu.multiprocessors * 128 * 2)
 
 
-def times(plan: dict[str, Any], gpu: Gpu) -> tuple[float, float, float]:
+def times(step: dict[str, Any], gpu: Gpu) -> tuple[float, float, float]:
     """Seconds by bytes, by the instructions of the streaming loops, and by their loads."""
     clocks = gpu.multiprocessors * clock(gpu)
-    by_issue, by_loads = plan["instructions"] / (ISSUES * clocks), plan["loads"] * CLOCKS_PER_LOAD / clocks
-    return plan["bytes"] / (gpu.bandwidth * 1e9), by_issue, by_loads
+    by_issue, by_loads = step["instructions"] / (ISSUES * clocks), step["loads"] * CLOCKS_PER_LOAD / clocks
+    return step["bytes"] / (gpu.bandwidth * 1e9), by_issue, by_loads
 
 
 def step_table(report: dict[str, Any], target: str, gpu: Gpu) -> list[str]:
     columns = ("model", "rows", "MB", "read again, MB", "10^6 instructions", "of them fma", "by bytes, ms",
                "by instructions, ms", "by loads, ms")  # fmt: skip
     lines = [f"| {' | '.join(columns)} |", "| --- " * len(columns) + "|"]
-    for plan in report["plans"]:
-        if (plan["target"], plan["kind"], plan["dtype"]) != (target, "decode", "bf16"):
+    for step in report["steps"]:
+        if (step["target"], step["kind"], step["dtype"]) != (target, "decode", "bf16"):
             continue
-        numbers = " | ".join(f"{seconds * 1e3:.2f}" for seconds in times(plan, gpu))
-        lines.append(f"| {plan['shape']} | {plan['rows']} | {plan['bytes'] / 1e6:.0f} | {plan['again'] / 1e6:.0f} | "
-                     f"{plan['instructions'] / 1e6:.0f} | {plan['multiply_adds'] / plan['instructions']:.0%} | "
+        numbers = " | ".join(f"{seconds * 1e3:.2f}" for seconds in times(step, gpu))
+        lines.append(f"| {step['shape']} | {step['rows']} | {step['bytes'] / 1e6:.0f} | {step['again'] / 1e6:.0f} | "
+                     f"{step['instructions'] / 1e6:.0f} | {step['multiply_adds'] / step['instructions']:.0%} | "
                      f"{numbers} |")  # fmt: skip
     return lines
 

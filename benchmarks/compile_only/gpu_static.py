@@ -342,7 +342,7 @@ def check_target(job: tuple[str, list[Case]]) -> dict[str, Any]:
 
     gpu_compile.set_target(target)
     kernels: dict[str, Kernel] = {}
-    plans = []
+    steps = []
     with tempfile.TemporaryDirectory() as folder:
         for shape, dtype, kind, rows in cases:
             step = gpu_compile.Step(kind, rows)
@@ -359,8 +359,8 @@ def check_target(job: tuple[str, list[Case]]) -> dict[str, Any]:
             if kind == "sampling":  # a few rows of scores beside all weights: not on paper
                 continue
             counts = count_step(CONFIGS[shape], GPUS[LIMITS[target].gpu], step, dtype, launches)
-            plans.append({"target": target, "shape": shape, "dtype": dtype, **counts, **work})
-    return {"kernels": [asdict(kernel) for kernel in kernels.values()], "plans": plans}
+            steps.append({"target": target, "shape": shape, "dtype": dtype, **counts, **work})
+    return {"kernels": [asdict(kernel) for kernel in kernels.values()], "steps": steps}
 
 
 # ---- the whole grid ----
@@ -385,7 +385,7 @@ def check(jobs: list[tuple[str, list[Case]]], processes: int = 2) -> dict[str, A
     context = multiprocessing.get_context("spawn")
     with context.Pool(min(processes, len(jobs)), maxtasksperchild=1) as pool:
         reports = pool.map(check_target, jobs, chunksize=1)
-    return {key: [entry for report in reports for entry in report[key]] for key in ("kernels", "plans")}
+    return {key: [entry for report in reports for entry in report[key]] for key in ("kernels", "steps")}
 
 
 def as_text(report: dict[str, Any]) -> str:
@@ -400,7 +400,7 @@ def as_text(report: dict[str, Any]) -> str:
                      f"{k['threads']:>8}{k['registers']:>6}{k['shared']:>8}{k['resident']:>9}{flight}")  # fmt: skip
         lines += [f"  FAILS {k['target']} {k['name']}, {k['rows']} rows: {problem}" for problem in k["problems"]]
     lines.append("")
-    for p in report["plans"]:
+    for p in report["steps"]:
         lines.append(f"{p['target']:<8}{p['shape']:<12}{p['dtype']:<7}{p['kind']:<7}{p['rows']:>3} rows:"
                      f"{p['launches']:>5} launches ({p['besides']} besides the layers'){p['bytes'] / 1e6:>10.1f} MB, "
                      f"{p['paper'] / 1e6:.1f} on paper; {p['again'] / 1e6:.1f} read again")  # fmt: skip
@@ -425,7 +425,7 @@ def main() -> int:
         print(gpu_paper.as_markdown(report), end="\n\n")
     print(as_text(report))
     failures = sum(bool(entry["problems"]) for key in report for entry in report[key])
-    print(f"\n{len(report['kernels'])} kernels and {len(report['plans'])} steps for "
+    print(f"\n{len(report['kernels'])} kernels and {len(report['steps'])} steps for "
           f"{', '.join(args.target or LIMITS)}: {failures} with problems")  # fmt: skip
     return int(bool(failures))
 

@@ -33,7 +33,7 @@ from layerskip_kernels.operands import (
     PendingRows,
 )
 from layerskip_kernels.ops.cpu import CpuOps
-from layerskip_kernels.triton_ops.graphs import PlannedSteps
+from layerskip_kernels.triton_ops.graphs import KeptPasses
 
 __all__ = ["TritonOps", "default_device"]
 
@@ -92,7 +92,7 @@ class TritonOps:
                 "not stored yet; use backend='cpu'"
             )
         self.device = device
-        self._steps = PlannedSteps()
+        self._steps = KeptPasses()
         self._host = CpuOps()
 
     def _current(self) -> AbstractContextManager[Any]:

@@ -228,11 +228,11 @@ def test_a_kind_of_step_is_launched_the_same_whether_captured_or_not(two_devices
     assert launches[0] == launches[1] == launches[2] and len(launches[0]) > 20
 
 
-# ---- plans and graphs ----
+# ---- passes and graphs ----
 
 
 def test_steps_that_differ_in_the_exit_layer_or_the_head_alone(two_devices):
-    """Each gets a plan of its own: three rounds over them, so that all are captured and replayed."""
+    """Each gets a pass of its own: three rounds over them, so that all are captured and replayed."""
 
     def run(model):
         cache, sequences = prefilled(model, PROMPTS[:1])
@@ -249,7 +249,7 @@ def test_steps_that_differ_in_the_exit_layer_or_the_head_alone(two_devices):
 
 
 def test_a_table_shorter_than_the_last_leaves_no_page_behind(two_devices):
-    """Position 9 is outside a table of two pages of 4: refused, whatever sequence used the plan before."""
+    """Position 9 is outside a table of two pages of 4: refused, whatever sequence used the pass before."""
     model = agreeing_model(backend="triton", **TWO_LAYERS)
     cache = PagedKVCache(model, 8, page_size=4)
     for tensor in cache.tensors:
@@ -303,21 +303,21 @@ def test_aborted_launches_do_not_spoil_later_ones(two_devices):
         return found
 
     moves = []
-    make = graphs.VerifyPlan.__init__
+    make = graphs.VerifyPass.__init__
 
-    def noting(plan, *args):
-        make(plan, *args)
-        moves.append(plan.move)
+    def noting(verify, *args):
+        make(verify, *args)
+        moves.append(verify.move)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(graphs.VerifyPlan, "__init__", noting)
+        patch.setattr(graphs.VerifyPass, "__init__", noting)
         device = run(agreeing_model(backend="triton", **TWO_LAYERS))
     assert moves
     moves.clear()
     assert same_bits(device, run(agreeing_model(**TWO_LAYERS)))
 
 
-def test_plans_of_a_cache_share_attentions_memory(two_devices, monkeypatch):
+def test_passes_of_a_cache_share_attentions_memory(two_devices, monkeypatch):
     """What the largest kind of step needs, not as much for each kind."""
     made = []
 
@@ -337,7 +337,7 @@ def test_plans_of_a_cache_share_attentions_memory(two_devices, monkeypatch):
     assert all(scratch.scores.data_ptr() != scratch.o.data_ptr() for scratch in made)
 
 
-def test_threads_take_turns_at_a_plan(two_devices):
+def test_threads_take_turns_at_a_pass(two_devices):
     """Two sequences of one cache, a thread each: steps of one kind share buffers, so one waits for the other."""
     model = agreeing_model(backend="triton", **TWO_LAYERS)
     cache, sequences = prefilled(model, [PROMPTS[0], PROMPTS[0]])

@@ -137,7 +137,7 @@ def test_sampled_generation_equals_the_cpu_backend():
 
 
 def test_drafts_outlive_the_next_step_of_their_kind():
-    """Both sequences are drafted for before either is verified; the plan's memory is shared, its results are not."""
+    """Both sequences are drafted for before either is verified; the pass's memory is shared, its results are not."""
     texts = []
     for backend in ("triton", "cpu"):
         llama = model(torch.bfloat16, backend)

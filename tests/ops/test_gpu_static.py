@@ -76,14 +76,14 @@ def test_only_dots_and_attention_fuse(report):
     assert fused == set(gpu_static.MAY_FUSE)
 
 
-def test_the_launch_plan(report):
+def test_the_launches_of_steps(report):
     """Launches a step, with one chunk of attention to merge: 16 layers decoding and verifying, 2 drafting."""
-    plans = {plan["kind"]: plan for plan in report["plans"] if plan["dtype"] == "bf16"}
-    for plan in plans.values():
-        assert plan["launches"] - plan["besides"] == gpu_static.MAX_PER_LAYER * plan["layers"]
-        assert abs(plan["bytes"] - plan["paper"]) <= gpu_static.TOLERANCE * plan["paper"]
-        assert plan["again"] == 0
-    assert {kind: (plan["layers"], plan["besides"]) for kind, plan in plans.items()} == {
+    steps = {step["kind"]: step for step in report["steps"] if step["dtype"] == "bf16"}
+    for step in steps.values():
+        assert step["launches"] - step["besides"] == gpu_static.MAX_PER_LAYER * step["layers"]
+        assert abs(step["bytes"] - step["paper"]) <= gpu_static.TOLERANCE * step["paper"]
+        assert step["again"] == 0
+    assert {kind: (step["layers"], step["besides"]) for kind, step in steps.items()} == {
         "decode": (16, 3),  # join, head, accept
         "draft": (2, 3),  # join, head, take
         "verify": (16, 4),  # rows join at two depths
@@ -96,8 +96,8 @@ def test_quantised_weights_are_multiplied_as_they_are_loaded(report):
     found = {kernel["name"]: kernel for kernel in kernels if kernel["name"] in gpu_static.STREAMING}
     assert set(found) == set(gpu_static.STREAMING) and all(kernel["loop"]["IMMA"] for kernel in found.values())
     assert {kernel["name"] for kernel in kernels if kernel["multiply_adds"]} <= {"_attend_kernel"}
-    (plan,) = (plan for plan in report["plans"] if plan["dtype"] == "q4_k_m")
-    assert plan["roundings"] == 4 * plan["layers"] + 1
+    (step,) = (step for step in report["steps"] if step["dtype"] == "q4_k_m")
+    assert step["roundings"] == 4 * step["layers"] + 1
 
 
 def test_threads_that_exchange_what_they_loaded_are_seen():
