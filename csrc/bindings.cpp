@@ -33,7 +33,7 @@ TORCH_LIBRARY(layerskip, m) {
       "out_residual(Tensor attention, Tensor wo, Tensor? out_bias, Tensor residual, Tensor? post_norm=None, "
       "float eps=0.0, float norm_offset=0.0, float multiplier=1.0) -> Tensor");
   m.def(
-      "norm_gate_up_silu(Tensor hidden, Tensor? norm_weight, Tensor w_gate, Tensor w_up, int intermediate_size, "
+      "norm_gate_up_act(Tensor hidden, Tensor? norm_weight, Tensor w_gate, Tensor w_up, int intermediate_size, "
       "float eps, float norm_offset=0.0, Tensor? gate_up_bias=None, bool use_gelu=False) -> Tensor");
   m.def(
       "down_residual(Tensor activation, Tensor w_down, Tensor residual, Tensor? down_bias=None, "
@@ -100,7 +100,7 @@ TORCH_LIBRARY_IMPL(layerskip, CPU, m) {
   m.impl("norm_qkv_rope_append", &InContractMode<&layerskip::norm_qkv_rope_append>::Run);
   m.impl("paged_attention", &InContractMode<&layerskip::paged_attention>::Run);
   m.impl("out_residual", &InContractMode<&layerskip::out_residual>::Run);
-  m.impl("norm_gate_up_silu", &InContractMode<&layerskip::norm_gate_up_silu>::Run);
+  m.impl("norm_gate_up_act", &InContractMode<&layerskip::norm_gate_up_act>::Run);
   m.impl("down_residual", &InContractMode<&layerskip::down_residual>::Run);
   m.impl("norm_head_argmax", &InContractMode<&layerskip::norm_head_argmax>::Run);
   m.impl("accept_draft", &InContractMode<&layerskip::accept_draft>::Run);

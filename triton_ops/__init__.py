@@ -10,7 +10,7 @@ from .accept_draft import accept_draft
 from .down_residual import down_residual
 from .elementwise import embed_tokens, exp, gelu, inverse_sqrt, linear, log, silu, tanh
 from .errors import check_error, error_of, raise_noted
-from .norm_gate_up_silu import norm_gate_up_silu
+from .norm_gate_up_act import norm_gate_up_act
 from .norm_head_argmax import norm_head_argmax
 from .norm_qkv_rope_append import norm_qkv_rope_append
 from .out_residual import out_residual
@@ -38,7 +38,7 @@ __all__ = [
     "inverse_sqrt",
     "linear",
     "log",
-    "norm_gate_up_silu",
+    "norm_gate_up_act",
     "norm_head_argmax",
     "norm_qkv_rope_append",
     "out_residual",

@@ -25,7 +25,7 @@ from .accept_draft import accept_candidates
 from .errors import error_of
 from .integer_rows import forms_of
 from .join_rows import join_rows
-from .norm_gate_up_silu import gate_up_silu
+from .norm_gate_up_act import gate_up_act
 from .norm_head_argmax import Candidates, head_candidates, take_draft, take_targets
 from .norm_qkv_rope_append import qkv_rope_append
 from .out_residual import linear_residual
@@ -126,7 +126,7 @@ def raise_rows(
                 projected=move.projected, multiplier=sizes.residual_multiplier,
                 eps=sizes.eps, norm_offset=sizes.norm_offset,
             )  # fmt: skip
-            gate_up_silu(
+            gate_up_act(
                 x=move.x, w_gate=w.w_gate, w_up=w.w_up, hidden=move.hidden, activation=move.activation,
                 intermediate_size=sizes.intermediate_size, num_rows=joined, gate_up_bias=w.gate_up_bias,
                 use_gelu=sizes.gelu,

@@ -35,7 +35,7 @@ class Config:
 DEFAULTS = {
     "norm_qkv_rope_append": Config(16, {1: 8, 2: 4, 4: 4, 8: 4}),
     "out_residual": Config(16, {1: 8, 2: 8, 4: 4, 8: 4}),
-    "norm_gate_up_silu": Config(32, {1: 4, 2: 4, 4: 4, 8: 2}),
+    "norm_gate_up_act": Config(32, {1: 4, 2: 4, 4: 4, 8: 2}),
     "norm_head_argmax": Config(32, {1: 4, 2: 4, 4: 4, 8: 2}),
     "linear": Config(32, {1: 4, 2: 4, 4: 4, 8: 2}),
 }

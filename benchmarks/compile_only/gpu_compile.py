@@ -223,7 +223,7 @@ def record_sampling(config: ModelConfig, rows: int) -> list[Launch]:
 WEIGHTS = {
     "_qkv_rope_append_kernel": ("wq_ptr", "wk_ptr", "wv_ptr"),
     "_linear_residual_kernel": ("w_ptr",),
-    "_gate_up_silu_kernel": ("gate_ptr", "up_ptr"),
+    "_gate_up_act_kernel": ("gate_ptr", "up_ptr"),
     "_head_kernel": ("w_ptr",),
 }
 
@@ -260,7 +260,7 @@ def activation_bytes(launch: Launch) -> int:
         size = a["hidden_ptr"].element_size()
         rows = a["T"] * (a["steps"] * 64 * 4 + (2 + bool(a["KEEP"])) * a["N"] * size)
         return rows + (a["NORM"] and a["N"] * (a["T"] * (size + 4) + size))
-    if launch.name == "_gate_up_silu_kernel":
+    if launch.name == "_gate_up_act_kernel":
         return a["T"] * (a["steps"] * 64 + a["F"]) * 4
     if launch.name == "_round_rows_kernel":
         return launch.grid[0] * a["K"] * (4 + a["ONE_PLANE"] + 2 * a["TWO_PLANES"] + 2 * a["BY_SEGMENT"])

@@ -8,7 +8,7 @@ from layerskip_kernels.evaluation.datasheets import GPUS, Gpu
 
 ISSUES = 4  # instructions of warps that a multiprocessor starts in a clock: one for each of its four schedulers
 CLOCKS_PER_LOAD = 4  # of the load/store units for a 16-byte load of a warp: 512 bytes at 128 a clock
-NAMES = {"_qkv_rope_append_kernel": "qkv", "_linear_residual_kernel": "out, down", "_gate_up_silu_kernel": "gate, up",
+NAMES = {"_qkv_rope_append_kernel": "qkv", "_linear_residual_kernel": "out, down", "_gate_up_act_kernel": "gate, up",
          "_head_kernel": "head", "_attend_kernel": "attention"}  # fmt: skip
 
 

@@ -41,7 +41,7 @@ MAX_INSTRUCTIONS = {
 # was reached (9 and 27), and room for other compilers.
 MAX_PER_POSITION = {1: 14, 8: 35}
 KIND_ARGUMENTS = ("KIND", "Q_KIND", "K_KIND", "V_KIND", "GATE_KIND", "UP_KIND")
-STREAMING = ("_qkv_rope_append_kernel", "_linear_residual_kernel", "_gate_up_silu_kernel", "_head_kernel")
+STREAMING = ("_qkv_rope_append_kernel", "_linear_residual_kernel", "_gate_up_act_kernel", "_head_kernel")
 MAY_FUSE = (*STREAMING, "_attend_kernel")  # in 16 bits: their products are exact
 
 

@@ -24,10 +24,10 @@ from layerskip_kernels.triton_ops.tuned import DEFAULTS, Config
 from stage import DEVICE, REHEARSING, Stage, StageError, main, milliseconds
 
 # Of Llama-3-8B: columns and inputs of the matrices that an op multiplies with (of qkv, those of q).
-SHAPES = {"out_residual": (4096, 14336), "norm_gate_up_silu": (14336, 4096), "norm_qkv_rope_append": (4096, 4096),
+SHAPES = {"out_residual": (4096, 14336), "norm_gate_up_act": (14336, 4096), "norm_qkv_rope_append": (4096, 4096),
           "norm_head_argmax": (128256, 4096)}  # fmt: skip
 HEAD, PAGE = (8, 4) if REHEARSING else (128, 16)
-KERNELS = {"out_residual": "_linear_residual_kernel", "norm_gate_up_silu": "_gate_up_silu_kernel",
+KERNELS = {"out_residual": "_linear_residual_kernel", "norm_gate_up_act": "_gate_up_act_kernel",
            "norm_qkv_rope_append": "_qkv_rope_append_kernel", "norm_head_argmax": "_head_kernel"}  # fmt: skip
 OPS = ("norm_qkv_rope_append",) if REHEARSING else tuple(KERNELS)
 ROWS = (1,) if REHEARSING else (1, 8, 4, 2)
@@ -48,8 +48,8 @@ def operation(op: str, rows: int) -> Callable[[], Tensor]:
     if op == "out_residual":
         return partial(triton_ops.out_residual, x, w, None, random(rows, n))
     norm = torch.ones_like(x[0])
-    if op == "norm_gate_up_silu":
-        return partial(triton_ops.norm_gate_up_silu, x, norm, w, triton_ops.pack_weight(random(n, k)), n, 1e-5)
+    if op == "norm_gate_up_act":
+        return partial(triton_ops.norm_gate_up_act, x, norm, w, triton_ops.pack_weight(random(n, k)), n, 1e-5)
     if op == "norm_head_argmax":
         return lambda: triton_ops.norm_head_argmax(x, norm, w, n, 1e-5)[1]
     kv_heads = max(1, n // HEAD // 4)

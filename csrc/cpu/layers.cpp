@@ -208,8 +208,8 @@ void LinearResidual(Team& team, const Kernels& kernels, int64_t rows, const floa
   });
 }
 
-void NormGateUpSilu(Team& team, const Kernels& kernels, const LayerSizes& sizes, const LayerWeights& w, bool gelu,
-                    int64_t rows, Workspace& ws) {
+void NormGateUpAct(Team& team, const Kernels& kernels, const LayerSizes& sizes, const LayerWeights& w, bool gelu,
+                   int64_t rows, Workspace& ws) {
   const int64_t hidden = sizes.hidden_size, size = sizes.intermediate_size;
   const float* normed = NormRows(team, kernels, w.mlp_norm, hidden, sizes.norm, rows, ws.hidden, ws.normed);
   const LinearInput input(team, normed, rows, hidden, {w.w_gate, w.w_up}, ws.integers);
@@ -313,7 +313,7 @@ void Move::Run(Team& team) {
       PagedAttention(team, kernels, sizes, stage.attention[kind.window_index], rows, pages,
                      {cache_.block_table, cache_.max_blocks}, {model_.scale, model_.score_cap, window}, ws_);
       add(w.wo, w.out_bias, sizes.q_size(), w.attn_post_norm, ws_.attention);
-      NormGateUpSilu(team, kernels, sizes, w, model_.gelu, stage.count, ws_);
+      NormGateUpAct(team, kernels, sizes, w, model_.gelu, stage.count, ws_);
       add(w.w_down, w.down_bias, sizes.intermediate_size, w.mlp_post_norm, ws_.gate);
     }
   }

@@ -162,8 +162,8 @@ void LinearResidual(Team& team, const Kernels& kernels, int64_t rows, const floa
                     const IntegerBuffer& integers, float* projected, float* x);
 
 // ws.hidden -> ws.gate. Reads the MLP part of `w`.
-void NormGateUpSilu(Team& team, const Kernels& kernels, const LayerSizes& sizes, const LayerWeights& w, bool gelu,
-                    int64_t rows, Workspace& ws);
+void NormGateUpAct(Team& team, const Kernels& kernels, const LayerSizes& sizes, const LayerWeights& w, bool gelu,
+                   int64_t rows, Workspace& ws);
 
 // What the head makes of some rows: tokens [rows], logits [rows, V], and whether any logit is NaN.
 struct Head {

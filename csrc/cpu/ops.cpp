@@ -222,9 +222,9 @@ Tensor down_residual(const Tensor& activation, const Tensor& w_down, const Tenso
   return ResidualOp(activation, w_down, down_bias, residual, post_norm, Constants(eps, norm_offset), multiplier);
 }
 
-Tensor norm_gate_up_silu(const Tensor& hidden, const OptionalTensor& norm_weight, const Tensor& w_gate,
-                         const Tensor& w_up, int64_t intermediate_size, double eps, double norm_offset,
-                         const OptionalTensor& gate_up_bias, bool use_gelu) {
+Tensor norm_gate_up_act(const Tensor& hidden, const OptionalTensor& norm_weight, const Tensor& w_gate,
+                        const Tensor& w_up, int64_t intermediate_size, double eps, double norm_offset,
+                        const OptionalTensor& gate_up_bias, bool use_gelu) {
   const at::ScalarType dtype = hidden.scalar_type();
   CheckTensor("hidden", hidden, dtype, {kAny, kAny});
   const int64_t rows = hidden.size(0);
@@ -239,7 +239,7 @@ Tensor norm_gate_up_silu(const Tensor& hidden, const OptionalTensor& norm_weight
   for (const WeightView weight : {weights.w_gate, weights.w_up}) integers.Add(weight, sizes.hidden_size);
   Workspace ws(sizes, rows, 0, integers);
   kernels.widen(hidden.const_data_ptr(), hidden.numel(), ws.hidden);
-  InParallel([&](Team& team) { NormGateUpSilu(team, kernels, sizes, weights, use_gelu, rows, ws); });
+  InParallel([&](Team& team) { NormGateUpAct(team, kernels, sizes, weights, use_gelu, rows, ws); });
   return Narrowed(kernels, ws.gate, {rows, intermediate_size}, dtype);
 }
 

@@ -37,9 +37,9 @@ Tensor paged_attention(const Tensor& q, const Tensor& k_pages, const Tensor& v_p
                        double cap);
 Tensor out_residual(const Tensor& attention, const Tensor& wo, const OptionalTensor& out_bias, const Tensor& residual,
                     const OptionalTensor& post_norm, double eps, double norm_offset, double multiplier);
-Tensor norm_gate_up_silu(const Tensor& hidden, const OptionalTensor& norm_weight, const Tensor& w_gate,
-                         const Tensor& w_up, int64_t intermediate_size, double eps, double norm_offset,
-                         const OptionalTensor& gate_up_bias, bool use_gelu);
+Tensor norm_gate_up_act(const Tensor& hidden, const OptionalTensor& norm_weight, const Tensor& w_gate,
+                        const Tensor& w_up, int64_t intermediate_size, double eps, double norm_offset,
+                        const OptionalTensor& gate_up_bias, bool use_gelu);
 Tensor down_residual(const Tensor& activation, const Tensor& w_down, const Tensor& residual,
                      const OptionalTensor& down_bias, const OptionalTensor& post_norm, double eps, double norm_offset,
                      double multiplier);

@@ -11,7 +11,7 @@
 | ``norm_qkv_rope_append`` | hidden [T, D] -> q [T, H, K]; k and v into their pages |
 | ``paged_attention`` | q [T, H, K], pages -> [T, H*K] |
 | ``out_residual`` | attention [T, H*K], residual [T, D] -> [T, D] |
-| ``norm_gate_up_silu`` | hidden [T, D] -> activation [T, F] |
+| ``norm_gate_up_act`` | hidden [T, D] -> activation [T, F] |
 | ``down_residual`` | activation [T, F], residual [T, D] -> [T, D] |
 | ``norm_head_argmax`` | hidden [T, D] -> tokens [T], logits [T, V] |
 | ``accept_draft`` | drafts and targets -> accepted counts [B], next tokens [B] |
@@ -143,7 +143,7 @@ class Backend(Protocol):
         norm_offset: float = 0.0,
         multiplier: float = 1.0,
     ) -> Tensor: ...
-    def norm_gate_up_silu(
+    def norm_gate_up_act(
         self,
         hidden: Tensor,
         norm_weight: Tensor | None,

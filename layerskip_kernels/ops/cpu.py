@@ -123,7 +123,7 @@ class CpuOps(HostMemory):
     ) -> Tensor:
         return _cpp.out_residual(attention, wo, out_bias, residual, post_norm, eps, norm_offset, multiplier)
 
-    def norm_gate_up_silu(
+    def norm_gate_up_act(
         self,
         hidden: Tensor,
         norm_weight: Tensor | None,
@@ -135,7 +135,7 @@ class CpuOps(HostMemory):
         gate_up_bias: Tensor | None = None,
         use_gelu: bool = False,
     ) -> Tensor:
-        return _cpp.norm_gate_up_silu(
+        return _cpp.norm_gate_up_act(
             hidden, norm_weight, w_gate, w_up, intermediate_size, eps, norm_offset, gate_up_bias, use_gelu
         )
 

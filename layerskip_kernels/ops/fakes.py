@@ -140,7 +140,7 @@ def out_residual(
 
 
 @_fake
-def norm_gate_up_silu(
+def norm_gate_up_act(
     hidden: Tensor,
     norm_weight: Tensor | None,
     w_gate: Tensor,

@@ -147,7 +147,7 @@ class TritonOps:
     norm_qkv_rope_append = _on_device(triton_ops.norm_qkv_rope_append)
     paged_attention = _on_device(triton_ops.paged_attention)
     out_residual = _on_device(triton_ops.out_residual)
-    norm_gate_up_silu = _on_device(triton_ops.norm_gate_up_silu)
+    norm_gate_up_act = _on_device(triton_ops.norm_gate_up_act)
     down_residual = _on_device(triton_ops.down_residual)
     norm_head_argmax = _on_device(triton_ops.norm_head_argmax)
     accept_draft = _on_device(triton_ops.accept_draft)

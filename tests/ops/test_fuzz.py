@@ -76,7 +76,7 @@ def test_sizes_that_round_to_a_wildcard(size):
     x, norm, packed = torch.zeros(2, 4), torch.ones(4), torch.zeros(1, 4, 16)
     for call in (
         lambda: ops.linear(x, packed, None, size),
-        lambda: ops.norm_gate_up_silu(x, norm, packed, packed, size, 1e-5),
+        lambda: ops.norm_gate_up_act(x, norm, packed, packed, size, 1e-5),
         lambda: ops.norm_head_argmax(x, norm, packed, size, 1e-5),
     ):
         with pytest.raises(ValueError, match=r"must have 1\.\.2147483647 output columns, asked for"):

@@ -1,4 +1,4 @@
-"""out_residual, norm_gate_up_silu and down_residual: the rest of a layer."""
+"""out_residual, norm_gate_up_act and down_residual: the rest of a layer."""
 
 import pytest
 import torch
@@ -32,12 +32,12 @@ def test_down_residual(dtype, isa, rows):
 
 @pytest.mark.parametrize("rows", [1, 2, 6, 7, 17])
 @pytest.mark.parametrize("count", [1, 2])
-def test_norm_gate_up_silu(dtype, isa, rows, count):
+def test_norm_gate_up_act(dtype, isa, rows, count):
     x, norm = random(dtype, rows, HIDDEN), random(dtype, HIDDEN)
     gate, up = random(dtype, INNER, HIDDEN), random(dtype, INNER, HIDDEN, seed=1)
     with threads(count):
-        got = cpu.norm_gate_up_silu(x, norm, cpu.pack_weight(gate), cpu.pack_weight(up), INNER, 1e-5)
-    assert torch.equal(got, reference.norm_gate_up_silu(x, norm, gate, up, INNER, 1e-5))
+        got = cpu.norm_gate_up_act(x, norm, cpu.pack_weight(gate), cpu.pack_weight(up), INNER, 1e-5)
+    assert torch.equal(got, reference.norm_gate_up_act(x, norm, gate, up, INNER, 1e-5))
 
 
 def test_value_of_the_activation():
@@ -45,4 +45,4 @@ def test_value_of_the_activation():
     gate, up = random(torch.float32, INNER, HIDDEN), random(torch.float32, INNER, HIDDEN, seed=1)
     y = torch.nn.functional.rms_norm(x.double(), (HIDDEN,), norm.double(), 1e-5)
     true = torch.nn.functional.silu(y @ gate.double().T) * (y @ up.double().T)
-    assert (reference.norm_gate_up_silu(x, norm, gate, up, INNER, 1e-5) - true).abs().max() < 1e-3
+    assert (reference.norm_gate_up_act(x, norm, gate, up, INNER, 1e-5) - true).abs().max() < 1e-3

@@ -102,11 +102,11 @@ def test_norm_qkv_rope_append(names, rows):
 
 @pytest.mark.parametrize("names", [("q4_k", "q6_k"), ("int8", "int8"), ("int15", "int15"), ("dense", "q5_0")])
 @pytest.mark.parametrize("rows", [2, 9])
-def test_norm_gate_up_silu(names, rows):
+def test_norm_gate_up_act(names, rows):
     hidden, norm = random(rows, 70, dtype=torch.bfloat16) * 10, random(70, dtype=torch.bfloat16)
     gate, up = (weight_of(name, 21, 70, seed=i) for i, name in enumerate(names))
-    got = triton_ops.norm_gate_up_silu(*on_device(hidden, norm, packed(gate), packed(up)), 21, 1e-5)
-    assert_equal(got, reference.norm_gate_up_silu(hidden, norm, gate, up, 21, 1e-5))
+    got = triton_ops.norm_gate_up_act(*on_device(hidden, norm, packed(gate), packed(up)), 21, 1e-5)
+    assert_equal(got, reference.norm_gate_up_act(hidden, norm, gate, up, 21, 1e-5))
 
 
 @pytest.mark.parametrize("name", ["q6_k", "q8_0"])

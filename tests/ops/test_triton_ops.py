@@ -74,11 +74,11 @@ def test_out_residual_and_down_residual(dtype, rows, bias):
 
 
 @pytest.mark.parametrize("rows", ROWS)
-def test_norm_gate_up_silu(dtype, rows):
+def test_norm_gate_up_act(dtype, rows):
     hidden, norm = random(rows, 100, dtype=dtype) * 10, random(100, dtype=dtype)
     gate, up = random(33, 100, dtype=dtype, seed=1) * 50, random(33, 100, dtype=dtype, seed=2)
-    got = triton_ops.norm_gate_up_silu(*on_device(hidden, norm, packed(gate), packed(up)), 33, 1e-5)
-    assert_equal(got, reference.norm_gate_up_silu(hidden, norm, gate, up, 33, 1e-5))
+    got = triton_ops.norm_gate_up_act(*on_device(hidden, norm, packed(gate), packed(up)), 33, 1e-5)
+    assert_equal(got, reference.norm_gate_up_act(hidden, norm, gate, up, 33, 1e-5))
 
 
 @pytest.mark.parametrize("rows", ROWS)

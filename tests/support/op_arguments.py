@@ -113,7 +113,7 @@ def arguments(name, quantised=None):
             return tuple(attention_arguments(torch.bfloat16, [20], [3]).values())
         case "out_residual":
             return torch.randn(3, 108).bfloat16(), w.wo, torch.randn(50).bfloat16(), residual
-        case "norm_gate_up_silu":
+        case "norm_gate_up_act":
             return x, w.mlp_norm, w.w_gate, w.w_up, 75, 1e-5
         case "down_residual":
             return torch.randn(3, 75).bfloat16(), w.w_down, residual

@@ -37,7 +37,7 @@ from layerskip_kernels.ops.reference.blocks import (
 from layerskip_kernels.ops.reference.layers import (
     down_residual,
     embed_tokens,
-    norm_gate_up_silu,
+    norm_gate_up_act,
     norm_head_argmax,
     norm_qkv_rope_append,
     out_residual,
@@ -80,7 +80,7 @@ __all__ = [
     "is_quantised",
     "linear",
     "log",
-    "norm_gate_up_silu",
+    "norm_gate_up_act",
     "norm_head_argmax",
     "norm_qkv_rope_append",
     "out_residual",
@@ -123,7 +123,7 @@ class ReferenceOps(HostMemory):
     norm_qkv_rope_append = staticmethod(norm_qkv_rope_append)
     paged_attention = staticmethod(paged_attention)
     out_residual = staticmethod(out_residual)
-    norm_gate_up_silu = staticmethod(norm_gate_up_silu)
+    norm_gate_up_act = staticmethod(norm_gate_up_act)
     down_residual = staticmethod(down_residual)
     norm_head_argmax = staticmethod(norm_head_argmax)
     accept_draft = staticmethod(accept_draft)

@@ -143,7 +143,7 @@ def out_residual(
     return (residual.float() + _times(y, multiplier).float()).to(residual.dtype)
 
 
-def norm_gate_up_silu(
+def norm_gate_up_act(
     hidden: Tensor, norm_weight: Tensor | None, w_gate: Tensor, w_up: Tensor, intermediate_size: int, eps: float,
     norm_offset: float = 0.0, gate_up_bias: Tensor | None = None, use_gelu: bool = False,
 ) -> Tensor:  # fmt: skip

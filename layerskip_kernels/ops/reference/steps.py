@@ -21,7 +21,7 @@ from layerskip_kernels.operands import (
 from layerskip_kernels.ops.reference.layers import (
     down_residual,
     embed_tokens,
-    norm_gate_up_silu,
+    norm_gate_up_act,
     norm_head_argmax,
     norm_qkv_rope_append,
     out_residual,
@@ -61,7 +61,7 @@ def run_layers(
             sizes.score_cap,
         )  # fmt: skip
         h = out_residual(attention, w.wo, w.out_bias, h, w.attn_post_norm, *norm, sizes.residual_multiplier)
-        activation = norm_gate_up_silu(
+        activation = norm_gate_up_act(
             h, w.mlp_norm, w.w_gate, w.w_up, sizes.intermediate_size, *norm, w.gate_up_bias, sizes.gelu
         )
         hidden[active] = down_residual(

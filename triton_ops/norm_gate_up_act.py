@@ -1,8 +1,8 @@
-"""RMSNorm, gate and up projections, silu(gate) * up: rules 1, 2 and 5.
+"""RMSNorm, gate and up projections, act(gate) * up: rules 1, 2 and 5.
 
-    to_dtype(to_dtype(silu(to_dtype(dot(x, w_gate) + bias))) * to_dtype(dot(x, w_up) + bias))
+    to_dtype(to_dtype(act(to_dtype(dot(x, w_gate) + bias))) * to_dtype(dot(x, w_up) + bias))
 
-or gelu in silu's place.
+act is silu, or gelu.
 
 A program computes C columns of both, a tile each. Moves 2 F D weights once for every 8 rows, T D numbers for each
 program, T F results.
@@ -19,11 +19,11 @@ from .launch import blocks, streaming
 from .quantised import code_of
 from .rms_norm import from_segments, normalised
 
-__all__ = ["gate_up_silu", "norm_gate_up_silu"]
+__all__ = ["gate_up_act", "norm_gate_up_act"]
 
 
 @triton.jit
-def _gate_up_silu_kernel(
+def _gate_up_act_kernel(
     x_gate_ptr, x_up_ptr, gate_ptr, up_ptr, bias_ptr, hidden_ptr, activation_ptr, stride_x, stride_activation,
     T, F, steps,
     GATE_KIND: tl.constexpr, UP_KIND: tl.constexpr, HAS_BIAS: tl.constexpr, GELU: tl.constexpr,
@@ -67,14 +67,14 @@ def _gate_up_silu_kernel(
         tl.store(target, activation, mask=(n < F) & (row0 + r < T))
 
 
-def gate_up_silu(
+def gate_up_act(
     x: Rows, w_gate: Tensor, w_up: Tensor, hidden: Tensor, activation: Rows, intermediate_size: int, num_rows: int,
     gate_up_bias: Tensor | None = None, use_gelu: bool = False,
 ) -> None:  # fmt: skip
     """x [T, D] -> activation [T, F]; hidden only says the model's dtype."""
     round_rows(x, num_rows, w_gate, w_up)
-    options = streaming("norm_gate_up_silu", num_rows, 2, x.k, w_gate, w_up)
-    _gate_up_silu_kernel[(blocks(num_rows, options["ROWS"]), blocks(intermediate_size, options["C"]))](
+    options = streaming("norm_gate_up_act", num_rows, 2, x.k, w_gate, w_up)
+    _gate_up_act_kernel[(blocks(num_rows, options["ROWS"]), blocks(intermediate_size, options["C"]))](
         x_gate_ptr=x.of(w_gate),
         x_up_ptr=x.of(w_up),
         gate_ptr=w_gate,
@@ -95,13 +95,13 @@ def gate_up_silu(
     )
 
 
-def norm_gate_up_silu(
+def norm_gate_up_act(
     hidden: Tensor, norm_weight: Tensor | None, w_gate: Tensor, w_up: Tensor, intermediate_size: int, eps: float,
     norm_offset: float = 0.0, gate_up_bias: Tensor | None = None, use_gelu: bool = False,
 ) -> Tensor:  # fmt: skip
-    """reference.norm_gate_up_silu: [T, D] -> [T, F]."""
+    """reference.norm_gate_up_act: [T, D] -> [T, F]."""
     activation = Rows(len(hidden), intermediate_size, (), hidden.device)
-    gate_up_silu(
+    gate_up_act(
         normalised(hidden, norm_weight, eps, norm_offset, w_gate, w_up), w_gate, w_up, hidden, activation,
         intermediate_size, len(hidden), gate_up_bias, use_gelu,
     )  # fmt: skip
