@@ -60,7 +60,7 @@ gpu-check: .venv/built  ## on a machine with a GPU, in stages that each leave th
 	$(BIN)/python benchmarks/gpu_check.py
 
 fuzz: .venv/built  ## random walks of the page pool, the cache and the engine, Ctrl-C at every point, hostile calls of every op, damaged files, clients of all manners: ten times as long as in `make test`
-	LAYERSKIP_FUZZ_STEPS=$(FUZZ_STEPS) $(BIN)/python -m pytest -s tests/decoding/test_page_pool_machine.py tests/decoding/test_kv_cache_machine.py tests/engine/test_engine_machine.py tests/engine/test_interrupts.py tests/ops/test_fuzz.py tests/model/test_damaged_files.py tests/serving/test_soak.py
+	LAYERSKIP_FUZZ_STEPS=$(FUZZ_STEPS) $(BIN)/python -m pytest -s tests/decoding/test_page_pool_machine.py tests/decoding/test_kv_cache_machine.py tests/engine/test_engine_machine.py tests/engine/test_interrupts.py tests/ops/test_fuzz.py tests/model/test_damaged_files.py tests/training/test_damaged_training.py tests/serving/test_soak.py
 
 sanitize:  ## the page pool's C++ tests under the address, undefined-behaviour and thread sanitizers
 	$(MAKE) -s -C tests/cpp address

@@ -52,7 +52,7 @@ def check_between(name: str, value: object, low: float, high: float) -> None:
 def check_bool(name: str, value: object) -> None:
     """True or False."""
     if not isinstance(value, bool):
-        raise TypeError(f"{name} must be True or False, got {value!r} ({type(value).__name__})")
+        raise TypeError(f"{name} must be True or False, got {shown(value)} ({type(value).__name__})")
 
 
 def check_token_ids(name: str, value: object, maximum: int = MAX_INT) -> None:
@@ -66,4 +66,4 @@ def check_token_ids(name: str, value: object, maximum: int = MAX_INT) -> None:
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
     """One of some names."""
     if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {shown(value)}")

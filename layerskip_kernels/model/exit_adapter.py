@@ -108,8 +108,10 @@ def write_exit_adapter(
     tensors = {NORMS_NAME: model_norms(weights), **tensors}
     shapes = {name: (DTYPE_CODES[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items()}
     metadata = {"format": FORMAT, "exit_layer": str(exit_layer), "model": model_name}
-    write_safetensors(folder / ADAPTER_FILE, shapes, tensors.items(), metadata)
-    return folder / ADAPTER_FILE
+    path, unfinished = folder / ADAPTER_FILE, folder / f".{ADAPTER_FILE}.unfinished"
+    write_safetensors(unfinished, shapes, tensors.items(), metadata)
+    unfinished.replace(path)  # whoever reads finds the old one or all of the new one
+    return path
 
 
 def read_exit_adapter(

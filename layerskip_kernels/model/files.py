@@ -1,5 +1,5 @@
 """Opening the files of a model: regular files only, so that a pipe or a device in their place cannot block the load.
-And writing small ones, whole or not at all."""
+Reading small ones, which are bounded, and writing them, whole or not at all."""
 
 import os
 import stat
@@ -7,8 +7,9 @@ import time
 from pathlib import Path
 from typing import BinaryIO
 
-__all__ = ["open_regular", "read_exactly", "write_whole"]
+__all__ = ["open_regular", "read_bytes", "read_exactly", "read_text", "write_whole"]
 
+MAX_BYTES = 64 << 20
 LEFT_SECONDS = 60  # after which an unfinished file is one that a killed process left
 
 KINDS = {
@@ -37,6 +38,24 @@ def open_regular(path: Path, buffering: int = -1) -> BinaryIO:
         os.close(descriptor)
         raise ValueError(f"{path} is {KINDS.get(kind, 'a special file')}; a regular file is expected there")
     return os.fdopen(descriptor, "rb", buffering)
+
+
+def read_bytes(path: Path, max_bytes: int = MAX_BYTES) -> bytes:
+    """A whole file. Raises as `open_regular`, and ValueError when it has more than ``max_bytes``."""
+    with open_regular(path) as file:
+        raw = file.read(max_bytes + 1) if os.fstat(file.fileno()).st_size <= max_bytes else None
+    if raw is None or len(raw) > max_bytes:
+        raise ValueError(f"{path} has more than {max_bytes} bytes, which is too long for this file")
+    return raw
+
+
+def read_text(path: Path, max_bytes: int = MAX_BYTES) -> str:
+    """A file of UTF-8 text, without a byte order mark. Raises as `read_bytes`, and ValueError when it is not UTF-8."""
+    raw = read_bytes(path, max_bytes)
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: byte {error.start} is not valid") from error
 
 
 def read_exactly(file: BinaryIO, buffer: memoryview, what: str) -> None:

@@ -9,11 +9,11 @@ from typing import Any, NoReturn
 
 from layerskip_kernels.checks import MAX_INT
 from layerskip_kernels.errors import shown
-from layerskip_kernels.model.files import open_regular
+from layerskip_kernels.model.files import read_bytes
 
-__all__ = ["JsonObject", "are_integers", "parse_json", "read_json", "read_json_object"]
+__all__ = ["JsonObject", "are_integers", "json_object", "parse_json", "read_json", "read_json_object"]
 
-MAX_BYTES = 64 << 20
+MAX_BYTES = 16 << 20  # the largest index there is has 9 MB
 MAX_DIGITS = 40  # Transformers writes 10**30 for "no limit"
 
 
@@ -24,19 +24,19 @@ def read_json(path: Path, max_bytes: int = MAX_BYTES) -> Any:
     regular file, more than ``max_bytes``, not UTF-8, not JSON, nested too deeply, an integer of more than 40 digits, a
     NaN or an infinity.
     """
-    with open_regular(path) as file:
-        raw = file.read(max_bytes + 1)
-    if len(raw) > max_bytes:
-        raise ValueError(f"{path} has more than {max_bytes} bytes, which is too long for this file")
-    return parse_json(raw, str(path))
+    return parse_json(read_bytes(path, max_bytes), str(path))
 
 
 def read_json_object(path: Path) -> "JsonObject":
     """The object in a file; raises as `read_json`, and ValueError when it holds another value."""
-    contents = read_json(path)
-    if not isinstance(contents, dict):
-        raise ValueError(f"{path} must hold a JSON object, got {shown(contents)}")
-    return JsonObject(str(path), contents)
+    return json_object(read_json(path), str(path))
+
+
+def json_object(value: Any, where: str) -> "JsonObject":
+    """A value that must be an object, or ValueError; ``where`` names it in errors."""
+    if not isinstance(value, dict):
+        raise ValueError(f"{where} must hold a JSON object, got {shown(value)}")
+    return JsonObject(where, value)
 
 
 def parse_json(raw: bytes | str, where: str, unique: bool = False) -> Any:

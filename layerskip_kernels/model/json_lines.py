@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from layerskip_kernels.model.files import MAX_BYTES, open_regular
 from layerskip_kernels.model.json_file import parse_json
 
 __all__ = ["json_lines", "json_lines_of", "require_text"]
@@ -18,8 +19,12 @@ BYTE_ORDER_MARK = "\ufeff"
 
 
 def json_lines_of(path: Path) -> Iterator[tuple[str, Any]]:
-    """Each line's value with its place, such as "prompts.jsonl:3"; the file is read line by line."""
-    with path.open("rb") as lines:
+    """Each line's value with its place, such as "prompts.jsonl:3"; the file is read line by line.
+
+    Raises as `open_regular`, and ValueError for a line of more than 64 MiB, too.
+    """
+    with open_regular(path) as file:
+        lines = iter(lambda: file.readline(MAX_BYTES + 1), b"")
         yield from json_lines((_decoded(line, f"{path}:{n}") for n, line in enumerate(lines, 1)), str(path))
 
 
@@ -44,6 +49,8 @@ def require_text(value: Any, where: str, what: str) -> str:
 
 
 def _decoded(line: bytes, where: str) -> str:
+    if len(line) > MAX_BYTES:
+        raise ValueError(f"{where} has more than {MAX_BYTES} bytes, which is too long for a line")
     try:
         return line.decode("utf-8")
     except UnicodeDecodeError as error:

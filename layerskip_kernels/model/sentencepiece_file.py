@@ -12,11 +12,11 @@ import tokenizers
 from tokenizers import AddedToken, normalizers, pre_tokenizers, processors
 from tokenizers.models import Unigram
 
+from layerskip_kernels.model.files import read_bytes
 from layerskip_kernels.model.spm_tokenizer import spm_bpe, spm_decoder, spm_normalizer
 
 __all__ = ["sentencepiece_tokenizer"]
 
-MAX_BYTES = 64 << 20  # Gemma's, of 256,000 pieces, has 4 MB
 UNIGRAM, BPE = 1, 2  # TrainerSpec.ModelType
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4  # SentencePiece.Type
 
@@ -96,10 +96,7 @@ def _normalizers(model: _Model) -> list[normalizers.Normalizer]:
 
 
 def _read_model(path: Path) -> _Model:
-    with path.open("rb") as file:
-        raw = file.read(MAX_BYTES + 1)
-    if len(raw) > MAX_BYTES:
-        raise ValueError(f"{path} has more than {MAX_BYTES} bytes, which is too long for a tokenizer")
+    raw = read_bytes(path)
     try:
         fields = _fields(raw)
         pieces = [_piece(_fields(_bytes(piece))) for piece in fields.get(1, [])]

@@ -9,12 +9,13 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken
 
-from layerskip_kernels.model.files import open_regular
+from layerskip_kernels.model.files import read_bytes
 from layerskip_kernels.model.json_file import read_json_object
 from layerskip_kernels.model.sentencepiece_file import sentencepiece_tokenizer
 
 __all__ = ["TokenizerFile", "library_errors", "read_tokenizer"]
 
+MAX_TOKENIZER_BYTES = 256 << 20  # the largest there are have some 30 MB
 CONVERT = "`AutoTokenizer.from_pretrained(folder).save_pretrained(folder)` of Transformers writes a tokenizer.json"
 
 
@@ -33,12 +34,11 @@ def read_tokenizer(directory: Path) -> TokenizerFile | None:
     """
     path = directory / "tokenizer.json"
     if path.exists():
-        open_regular(path).close()
+        raw = read_bytes(path, MAX_TOKENIZER_BYTES)
         with library_errors(f"{path} is not a tokenizer that this version of tokenizers reads"):
-            return TokenizerFile(path, tokenizers.Tokenizer.from_file(str(path)))
+            return TokenizerFile(path, tokenizers.Tokenizer.from_buffer(raw))
     path = directory / "tokenizer.model"
     if path.exists():
-        open_regular(path).close()
         with library_errors(f"{path} cannot be read, and there is no tokenizer.json ({CONVERT})"):
             return TokenizerFile(path, _read_sentencepiece(path))
     return None

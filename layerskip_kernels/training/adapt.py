@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from layerskip_kernels.errors import shown
 from layerskip_kernels.model.defaults import DraftDefaults, write_defaults
 from layerskip_kernels.model.exit_adapter import (
     adapter_shapes,
@@ -22,13 +23,14 @@ from layerskip_kernels.model.exit_adapter import (
     write_exit_adapter,
 )
 from layerskip_kernels.model.files import write_whole
+from layerskip_kernels.model.json_file import JsonObject, json_object, read_json
 from layerskip_kernels.model.model import Model
 from layerskip_kernels.training.adapter_choice import StepCosts, measure_costs
 from layerskip_kernels.training.adapter_training import AdapterTraining, AdaptSettings, OwnWeights, say
 from layerskip_kernels.training.kept import Origin, check_checkpoints
 from layerskip_kernels.training.written_texts import NOT_ASKED, Text, judged_texts, write_texts
 
-__all__ = ["adapt"]
+__all__ = ["adapt", "read_choice"]
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,7 @@ def adapt(
         costs = measure_costs(model, texts[0].tokens)
         found = list(_tried(model, own, texts, words, exits, settings, costs, kept))
         write_whole(choice_file, json.dumps([asdict(candidate) for candidate in found]) + "\n")
-    candidates = [Candidate(**entry) for entry in json.loads(choice_file.read_text(encoding="utf-8"))]
+    candidates = read_choice(choice_file, model.config.num_layers, len(words))
     chosen = max(candidates, key=lambda candidate: candidate.speed_up)
     say(_table(candidates, chosen))
     vocab = sorted(words[: chosen.num_words])
@@ -131,6 +133,31 @@ def _tried(
                 gain, count = costs.speed_up(acceptance, exit_layer + num_layers, size)
                 yield Candidate(exit_layer, num_layers, size, acceptance, gain, count)
             say(f"exit {exit_layer}, {num_layers} layers: {acceptance:.1%} of held-out drafts right after a trial")
+
+
+def read_choice(path: Path, num_layers: int, num_words: int) -> list[Candidate]:
+    """The candidates of a file. Raises ValueError naming the field that is damaged, and what to do."""
+    try:
+        entries = read_json(path)
+        if not isinstance(entries, list) or not entries:
+            raise ValueError(f"{path} must hold a JSON list of candidates, got {shown(entries)}")
+        return [_candidate(json_object(entry, str(path)), num_layers, num_words) for entry in entries]
+    except ValueError as error:
+        raise ValueError(f"{error}; delete {path} to have it made again") from error
+
+
+def _candidate(said: JsonObject, num_layers: int, num_words: int) -> Candidate:
+    acceptance = said.required("acceptance")
+    if type(acceptance) not in (int, float) or not 0 <= acceptance <= 1:
+        said.refuse("acceptance", "a number in 0..1")
+    return Candidate(
+        exit_layer=said.integer("exit_layer", 1, num_layers - 1),
+        num_layers=said.integer("num_layers", 0, num_layers),
+        num_words=said.integer("num_words", 1, num_words),
+        acceptance=acceptance,
+        speed_up=said.positive("speed_up"),
+        num_speculations=said.integer("num_speculations", 0),
+    )
 
 
 def _table(candidates: Sequence[Candidate], chosen: Candidate) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -16,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from layerskip_kernels.errors import shown
+from layerskip_kernels.model.json_file import parse_json
 from layerskip_kernels.model.loading import read_checkpoint
 from layerskip_kernels.model.model import Model
 from layerskip_kernels.model.safetensors_file import (
@@ -203,8 +206,10 @@ class AdapterTraining:
         unfinished.replace(path)
 
     def _resume(self, path: Path) -> None:
-        kept, said = {name: read_tensor(entry) for name, entry in read_header(path).items()}, read_metadata(path)
-        self.step, self.acceptances = int(said["step"]), json.loads(said["acceptances"])
+        try:
+            kept = self._read(path)
+        except ValueError as error:
+            raise ValueError(f"{error}; delete {path} to train from the beginning") from error
         self.best = {name: kept[f"best.{name}"] for name in self.best}
         self.layers.take({name: kept[f"now.{name}"] for name in self.best})
         state = self._optimizer.state_dict()
@@ -216,6 +221,29 @@ class AdapterTraining:
             for number in state["param_groups"][0]["params"]
         }
         self._optimizer.load_state_dict(state)
+
+    def _read(self, path: Path) -> Tensors:
+        """What `_keep` has written; step and acceptances are taken over. Raises ValueError naming the file."""
+        entries, said = read_header(path), read_metadata(path)
+        shapes = {
+            f"{part}.{name}": tuple(tensor.shape) for part in ("now", "best") for name, tensor in self.best.items()
+        }
+        for number, parameter in enumerate(self.layers.parameters()):
+            shapes |= {f"{name}.{number}": tuple(parameter.shape) for name in MOMENTS}
+        if {name: entry.shape for name, entry in entries.items() if entry.dtype == "F32"} != shapes:
+            raise ValueError(f"{path} has other tensors than the state of this training")
+        acceptances = parse_json(said.get("acceptances", ""), f"{path}: acceptances")
+        numbers = acceptances if isinstance(acceptances, list) else []
+        if not numbers or not all(type(number) in (int, float) and 0 <= number <= 1 for number in numbers):
+            raise ValueError(f"{path}: acceptances must be a list of numbers in 0..1, got {shown(acceptances)}")
+        if not re.fullmatch(r"\d{1,9}", said.get("step", "")):
+            raise ValueError(f"{path}: step must be a number of steps, got {shown(said.get('step'))}")
+        kept = {name: read_tensor(entry) for name, entry in entries.items()}
+        for name, tensor in kept.items():
+            if not tensor.isfinite().all():
+                raise ValueError(f"{path} is damaged: {name} holds numbers that are not finite")
+        self.step, self.acceptances = int(said["step"]), numbers
+        return kept
 
 
 def _schedule(step: int, planned: int) -> float:

@@ -1,16 +1,22 @@
 """A training as a YAML file says it: checked once, here, with the name of the field in every complaint."""
 
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
+from layerskip_kernels.checks import MAX_INT
+from layerskip_kernels.errors import shown
+from layerskip_kernels.model.files import read_text
 from layerskip_kernels.training.dropout import LayerDropout
 from layerskip_kernels.training.early_exit import EarlyExitLoss
 from layerskip_kernels.training.heads import Transplant
 
 __all__ = ["DataConfig", "LoraSettings", "ModelSource", "TrainingConfig", "read_config"]
+
+MAX_NUMBER = 1e30
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,32 +118,61 @@ SECTIONS = {
 
 def read_config(path: Path) -> TrainingConfig:
     """Read a YAML file. Raises ValueError naming the field for one that is unknown, missing or out of range."""
+    text = read_text(path)
     try:
-        contents = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from error
-    given = dict(_checked(contents, TrainingConfig, str(path)))
-    for name, kind in SECTIONS.items():
-        if given.get(name) is not None:
-            given[name] = _built(kind, given[name], name)
-    config = _built(TrainingConfig, given, str(path))
+        contents = yaml.safe_load(text)
+    except RecursionError as error:
+        raise ValueError(f"{path} is nested too deeply") from error
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: such as the 31st of June
+        raise ValueError(f"{path} is not valid YAML: {str(error)[:300]}") from error
+    try:
+        given = dict(_checked(contents, TrainingConfig, "the training"))
+        for name, kind in SECTIONS.items():
+            if given.get(name) is not None:
+                given[name] = _built(kind, given[name], name)
+        config = _built(TrainingConfig, given, "the training")
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     return _with_paths(config, path.resolve().parent)
 
 
 def _checked(contents: Any, kind: type, where: str) -> dict[str, Any]:
     known = [entry.name for entry in fields(kind)]
     if not isinstance(contents, dict):
-        raise ValueError(f"{where} must be a mapping with some of {', '.join(known)}, got {contents!r}")
+        raise ValueError(f"{where} must be a mapping with some of {', '.join(known)}, got {shown(contents)}")
     if unknown := contents.keys() - set(known):
-        raise ValueError(f"{where} has no field {sorted(map(str, unknown))[0]!r}; it has {', '.join(known)}")
+        raise ValueError(f"{where} has no field {shown(min(map(str, unknown)))}; it has {', '.join(known)}")
     return contents
 
 
 def _built(kind: type, contents: Any, where: str) -> Any:
+    given, types = _checked(contents, kind, where), get_type_hints(kind)
+    for name, value in given.items():
+        if not _fits(value, types[name]):
+            expected = str(getattr(types[name], "__name__", types[name])).replace("typing.", "")
+            raise ValueError(f"{where}: {name} must be {expected}, got {shown(value)}")
     try:
-        return kind(**_checked(contents, kind, where))
+        return kind(**given)
     except TypeError as error:
         raise ValueError(f"{where}: {error}") from error
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value that YAML has read is of an annotated type; what is built already is."""
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        return any(_fits(value, one) for one in inner)
+    if origin is Literal:
+        return value in inner
+    if origin is dict:
+        return isinstance(value, dict) and all(_fits(k, inner[0]) and _fits(v, inner[1]) for k, v in value.items())
+    if origin in (list, tuple):
+        return isinstance(value, list) and all(_fits(one, inner[0]) for one in value)
+    if kind is float:
+        return type(value) in (int, float) and -MAX_NUMBER < value < MAX_NUMBER
+    if kind is int:
+        return type(value) is int and abs(value) <= MAX_INT
+    return kind is Any or isinstance(value, (kind, dict) if is_dataclass(kind) else kind)  # type: ignore[arg-type]
 
 
 def _with_paths(config: TrainingConfig, folder: Path) -> TrainingConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
@@ -11,6 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from layerskip_kernels.decoding.kv_cache import PagedKVCache
+from layerskip_kernels.model.files import open_regular
 from layerskip_kernels.model.model import Model
 from layerskip_kernels.operands import PendingRows
 
@@ -29,6 +31,8 @@ class ExitStates:
         self._starts = [0, *accumulate(len(tokens) for tokens in texts)]
         self._size, self._dtype, self._path = model.config.hidden_size, model.dtype, path
         row = self._size * self._dtype.itemsize
+        if os.path.lexists(path):
+            open_regular(path).close()  # or a pipe there would be waited for
         with path.open("ab") as file:
             # A text that a kill has cut short is computed again.
             done = max(i for i, start in enumerate(self._starts) if start * row <= file.tell())

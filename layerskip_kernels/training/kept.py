@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import sys
 from collections.abc import Callable, Iterable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from layerskip_kernels.model.files import write_whole
+from layerskip_kernels.model.files import open_regular, write_whole
+from layerskip_kernels.model.json_file import read_json_object
 
 __all__ = ["Origin", "check_checkpoints", "keep", "origin"]
 
@@ -26,7 +28,7 @@ CHUNK = 1 << 20
 def origin(files: Iterable[Path], **settings: Any) -> Origin:
     """The contents of some files, settings, and the versions that turn the ones into the other.
 
-    Raises OSError naming a file that cannot be read.
+    Raises FileNotFoundError or ValueError naming a file that cannot be read.
     """
     versions = {"tokenizers": version("tokenizers"), "rows": ROWS}
     made_from = {"files": {str(path): _sha256(path) for path in files}, **settings, "versions": versions}
@@ -58,7 +60,7 @@ def check_checkpoints(output: Path, checkpoint: Path | None, made_from: Origin) 
     another model than ``made_from``."""
     note = output / "checkpoints.made_from.json"
     known = _read(note)
-    if checkpoint is not None and known is not None and known != made_from:
+    if checkpoint is not None and os.path.lexists(note) and known != made_from:
         raise ValueError(
             f"{checkpoint} belongs to a training with other data or another model ({_differences(known, made_from)} "
             f"changed); delete {output}, or name another output_dir, to train anew"
@@ -74,22 +76,23 @@ def _note(path: Path) -> Path:
 def _read(note: Path) -> Origin | None:
     """What a note says; None when there is none, or none that can be read."""
     try:
-        return json.loads(note.read_text(encoding="utf-8"))
+        return read_json_object(note).values
     except (OSError, ValueError):
         return None
 
 
 def _sha256(path: Path) -> str:
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         while chunk := file.read(CHUNK):
             digest.update(chunk)
     return digest.hexdigest()
 
 
-def _differences(known: Origin, made_from: Origin) -> str:
+def _differences(known: Origin | None, made_from: Origin) -> str:
     """The names of what differs: settings, and files by their last name."""
-    return ", ".join(dict.fromkeys(_changed(known, made_from))) or "something"
+    names = ", ".join(dict.fromkeys(_changed(known, made_from))) or "something"
+    return names if len(names) < 200 else f"{names[:200]}..."
 
 
 def _changed(ours: Any, theirs: Any, name: str = "") -> list[str]:

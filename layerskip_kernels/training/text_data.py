@@ -16,6 +16,7 @@ from datasets.arrow_writer import ArrowWriter
 from torch import Tensor
 from torch.utils.data import Sampler
 
+from layerskip_kernels.model.files import read_text
 from layerskip_kernels.model.json_lines import json_lines_of, require_text
 from layerskip_kernels.training.model import IGNORED
 
@@ -25,6 +26,7 @@ __all__ = [
 ]  # fmt: skip
 
 END_OF_TEXT = "<|endoftext|>"
+MAX_TEXT_BYTES = 256 << 20  # of one text, which is tokenised whole, in some hundred times the memory
 TEXTS_AT_ONCE = 1024  # tokenised together, on all cores
 
 
@@ -32,7 +34,7 @@ def read_texts(paths: Iterable[Path]) -> Iterator[dict[str, str]]:
     """The records of some files, in order: {"text"} or {"prompt", "completion"}."""
     for path in paths:
         if path.suffix != ".jsonl":
-            yield {"text": path.read_text(encoding="utf-8-sig")}
+            yield {"text": read_text(path, MAX_TEXT_BYTES)}
             continue
         for where, record in json_lines_of(path):
             yield _record(record, where)

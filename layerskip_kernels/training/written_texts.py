@@ -14,6 +14,8 @@ from layerskip_kernels.decoding.exits import each_exit
 from layerskip_kernels.engine.engine import Engine
 from layerskip_kernels.engine.generation import Generation
 from layerskip_kernels.model.files import write_whole
+from layerskip_kernels.model.json_file import json_object
+from layerskip_kernels.model.json_lines import json_lines_of
 from layerskip_kernels.model.model import Model
 
 __all__ = ["NOT_ASKED", "Text", "judged_texts", "write_texts"]
@@ -56,7 +58,7 @@ def write_texts(
                 first = BATCH * (group // 2)
                 chosen = list(prompts[first : first + BATCH]) if from_prompts else own_prompts(model, group)
                 write_whole(path, "".join(_line(text) for text in _continued(model, chosen, max_new_tokens)))
-            found = [Text(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+            found = _read(path, model)
             added = sum(text.num_targets for text in found)
             if not added:
                 raise ValueError(f"{path} holds no text: the model ends every text at once")
@@ -77,7 +79,7 @@ def judged_texts(model: Model, texts: Sequence[str], folder: Path, show: bool = 
             [piece for piece in pieces if len(piece) > 1], unit=" texts", desc="judging texts", disable=not show
         )
         write_whole(path, "".join(_line(Text(tokens, _choices(model, tokens))) for tokens in shown))
-    return [Text(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+    return _read(path, model)
 
 
 def own_prompts(model: Model, seed: int) -> list[list[int]]:
@@ -114,6 +116,20 @@ def _run(model: Model, prompts: Sequence[list[int]], configs: Sequence[Generatio
 
 def _choices(model: Model, tokens: list[int]) -> list[int]:
     return [int(token) for rows in each_exit(model, tokens, exits=[model.config.num_layers]) for token in rows.tokens]
+
+
+def _read(path: Path, model: Model) -> list[Text]:
+    """The texts of a file. Raises ValueError naming the line that is damaged, and what to do."""
+    most = model.config.vocab_size - 1
+    try:
+        fields = [json_object(value, where) for where, value in json_lines_of(path)]
+        texts = [Text([*f.integers("tokens", 0, most)], [*f.integers("targets", NOT_ASKED, most)]) for f in fields]
+        for text, said in zip(texts, fields, strict=True):
+            if not 0 < len(text.tokens) == len(text.targets) <= model.config.max_positions:
+                said.refuse("targets", f"one for each of 1..{model.config.max_positions} tokens")
+    except ValueError as error:
+        raise ValueError(f"{error}; delete {path} to have it made again") from error
+    return texts
 
 
 def _line(text: Text) -> str:

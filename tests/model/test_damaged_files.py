@@ -4,12 +4,11 @@ More of them in `make fuzz` (LAYERSKIP_FUZZ_STEPS). A failure prints the file's 
 again.
 """
 
+import base64
 import json
 import random
 import shutil
-from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import gguf
@@ -18,12 +17,15 @@ import torch
 from safetensors.torch import save_file
 
 from layerskip_kernels import PagedKVCache, load_model
-from layerskip_kernels.errors import SwapError
+from layerskip_kernels.evaluation.prompts import example_prompts
 from layerskip_kernels.model.draft_vocab import read_draft_vocab
+from layerskip_kernels.model.exit_adapter import write_exit_adapter
 from layerskip_kernels.model.tokenizer import Tokenizer
 from support.checkpoint_files import HF_CONFIG, random_tensors, write_directory
-from support.damage import NO_FILES, NUM_FILES, SECONDS_EACH, damaged_bytes, damaged_json, put_no_file, time_limit
+from support.damage import Kind, check_damaged, damaged_bytes, damaged_json
+from support.exit_adapters import random_adapter
 from support.models import tiny_model
+from support.vocabularies import RECORDED
 
 RICH_CONFIG = {
     **{"head_dim": 16, "hidden_act": "silu", "mlp_bias": False, "attention_bias": False, "rope_theta": 1e4},
@@ -31,15 +33,6 @@ RICH_CONFIG = {
     "original_max_position_embeddings": 64,
     **{"torch_dtype": "float32", "use_cache": True, "layer_types": ["full_attention"] * 2, "pretraining_tp": 1},
 }
-
-
-@dataclass(frozen=True)
-class Kind:
-    """``make`` writes a whole folder and returns the file to damage; ``read`` takes that file."""
-
-    make: Callable[[Path], Path]
-    damage: Callable[[bytes, random.Random], bytes]
-    read: Callable[[Path], object]
 
 
 def _model(folder: Path) -> None:
@@ -102,6 +95,46 @@ def _tokenizer_config(folder: Path) -> Path:
     path = folder / "tokenizer_config.json"
     path.write_text(json.dumps(settings | {"added_tokens_decoder": added, "model_max_length": 10**30}))
     return path
+
+
+def _chat_template(folder: Path) -> Path:
+    path = _tokenizer_config(folder).with_name("chat_template.jinja")
+    path.write_text("{{ bos_token }}{% for m in messages %}{{ m.role + ': ' + m.content | trim }}{% endfor %}")
+    return path
+
+
+def _converse(path: Path) -> None:
+    tokenizer = Tokenizer.from_directory(path.parent)
+    if tokenizer is not None and tokenizer.chat_template is not None:
+        tokenizer.apply_chat_template([{"role": "user", "content": "the cat"}])
+
+
+def _sentencepiece(folder: Path) -> Path:
+    folder.mkdir()
+    models = json.loads(RECORDED.read_text())["sentencepiece"]["models"]
+    (folder / "tokenizer.model").write_bytes(base64.b64decode(models["bpe"]["model"]))
+    return folder / "tokenizer.model"
+
+
+def _added_tokens(folder: Path) -> Path:
+    path = _sentencepiece(folder).with_name("added_tokens.json")
+    size = Tokenizer.from_directory(folder).vocab_size
+    path.write_text(json.dumps({"<a>": size, "<b>": size + 1}))
+    return path
+
+
+def _prompts(folder: Path) -> Path:
+    _written("layerskip.json", DEFAULTS | {"prompts": "prompts.jsonl"})(folder)
+    path = folder / "prompts.jsonl"
+    path.write_text('"once"\n\n{"prompt": "upon\\u2028a", "task_id": "time"}\r\n')
+    return path
+
+
+def _exit_adapter(folder: Path) -> Path:
+    """Beside a model's layerskip.json, as `layerskip adapt` leaves it."""
+    _model(folder)
+    model = load_model(folder)
+    return write_exit_adapter(folder, 1, random_adapter(model), model.name, model.weights)
 
 
 def _use_tokenizer(path: Path) -> None:
@@ -187,6 +220,10 @@ def _load(path: Path) -> object:
     return load_model(path.parent)
 
 
+def _load_exit_adapter(path: Path) -> object:
+    return load_model(path.parent, exit_adapter=path)
+
+
 DEFAULTS = {"exit_layer": 1, "num_speculations": 3, "draft_vocab": [3, 5, 7]}
 STOPS = {"eos_token_id": [2, 7], "bos_token_id": 1, "temperature": 0.7, "transformers_version": "5.0.0"}
 KINDS = {
@@ -200,51 +237,14 @@ KINDS = {
     "draft_vocab": Kind(_written("draft_vocab.json", [1, 2, 3]), damaged_json, read_draft_vocab),
     "tokenizer_config": Kind(_tokenizer_config, damaged_json, _load),
     "tokenizer": Kind(_tokenizer, damaged_json, _use_tokenizer),
+    "chat_template": Kind(_chat_template, damaged_bytes, _converse),
+    "tokenizer_model": Kind(_sentencepiece, _head(300), _use_tokenizer),
+    "added_tokens": Kind(_added_tokens, damaged_json, _use_tokenizer),
+    "prompts": Kind(_prompts, damaged_bytes, lambda path: example_prompts(path.parent)),
+    "exit_adapter": Kind(_exit_adapter, _head(1200), _load_exit_adapter),
     "gguf": Kind(_gguf, _head(1500), load_model),
     "swap": Kind(_swap, damaged_bytes, _swap_in),
 }
-
-
-def damaged(kind: str, number: int, folder: Path) -> Path:
-    """The file of this number, whole the first time."""
-    path, rng = _original(kind, folder), random.Random(f"{kind} {number}")
-    if number < len(NO_FILES):
-        put_no_file(path, NO_FILES[number])
-    else:
-        raw = path.with_name("original").read_bytes()
-        path.write_bytes(KINDS[kind].damage(raw, rng))
-    return path
-
-
-def _original(kind: str, folder: Path) -> Path:
-    """The whole file, with a copy beside it; made once."""
-    paths = [path.with_name(path.name.removesuffix(".whole")) for path in folder.glob("*.whole")]
-    if not paths:
-        shutil.rmtree(folder, ignore_errors=True)
-        path = KINDS[kind].make(folder)
-        shutil.copyfile(path, path.with_name("original"))
-        path.with_name(f"{path.name}.whole").touch()
-        return path
-    [path] = paths
-    if path.is_symlink() or path.is_fifo() or path.is_file():
-        path.unlink()
-    elif path.is_dir():
-        path.rmdir()
-    shutil.copyfile(path.with_name("original"), path)
-    return path
-
-
-def outcome(kind: str, path: Path) -> str:
-    """What became of it: read, or the type of the error, which must say what is wrong with the file."""
-    try:
-        with time_limit(SECONDS_EACH):
-            KINDS[kind].read(path)
-    except (ValueError, FileNotFoundError, SwapError) as error:
-        message = str(error)
-        assert path.name in message or str(path.parent) in message, message
-        assert len(message.replace(str(path.parent), "")) < 500, message
-        return type(error).__name__
-    return "read"
 
 
 @pytest.fixture(autouse=True)
@@ -254,20 +254,8 @@ def cache_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_damaged_files_are_read_or_refused_by_name(tmp_path: Path, one_thread: None, kind: str):
-    folder = tmp_path / kind
-    assert outcome(kind, _original(kind, folder)) == "read"
-    outcomes: Counter[str] = Counter()
-    for number in range(NUM_FILES):
-        path = damaged(kind, number, folder)
-        try:
-            outcomes[outcome(kind, path)] += 1
-        except BaseException:
-            print(f"number {number} of kind {kind}")
-            raise
-        if kind == "gguf":
-            shutil.rmtree(tmp_path / "cache", ignore_errors=True)
-    print(kind, dict(outcomes))
-    assert outcomes.total() - outcomes["read"] >= NUM_FILES / 4, "the damage did not show"
+    after = (lambda: shutil.rmtree(tmp_path / "cache", ignore_errors=True)) if kind == "gguf" else None
+    check_damaged(kind, KINDS[kind], tmp_path / kind, after)
 
 
 def test_a_lone_surrogate_names_no_token(tmp_path: Path):

@@ -139,3 +139,20 @@ def test_bytes_that_are_missing_or_no_numbers_are_refused_by_name(source, adapte
 def test_the_command_line_takes_it(source, adapter, capsys):
     error = error_of(["generate", "-m", str(source), "--exit-adapter", str(adapter / "nowhere"), "x"], capsys)
     assert "nowhere is missing; an exit adapter is a file named exit_adapter.safetensors" in error
+
+
+def test_an_adapter_is_written_whole_or_not_at_all(source, adapter, monkeypatch):
+    model, path = load_model(source), adapter / "exit_adapter.safetensors"
+    before = path.read_bytes()
+
+    def killed(path, *_):
+        path.write_bytes(before[:100])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("layerskip_kernels.model.exit_adapter.write_safetensors", killed)
+    with pytest.raises(KeyboardInterrupt):
+        write_exit_adapter(adapter, 1, random_adapter(model), model.name, model.weights)
+    assert path.read_bytes() == before
+    monkeypatch.undo()
+    write_exit_adapter(adapter, 1, random_adapter(model), model.name, model.weights)
+    assert path.read_bytes() != before and [*adapter.iterdir()] == [path]

@@ -96,3 +96,14 @@ def test_a_string_of_whole_characters():
     assert require_text("\U0001f600", "a:1", "a string") == "\U0001f600"
     with pytest.raises(ValueError, match="a:1 must be a string, got 5"):
         require_text(5, "a:1", "a string")
+
+
+def test_a_line_without_an_end_is_read_no_further_than_a_bound(tmp_path):
+    path = tmp_path / "hole.jsonl"
+    with path.open("wb") as file:
+        file.write(b'"a"\n')
+        file.truncate(3 << 30)
+    lines = json_lines_of(path)
+    assert next(lines) == (f"{path}:1", "a")
+    with pytest.raises(ValueError, match=r"hole.jsonl:2 has more than 67108864 bytes"):
+        next(lines)

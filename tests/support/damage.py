@@ -4,17 +4,24 @@ import copy
 import json
 import os
 import random
+import resource
+import shutil
 import signal
 import struct
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from layerskip_kernels.errors import SwapError
 from support.random_walks import MOST_STEPS
 
 NUM_FILES = MOST_STEPS // 40  # of each kind: 500, or more in `make fuzz`
 SECONDS_EACH = 20  # far more than any takes, also beside other work
+
+MOST_MEMORY = 1 << 30  # what reading a damaged file may take; the files are small, but for their holes
 
 GREAT_NUMBERS = [2**31 - 1, 2**31, 2**32, 2**62, 2**63 - 1, 2**63, 2**64 - 1, 2**64]
 HOSTILE: list[Any] = [
@@ -118,11 +125,83 @@ def put_no_file(path: Path, kind: str) -> None:
         path.symlink_to("/dev/zero")
     elif kind == "loop":
         path.symlink_to(path.name)
-    elif kind == "hole":
+    elif kind in HOLES:
         with path.open("wb") as file:
-            file.truncate(1 << 40)
+            file.truncate(HOLES[kind])
     elif kind == "empty":
         path.touch()
 
 
-NO_FILES = ["directory", "pipe", "device", "loop", "hole", "empty", "nothing"]
+HOLES = {"hole": 1 << 40, "hole that fits in memory": 3 << 30}
+NO_FILES = ["directory", "pipe", "device", "loop", *HOLES, "empty", "nothing"]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """``make`` writes a whole folder and returns the file to damage; ``read`` takes that file."""
+
+    make: Callable[[Path], Path]
+    damage: Callable[[bytes, random.Random], bytes]
+    read: Callable[[Path], object]
+
+
+def damaged(name: str, kind: Kind, number: int, folder: Path) -> Path:
+    """The file of this number, whole the first time."""
+    path, rng = _original(kind, folder), random.Random(f"{name} {number}")
+    if number < len(NO_FILES):
+        put_no_file(path, NO_FILES[number])
+    else:
+        raw = path.with_name("original").read_bytes()
+        path.write_bytes(kind.damage(raw, rng))
+    return path
+
+
+def _original(kind: Kind, folder: Path) -> Path:
+    """The whole file, with a copy beside it; made once."""
+    paths = [path.with_name(path.name.removesuffix(".whole")) for path in folder.glob("*.whole")]
+    if not paths:
+        shutil.rmtree(folder, ignore_errors=True)
+        path = kind.make(folder)
+        shutil.copyfile(path, path.with_name("original"))
+        path.with_name(f"{path.name}.whole").touch()
+        return path
+    [path] = paths
+    if path.is_symlink() or path.is_fifo() or path.is_file():
+        path.unlink()
+    elif path.is_dir():
+        path.rmdir()
+    shutil.copyfile(path.with_name("original"), path)
+    return path
+
+
+def outcome(kind: Kind, path: Path) -> str:
+    """What became of it: read, or the type of the error, which must say what is wrong with the file."""
+    try:
+        with time_limit(SECONDS_EACH):
+            kind.read(path)
+    except (ValueError, FileNotFoundError, SwapError) as error:
+        message = str(error)
+        assert path.name in message or str(path.parent) in message, message
+        assert len(message.replace(str(path.parent), "")) < 500, message
+        return type(error).__name__
+    return "read"
+
+
+def check_damaged(name: str, kind: Kind, folder: Path, after: Callable[[], object] | None = None) -> None:
+    """Every damaged file of a kind is read or refused by name, in time and in little memory; the damage shows."""
+    assert outcome(kind, _original(kind, folder)) == "read"
+    outcomes: Counter[str] = Counter()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for number in range(NUM_FILES):
+        path = damaged(name, kind, number, folder)
+        try:
+            outcomes[outcome(kind, path)] += 1
+        except BaseException:
+            print(f"number {number} of kind {name}")
+            raise
+        if after is not None:
+            after()
+    print(name, dict(outcomes))
+    assert outcomes.total() - outcomes["read"] >= NUM_FILES / 4, "the damage did not show"
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak
+    assert grown < MOST_MEMORY >> 10, f"{grown >> 10} MB for a damaged file"

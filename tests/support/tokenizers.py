@@ -20,6 +20,7 @@ class PlainTokenizer:
 
     special_tokens: ClassVar[dict[str, int]] = {}
     longest_token = 1000
+    chat_template = None
 
     def is_open(self, token_id: int, skip_special_tokens: bool = True) -> bool:
         return False
@@ -27,8 +28,6 @@ class PlainTokenizer:
 
 class Words(PlainTokenizer):
     """A tokenizer for the tiny model: a token per word; and every token is a letter."""
-
-    chat_template = None
 
     def encode(self, text: str) -> list[int]:
         return [sum(map(ord, word)) % 101 for word in text.split()]
