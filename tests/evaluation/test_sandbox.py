@@ -334,6 +334,13 @@ def test_tests_that_catch_everything_do_not_turn_an_end_into_a_pass():
     assert reason("def f(x):\n    raise ValueError\n", tests) == "passed"
 
 
+@pytest.mark.parametrize("name", ["StopIteration", "StopAsyncIteration"])
+def test_a_loop_over_answers_is_not_ended_by_one(name):
+    tests = "def check(f):\n    for got, right in zip(map(f, [1, 2]), [2, 3]):\n        assert got == right\n"
+    assert reason(RIGHT, tests) == "passed"
+    assert reason(f"def f(x):\n    raise {name}\n", tests) == "RuntimeError"
+
+
 @pytest.mark.parametrize(
     "value",
     [
