@@ -149,7 +149,8 @@ def _built(kind: type, contents: Any, where: str) -> Any:
     given, types = _checked(contents, kind, where), get_type_hints(kind)
     for name, value in given.items():
         if not _fits(value, types[name]):
-            expected = str(getattr(types[name], "__name__", types[name])).replace("typing.", "")
+            plain = isinstance(types[name], type) and get_origin(types[name]) is None
+            expected = types[name].__name__ if plain else str(types[name]).replace("typing.", "")
             raise ValueError(f"{where}: {name} must be {expected}, got {shown(value)}")
     try:
         return kind(**given)
