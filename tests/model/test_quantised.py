@@ -237,21 +237,3 @@ def test_the_command_line_names_the_types_that_there_are():
 def test_what_cannot_be_written_is_refused(tmp_path, capsys):
     assert main(["quantise", "layerskip-tiny-code", str(tmp_path / "out.bin")]) == 2
     assert "must end in .gguf" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("name", BLOCKS)
-def test_blocks_that_ggml_made(name):
-    ggml = pytest.importorskip("ggml", reason="needs ggml-python")
-    import ctypes
-
-    weight = torch.randn(8, 512, generator=torch.Generator().manual_seed(1))
-    kind = reference.BLOCK_TYPES[name]
-    out = np.zeros((8, 512 // kind.size * kind.nbytes), np.uint8)
-    floats = weight.numpy().ctypes.data_as(ctypes.POINTER(ctypes.c_float))
-    ggml.ggml_quantize_chunk(getattr(ggml, f"GGML_TYPE_{name.upper()}"), floats, out.ctypes.data, 0, 8, 512, None)
-    blocks = torch.from_numpy(out).view(8, -1, kind.nbytes)
-    numbers = reference.dequantise(blocks, 512)
-    assert (numbers - weight).norm() < 0.1 * weight.norm()
-    x = torch.randn(3, 512)
-    packed = torch.ops.layerskip.pack_weight(blocks)
-    assert torch.equal(torch.ops.layerskip.linear(x, packed, None, 8), reference.linear(x, blocks, None, 8))
