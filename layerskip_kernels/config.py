@@ -1,10 +1,11 @@
 """What a generation does: frozen, checked when made. What a model is: model_config.py."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
 from layerskip_kernels.checks import check_between, check_bool, check_choice, check_int, check_token_ids
+from layerskip_kernels.errors import shown
 
 __all__ = ["BACKENDS", "NUM_SPECULATIONS", "Acceptance", "GenerationConfig", "Strategy"]
 
@@ -26,21 +27,21 @@ MOST_SPECULATIONS = 16  # where they are chosen on the way
 
 def _check_stop_strings(value: object) -> None:
     if not isinstance(value, tuple):
-        raise TypeError(f"stop must be a text or a tuple of texts, got {value!r} ({type(value).__name__})")
+        raise TypeError(f"stop must be a text or several, got {shown(value)} ({type(value).__name__})")
     if len(value) > MAX_STOP_STRINGS:
         raise ValueError(f"stop must hold at most {MAX_STOP_STRINGS} strings, got {len(value)}")
     for text in value:
         if not isinstance(text, str):
-            raise TypeError(f"each of stop must be a str, got {text!r} ({type(text).__name__})")
+            raise TypeError(f"each of stop must be a str, got {shown(text)} ({type(text).__name__})")
         if not 1 <= len(text) <= MAX_STOP_LENGTH:
             raise ValueError(f"each of stop must have 1..{MAX_STOP_LENGTH} characters, got {len(text)}")
         if any("\ud800" <= character <= "\udfff" for character in text):
-            raise ValueError(f"each of stop must be Unicode text, got {text!r}, which holds a lone surrogate")
+            raise ValueError(f"each of stop must be Unicode text, got {shown(text)}, which holds a lone surrogate")
 
 
 def _checked_bias(value: object) -> dict[int, float]:
     if not isinstance(value, Mapping):
-        raise TypeError(f"logit_bias must be a dict of token ids and numbers, got {value!r} ({type(value).__name__})")
+        raise TypeError(f"logit_bias must map token ids to numbers, got {shown(value)} ({type(value).__name__})")
     for token_id, bias in value.items():
         check_int("each token id of logit_bias", token_id, 0)
         check_between(f"logit_bias of token {token_id}", bias, -1e6, 1e6)
@@ -106,12 +107,12 @@ class GenerationConfig:
     exit_layer: int | Literal["auto"] | None = None
     num_speculations: int | Literal["auto"] | None = None
     max_new_tokens: int = 64
-    eos_token_ids: tuple[int, ...] | None = None
+    eos_token_ids: Sequence[int] | None = None
     return_logits: bool = False
     return_kv: bool = False
     min_new_tokens: int = 0
-    stop_token_ids: tuple[int, ...] = ()
-    stop: str | tuple[str, ...] = ()
+    stop_token_ids: Sequence[int] = ()
+    stop: str | Sequence[str] = ()
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
@@ -127,6 +128,9 @@ class GenerationConfig:
     skip_special_tokens: bool = True
 
     def __post_init__(self) -> None:
+        for name in ("eos_token_ids", "stop_token_ids", "stop"):
+            if isinstance(given := getattr(self, name), list):
+                object.__setattr__(self, name, tuple(given))
         check_choice("strategy", self.strategy, get_args(Strategy))
         for name in ("exit_layer", "num_speculations"):
             if getattr(self, name) not in (None, AUTO):
@@ -151,7 +155,7 @@ class GenerationConfig:
     @property
     def stop_strings(self) -> tuple[str, ...]:
         """``stop`` as a tuple."""
-        return (self.stop,) if isinstance(self.stop, str) else self.stop
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
     def plain(self) -> "GenerationConfig":
         """The same request by plain decoding: what speculative decoding is compared with."""

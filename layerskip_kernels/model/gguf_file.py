@@ -31,8 +31,9 @@ from layerskip_kernels.model.gguf_content import (
     GgufTensor,
 )
 
-__all__ = ["read_gguf"]
+__all__ = ["is_gguf", "read_gguf"]
 
+MAGIC = b"GGUF"
 # Far beyond what models have (Llama 3: 8 MB, 128,256 tokens and 280,147 merges); they bound time and memory.
 MAX_HEADER_BYTES = 128 << 20
 FIRST_HEADER_BYTES = 4 << 20  # read at first: enough for most
@@ -98,11 +99,17 @@ def read_gguf(path: Path) -> GgufFile:
         return _read(path, MAX_HEADER_BYTES)
 
 
+def is_gguf(path: Path) -> bool:
+    """Whether a file begins as a GGUF file does, whatever its name. Raises as `open_regular`."""
+    with open_regular(path) as file:
+        return file.read(len(MAGIC)) == MAGIC
+
+
 def _read(path: Path, max_bytes: int) -> GgufFile:
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
-        if size >= 4 and (magic := file.read(4)) != b"GGUF":
-            raise ValueError(f"{path} is not a GGUF file: it starts with {magic!r}, not b'GGUF'")
+        if size >= len(MAGIC) and (magic := file.read(len(MAGIC))) != MAGIC:
+            raise ValueError(f"{path} is not a GGUF file: it starts with {magic!r}, not {MAGIC!r}")
         file.seek(0)
         header = file.read(max_bytes)
     cursor = _Cursor(path, header, size)

@@ -120,8 +120,10 @@ def _read_directory(
 
 def _read_config(directory: Path) -> JsonObject:
     if not (directory / "config.json").exists():
+        found = ", ".join(path.name for path in sorted(directory.glob("*.gguf"))[:3])
+        there = f"; name the GGUF file in it, such as {found}" if found else ""
         raise FileNotFoundError(
-            f"{directory / 'config.json'} is missing; a source directory holds config.json and safetensors"
+            f"{directory / 'config.json'} is missing; a source directory holds config.json and safetensors{there}"
         )
     return read_json_object(directory / "config.json")
 

@@ -10,6 +10,7 @@ import torch
 from layerskip_kernels.model.defaults import DEFAULT_MODEL
 from layerskip_kernels.model.exit_adapter import ADAPTER_FILE
 from layerskip_kernels.model.gguf_cache import converted_directory
+from layerskip_kernels.model.gguf_file import is_gguf
 
 __all__ = ["default_model_path", "locate", "locate_exit_adapter", "shipped_checkpoints", "shipped_exit_adapters"]
 
@@ -65,7 +66,7 @@ def locate(
     if source in shipped_checkpoints():
         return SHIPPED / path.name, path.name
     if os.path.exists(path):
-        if path.suffix.lower() != ".gguf":
+        if path.suffix.lower() != ".gguf" and not is_gguf(path):  # caches name files by their hashes
             raise ValueError(f"source must be a directory, a .gguf file or a hub id, got the file {path}")
         return converted_directory(path, dtype, keep_quantised), path.stem
     if isinstance(source, str) and path.suffix.lower() != ".gguf" and HUB_ID.fullmatch(source):

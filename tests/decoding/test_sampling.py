@@ -309,7 +309,7 @@ def test_equal_logprobs_come_by_rising_id():
     (dict(logit_bias={3: float("inf")}), ValueError, "logit_bias of token 3 must be in"),
     (dict(logit_bias={-3: 1.0}), ValueError, "each token id of logit_bias must be at least 0"),
     (dict(logit_bias={"3": 1.0}), TypeError, "each token id of logit_bias must be an int"),
-    (dict(logit_bias=[3]), TypeError, "logit_bias must be a dict"),
+    (dict(logit_bias=[3]), TypeError, "logit_bias must map token ids"),
     (dict(seed=-1), ValueError, "seed must be at least 0"),
     (dict(seed=2**63), ValueError, "seed must be at most"),
     (dict(seed=1.0), TypeError, "seed must be an int"),
@@ -319,7 +319,8 @@ def test_equal_logprobs_come_by_rising_id():
     (dict(num_samples=0), ValueError, "num_samples must be at least 1"),
     (dict(min_new_tokens=65), ValueError, "min_new_tokens must be at most max_new_tokens .64., got 65"),
     (dict(stop_token_ids=(1.0,)), TypeError, "each of stop_token_ids must be an int"),
-    (dict(stop=["end"]), TypeError, "stop must be a text or a tuple of texts"),
+    (dict(stop={"end"}), TypeError, "stop must be a text or several, got {'end'} .set."),
+    (dict(stop={"x" * 10**6}), TypeError, r"^stop must be .{1,200}$"),
     (dict(stop=(3,)), TypeError, "each of stop must be a str"),
     (dict(stop=("",)), ValueError, "each of stop must have 1..1000 characters, got 0"),
     (dict(stop=("x" * 10_000,)), ValueError, "each of stop must have 1..1000 characters, got 10000"),
@@ -340,6 +341,12 @@ def test_token_ids_outside_the_vocabulary_are_named(settings):
     with pytest.raises(ValueError, match=f"must name tokens in 0..100, got {token}"):
         generate(model, [[1]], GenerationConfig(temperature=1.0, max_new_tokens=8, **settings), cache=cache)
     assert cache.pool.num_sequences == 0 and cache.pool.num_free == cache.pool.num_pages
+
+
+def test_lists_are_taken_for_tuples():
+    config = GenerationConfig(eos_token_ids=[2, 7], stop_token_ids=[], stop=["a", "b"])
+    assert config == GenerationConfig(eos_token_ids=(2, 7), stop=("a", "b")) and hash(config)
+    assert config.stop_strings == ("a", "b")
 
 
 def test_stop_strings_need_a_tokenizer():

@@ -297,3 +297,15 @@ def test_a_gguf_file_is_converted_once(tmp_path: Path, cache: Path, monkeypatch:
     (converted,) = conversions(cache)
     assert re.fullmatch(r"tiny-[0-9a-f]{24}-exact", converted.name)
     assert load_file(converted / "model.safetensors").keys() == tensors.keys()
+
+
+def test_a_gguf_file_of_any_name(tmp_path: Path, cache: Path):
+    """Caches name files by their hashes; and a folder of GGUF files is no model, but says what it holds."""
+    write_gguf(tmp_path / "tiny.gguf", random_tensors(HF_CONFIG), GgmlType.F32)
+    with pytest.raises(FileNotFoundError, match=r"config\.json is missing; .* the GGUF file in it, such as tiny\.gguf"):
+        read_checkpoint(tmp_path)
+    expected = read_checkpoint(tmp_path / "tiny.gguf").tensors
+    (tmp_path / "tiny.gguf").rename(tmp_path / "sha256-0a1b")
+    found = read_checkpoint(tmp_path / "sha256-0a1b")
+    assert found.name == "sha256-0a1b"
+    assert all(torch.equal(found.tensors.pop(name), expected.pop(name)) for name in list(expected))
