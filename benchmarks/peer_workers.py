@@ -369,9 +369,9 @@ def main() -> None:
 
 def _runtimes() -> list[str]:
     """The OpenMP libraries in this process, by name: there must be no more than one."""
-    with open("/proc/self/maps") as maps:
-        libraries = {line.split("/")[-1].strip() for line in maps if ".so" in line}
-    return sorted(name for name in libraries if name.startswith(("libgomp", "libiomp", "libomp")))
+    from layerskip_kernels.machine import openmp_runtimes
+
+    return sorted({os.path.basename(path) for path in openmp_runtimes()})
 
 
 if __name__ == "__main__":
