@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from layerskip_kernels import GenerationConfig, generate, load_model
+from layerskip_kernels.model.families import FAMILIES
 from support.families import transformers_model
 from support.models import DTYPES, random_tokens
 
@@ -15,14 +16,22 @@ SMALL: dict[str, Any] = dict(
 )
 # Small variants that have every switch; what Triton's interpreter goes through in a few seconds.
 CHANGES: dict[str, dict[str, Any]] = {
+    "llama": dict(head_dim=6),
+    "mistral": dict(head_dim=6, sliding_window=5),
+    "qwen2": dict(sliding_window=5, max_window_layers=1),
     "qwen3": dict(head_dim=6),
     "smollm3": dict(no_rope_layers=[1, 0], sliding_window=5),
     "granite": {},
     "olmo2": {},
     "phi3": dict(sliding_window=5),
+    "gemma": dict(head_dim=6),
     "gemma2": dict(head_dim=6, sliding_window=5),
     "gemma3_text": dict(head_dim=6, sliding_window=5, layer_types=["sliding_attention", "full_attention"]),
 }
+
+
+def test_every_family_is_compared():
+    assert set(CHANGES) == set(FAMILIES)
 
 
 @pytest.mark.parametrize("number", range(len(CHANGES)), ids=list(CHANGES))
