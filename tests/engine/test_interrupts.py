@@ -108,9 +108,13 @@ def first_of(stream):
     raise AssertionError("a stream ended without its last output")
 
 
-def outcome(drive, tmp_path, preemption, *at, within=None):
+def outcome(drive, tmp_path, preemption, *at, within=None, number=signal.SIGINT):
     """Requests in the order of arrival: tokens, text, reason; and the number of events."""
-    engine, interrupter, seen = new_engine(tmp_path, preemption), Interrupter(*at, within=within), Seen({}, {}, {})
+    engine, interrupter, seen = (
+        new_engine(tmp_path, preemption),
+        Interrupter(*at, within=within, number=number),
+        Seen({}, {}, {}),
+    )
     added = drive(engine, interrupter, seen)
     assert seen.ends.keys() == set(added), f"at {at}"
     for request_id, end in seen.ends.items():
@@ -124,14 +128,16 @@ def outcome(drive, tmp_path, preemption, *at, within=None):
     return found, interrupter, engine
 
 
-def interrupted_everywhere(drive, tmp_path, preemption, most, presses=1, within=None):
+def interrupted_everywhere(drive, tmp_path, preemption, most, presses=1, within=None, number=signal.SIGINT):
     """The run with a Ctrl-C at its points in turn, which must have the outcome of one without."""
     outcome(drive, tmp_path, preemption)  # what is computed once is not counted
-    expected, counting, engine = outcome(drive, tmp_path, preemption, within=within)
+    expected, counting, engine = outcome(drive, tmp_path, preemption, within=within, number=number)
     assert engine.stats.preemptions > 0
     points, fired = range(1, counting.events + 1, max(1, counting.events // most)), 0
     for at in points:
-        found, interrupter, _ = outcome(drive, tmp_path, preemption, *range(at, at + presses), within=within)
+        found, interrupter, _ = outcome(
+            drive, tmp_path, preemption, *range(at, at + presses), within=within, number=number
+        )
         fired += interrupter.fired > 0
         if drive is by_steps:  # a step that is made again comes later, so the victim may have gained less or more
             compare_with_victim(found, expected)
@@ -150,6 +156,12 @@ def test_ctrl_c_at_every_point_of_a_run(drive, preemption, tmp_path):
 def test_ctrl_c_again_at_once(presses, tmp_path):
     """While the first one is being dealt with."""
     interrupted_everywhere(by_run, tmp_path, "recompute", MOST_POINTS, presses)
+
+
+@pytest.mark.parametrize("number", [signal.SIGALRM, signal.SIGTERM])
+def test_a_time_limit_at_every_point_of_a_run(number, tmp_path):
+    """Any signal whose handler raises: of an alarm that ends what takes too long, of a service that is told to stop."""
+    interrupted_everywhere(by_steps, tmp_path, "swap", MOST_POINTS, number=number)
 
 
 @pytest.mark.parametrize("drive", [by_steps, by_run])

@@ -11,7 +11,8 @@ T = TypeVar("T")
 
 
 class Interrupter:
-    """Sends SIGINT at the events ``at`` of the calls made through it, and counts the events.
+    """Sends ``number`` at the events ``at`` of the calls made through it, and counts the events; its handler raises
+    KeyboardInterrupt.
 
     ``within``: only those in functions of this name count (None: all).
 
@@ -19,8 +20,9 @@ class Interrupter:
     and when a loop jumps back. These are the events, in all frames but the test's own.
     """
 
-    def __init__(self, *at: int, within: str | None = None) -> None:
+    def __init__(self, *at: int, within: str | None = None, number: signal.Signals = signal.SIGINT) -> None:
         self.at = at
+        self.number = number
         self.within = within
         self.events = 0
         self.fired = 0
@@ -36,7 +38,7 @@ class Interrupter:
 
     def once(self, call: Callable[[], T]) -> T:
         self._files.add(call.__code__.co_filename)
-        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        before = signal.signal(self.number, signal.default_int_handler)
         if self.fired < len(self.at) or not self.at:
             sys.settrace(self._trace)
             sys.setprofile(self._profile)
@@ -45,7 +47,7 @@ class Interrupter:
         finally:
             sys.setprofile(None)
             sys.settrace(None)
-            assert signal.signal(signal.SIGINT, before) is signal.default_int_handler
+            assert signal.signal(self.number, before) is signal.default_int_handler
 
     def _profile(self, frame: FrameType, event: str, _: Any) -> None:
         if event in ("call", "c_return", "c_exception"):
@@ -66,7 +68,7 @@ class Interrupter:
             if self.fired == len(self.at):
                 sys.setprofile(None)
                 sys.settrace(None)
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(self.number)
 
 
 def _jumps_back(frame: FrameType) -> bool:
