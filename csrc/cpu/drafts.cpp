@@ -206,7 +206,7 @@ class DraftCycle {
       std::fill_n(scores, vocab_size, kNever);
       for (int64_t i = 0; i < size; ++i) scores[draft_head_.ids[i]] = filtered[i];
     }
-    return Draw(scores, vocab_size, sampling_.key(b, drafting_[r].position + 1), scratch.b);
+    return Draw(scores, vocab_size, sampling_.key(b, drafting_[r].position + 1));
   }
 
   const ModelView& model_;

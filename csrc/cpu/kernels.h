@@ -96,9 +96,10 @@ struct Kernels {
   void (*merge_chunks)(float* partials, int64_t num_chunks, int64_t head_dim, float* out);
   // Rule 6 over n values.
   Maximum (*argmax)(const float* x, int64_t n);
-  // Rule 7: words to Gumbel noise; scores of all token ids plus their noise; x / divisor; exp(x - maximum).
+  // Rule 7: words to Gumbel noise; the argmax of all token ids' scores plus their noise, `likeliest` being that of the
+  // scores alone; x / divisor; exp(x - maximum).
   void (*gumbel)(const uint32_t* words, int64_t n, float* out);
-  void (*add_gumbel)(const float* scores, int64_t n, const NoiseKey& key, float* out);
+  int64_t (*gumbel_argmax)(const float* scores, int64_t n, const NoiseKey& key, int64_t likeliest);
   void (*divide)(const float* x, int64_t n, float divisor, float* out);
   void (*exp_from)(const float* x, int64_t n, float maximum, float* out);
   // The sum of exp(x - maximum) * kMassOne, each truncated to an integer: parts of a row may be added in any order.

@@ -739,13 +739,26 @@ void MergeChunks(float* partials, int64_t num_chunks, int64_t head_dim, float* o
 
 // ---- rule 6 ----
 
+constexpr int64_t kIdsAtATime = 64;  // looked at together, and one by one only where the greatest may be
+
+// Whether any of a group's values plus `more` is not below a limit: is NaN, too.
+bool AnyReaches(const float* x, float more, float limit) {
+  int32_t any = 0;
+  for (int64_t i = 0; i < kIdsAtATime; ++i) any |= !(x[i] + more < limit);
+  return any != 0;
+}
+
 Maximum Argmax(const float* x, int64_t n) {
   Maximum best{x[0], 0, x[0] != x[0]};
-  for (int64_t i = 0; i < n; ++i) {
-    best.has_nan |= x[i] != x[i];
-    if (x[i] > best.value) {
-      best.value = x[i];
-      best.index = i;
+  for (int64_t begin = 0; begin < n; begin += kIdsAtATime) {
+    const int64_t end = Min(n, begin + kIdsAtATime);
+    if (end == begin + kIdsAtATime && !AnyReaches(x + begin, 0.0f, best.value)) continue;
+    for (int64_t i = begin; i < end; ++i) {
+      best.has_nan |= x[i] != x[i];
+      if (x[i] > best.value) {
+        best.value = x[i];
+        best.index = i;
+      }
     }
   }
   return best;
@@ -753,7 +766,7 @@ Maximum Argmax(const float* x, int64_t n) {
 
 // ---- rule 7 ----
 
-constexpr int64_t kNoiseBlocks = 16, kNoiseIds = 4 * kNoiseBlocks;  // counters, and the token ids they serve
+constexpr int64_t kNoiseBlocks = kIdsAtATime / 4;  // counters that serve a group of token ids
 
 void GumbelAll(const uint32_t* words, int64_t n, float* out) {
   for (int64_t i = 0; i < n; ++i) out[i] = Gumbel(words[i]);
@@ -770,21 +783,39 @@ void NoiseWords(const NoiseKey& key, int64_t group, uint32_t* words) {
     for (int w = 0; w < 4; ++w) words[4 * i + w] = lanes[w][i];
 }
 
-// Where scores are -inf, noise would change nothing and is not made.
-void AddGumbel(const float* scores, int64_t n, const NoiseKey& key, float* out) {
-  constexpr float kNever = -__builtin_inff();
-  uint32_t words[kNoiseIds];
-  float noise[kNoiseIds];
-  for (int64_t begin = 0; begin < n; begin += kNoiseIds) {
-    const int64_t count = Min(kNoiseIds, n - begin);
-    bool any = false;
-    for (int64_t i = 0; i < count; ++i) any |= scores[begin + i] != kNever;
-    if (any) {
-      NoiseWords(key, begin / kNoiseIds, words);
-      GumbelAll(words, kNoiseIds, noise);
+// At least the noise of all words from this one on: -log(-log(1 - v)) <= -log(v), and v = (word | 1) * 2^-32. The slack
+// is more than rounding makes of it.
+float MostNoise(uint32_t word) {
+  constexpr float kLog2 = 0.693147182f, kSlack = 0x1p-10f;
+  return static_cast<float>(__builtin_clz(word | 1) + 1) * kLog2 + kSlack;
+}
+
+// A sum rises with both its parts, rounded or not. So a group whose scores plus the greatest noise that it can have
+// stay below a sum that is already there is passed over: before its words are made, where no word could help, else
+// before their logarithms.
+int64_t GumbelArgmax(const float* scores, int64_t n, const NoiseKey& key, int64_t likeliest) {
+  constexpr int64_t L = kIdsAtATime;
+  uint32_t words[L];
+  float padded[L], sums[L];
+  const PhiloxWords first = RandomWords(key, static_cast<uint32_t>(likeliest / 4));
+  Maximum best{scores[likeliest] + Gumbel(first.w[likeliest % 4]), likeliest, false};
+  for (int64_t begin = 0; begin < n; begin += L) {
+    const int64_t count = Min(L, n - begin);
+    const float* group = scores + begin;
+    if (count < L) {
+      for (int64_t i = 0; i < L; ++i) padded[i] = i < count ? group[i] : -__builtin_inff();
+      group = padded;
     }
-    for (int64_t i = 0; i < count; ++i) out[begin + i] = any ? scores[begin + i] + noise[i] : kNever;
+    if (!AnyReaches(group, MostNoise(0), best.value)) continue;
+    NoiseWords(key, begin / L, words);
+    uint32_t least = words[0];  // has the greatest noise
+    for (int64_t i = 1; i < L; ++i) least = Min(least, words[i]);
+    if (!AnyReaches(group, MostNoise(least), best.value)) continue;
+    for (int64_t i = 0; i < L; ++i) sums[i] = group[i] + Gumbel(words[i]);
+    for (int64_t i = 0; i < count; ++i)
+      if (sums[i] > best.value || (sums[i] == best.value && begin + i < best.index)) best = {sums[i], begin + i, false};
   }
+  return best.index;
 }
 
 void DivideAll(const float* x, int64_t n, float divisor, float* out) {
@@ -835,7 +866,7 @@ constexpr Kernels Table() {
           .merge_chunks = MergeChunks<T>,
           .argmax = Argmax,
           .gumbel = GumbelAll,
-          .add_gumbel = AddGumbel,
+          .gumbel_argmax = GumbelArgmax,
           .divide = DivideAll,
           .exp_from = ExpFrom,
           .mass_from = MassFrom};

@@ -81,7 +81,7 @@ int64_t Mass(float probability) { return static_cast<int64_t>(probability * kMas
 }  // namespace
 
 SamplingScratch::SamplingScratch(int64_t n)
-    : a(n), b(n), p(new int64_t[n]), q(new int64_t[n]), ids(new int64_t[n]), sums(new int64_t[kBuckets]) {}
+    : a(n), p(new int64_t[n]), q(new int64_t[n]), ids(new int64_t[n]), sums(new int64_t[kBuckets]) {}
 
 bool FilterRow(const float* row, int64_t n, const Filters& filters, SamplingScratch& scratch, float* scores) {
   const auto& [temperature, top_k, top_p, min_p] = filters;
@@ -93,11 +93,13 @@ bool FilterRow(const float* row, int64_t n, const Filters& filters, SamplingScra
   kernels.divide(row, n, temperature, scores);
   const Maximum greatest = Greatest(scores, n);
   if (!IsChoice(greatest)) return false;
+  const bool cuts = top_k > 0 && top_k < n;
+  if (!cuts && top_p >= 1.0 && min_p <= 0.0f) return true;
   Cut cut{kNever, n};
   const auto find_cut = [&](const auto& weight, int64_t limit) {
     cut = FindCut(scores, n, greatest.value, weight, limit, scratch);
   };
-  if (top_k > 0 && top_k < n) find_cut([](int64_t) { return int64_t{1}; }, top_k);
+  if (cuts) find_cut([](int64_t) { return int64_t{1}; }, top_k);
   const float* probability = scratch.a;  // of the likeliest's
   if (top_p < 1.0 || min_p > 0.0f) kernels.exp_from(scores, n, greatest.value, scratch.a);
   if (top_p < 1.0) {
@@ -113,9 +115,8 @@ bool FilterRow(const float* row, int64_t n, const Filters& filters, SamplingScra
 
 // ---- choices ----
 
-int64_t Draw(const float* scores, int64_t n, const NoiseKey& key, float* noisy) {
-  SamplingKernels().add_gumbel(scores, n, key, noisy);
-  return Greatest(noisy, n).index;
+int64_t Draw(const float* scores, int64_t n, const NoiseKey& key) {
+  return SamplingKernels().gumbel_argmax(scores, n, key, Greatest(scores, n).index);
 }
 
 void CheckChoices(bool all_rows) {
@@ -155,7 +156,7 @@ int64_t KeepOrRedraw(const float* draft_scores, const float* scores, int64_t n, 
   SamplingKernels().log(residual, n, residual);
   key.stream = Stream::kResidual;
   // Nothing is left only where p and q are equal up to rounding.
-  return Draw(any ? residual : scores, n, key, scratch.b);
+  return Draw(any ? residual : scores, n, key);
 }
 
 // positions, seeds and samples of the rows: what selects their noise.
@@ -241,10 +242,11 @@ Tensor gumbel_argmax(const Tensor& scores, const Tensor& positions, const Tensor
   const bool* noise = noisy.const_data_ptr<bool>();
   Tensor tokens = at::empty({rows}, at::kLong);
   int64_t* token = tokens.mutable_data_ptr<int64_t>();
-  ForRows(rows, n, [&](int64_t r, SamplingScratch& scratch) {
+  ForRows(rows, n, [&](int64_t r, SamplingScratch&) {
     const Maximum greatest = Greatest(score + r * n, n);
     const bool choice = IsChoice(greatest);
-    token[r] = choice && noise[r] ? Draw(score + r * n, n, keys[r], scratch.a) : greatest.index;
+    token[r] = choice && noise[r] ? SamplingKernels().gumbel_argmax(score + r * n, n, keys[r], greatest.index)
+                                  : greatest.index;
     return choice;
   });
   return tokens;

@@ -22,7 +22,7 @@ void CheckChoices(bool all_rows);
 struct SamplingScratch {
   using Integers = std::unique_ptr<int64_t[]>;
   explicit SamplingScratch(int64_t n);
-  Buffer a, b;
+  Buffer a;
   Integers p, q, ids, sums;
 };
 
@@ -37,7 +37,7 @@ struct Filters {
 // What is left of a row of n scores. Returns whether there was something to choose.
 bool FilterRow(const float* row, int64_t n, const Filters& filters, SamplingScratch& scratch, float* scores);
 
-// argmax(scores + noise); `noisy` [n] is scratch.
-int64_t Draw(const float* scores, int64_t n, const NoiseKey& key, float* noisy);
+// argmax(scores + noise) of a row that has a choice.
+int64_t Draw(const float* scores, int64_t n, const NoiseKey& key);
 
 }  // namespace layerskip

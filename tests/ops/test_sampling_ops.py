@@ -58,6 +58,17 @@ def test_same_bits_as_the_reference(isa, vocab_size):
         assert torch.equal(cpu.rejection_sample(*arguments), reference.rejection_sample(*arguments))
 
 
+@pytest.mark.parametrize("spread", [0.0, 1.0, 4.0, 12.0])
+def test_tokens_that_are_passed_over_are_never_the_ones(isa, spread):
+    """Kernels make no noise where it could not decide: the choices of rows of every spread, those against the odds too."""
+    count, vocab_size = 48, 1500
+    scores = torch.randn(count, vocab_size, generator=torch.Generator().manual_seed(3)) * spread
+    arguments = (scores, *places(count), torch.ones(count, dtype=torch.bool))
+    tokens = cpu.gumbel_argmax(*arguments)
+    assert torch.equal(tokens, reference.gumbel_argmax(*arguments))
+    assert (tokens // 64 != scores.argmax(1) // 64).sum() > count // 16
+
+
 def test_equal_rows_and_tiny_temperatures(isa):
     """All tokens alike, differences below a filter's classes, and above them."""
     rows = torch.stack([torch.zeros(500), torch.linspace(0, 1e-3, 500), torch.linspace(-5e3, 5e3, 500)])
