@@ -78,12 +78,41 @@ def test_a_token_shows_its_layers(page, server):
     assert not page.locator("dialog").is_visible()
 
 
+def test_arrows_go_from_token_to_token(page):
+    send(page, "sort a list")
+    page.keyboard.press("Shift+Tab")  # one stop for a whole answer
+    focused = "[...document.querySelectorAll('.token')].indexOf(document.activeElement)"
+    assert page.evaluate(focused) == 0
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("ArrowLeft")
+    assert page.evaluate(focused) == 1
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.id") == "input"
+    assert page.locator("#heard").inner_text().strip()  # a screen reader is told the answer once, at its end
+
+
+def test_a_new_conversation_knows_nothing_of_the_last(page, server):
+    page.keyboard.type("sort a list")
+    page.keyboard.press("Enter")
+    page.wait_for_selector(".token", state="attached")
+    page.locator("#reset").click()  # in the middle of the answer
+    page.wait_for_function("document.getElementById('send').textContent === 'Send'")
+    with page.expect_request("**/v1/chat/completions") as asked:
+        send(page, "def add(")
+    assert asked.value.post_data_json["messages"] == [{"role": "user", "content": "def add("}]
+    assert page.locator("article").count() == 2 and server.all_pages_free()
+
+
 def test_an_error_is_shown(page):
     page.locator("#input").fill("word " * 3000)
     page.locator("#send").click()
     page.wait_for_selector("article.error")
     picture(page, "error")
     assert "positions" in page.locator("article.error").inner_text()
+    box, form = page.locator("article.error").bounding_box(), page.locator("#form").bounding_box()
+    assert 0 < box["y"] and box["y"] + box["height"] <= form["y"]  # in sight, not below the form
+    assert page.locator("#input").input_value().startswith("word word")  # to be changed and sent again
     page.locator("#reset").click()
     assert page.locator("article").count() == 0
 
