@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import math
 import os
 import signal
-from collections.abc import Awaitable, Callable
 from typing import Any
 
 from layerskip_kernels.cli.options import add_command, add_model_options, add_threads_option, load, positive
@@ -39,6 +37,7 @@ def _serve(args: argparse.Namespace) -> int:
         import uvicorn
 
         from layerskip_kernels.serving.app import ServerSettings, build_app
+        from layerskip_kernels.serving.http_server import HttpServer
     except ModuleNotFoundError as error:
         raise RuntimeError(f"{MISSING} ({error.name} is missing)") from error
     from layerskip_kernels.engine.engine import Engine
@@ -61,24 +60,5 @@ def _serve(args: argparse.Namespace) -> int:
     config.timeout_graceful_shutdown = math.ceil(args.drain) + LEAVING_SECONDS
     for number in (signal.SIGINT, signal.SIGTERM):  # uvicorn ends in order, then raises what it was ended by once more
         signal.signal(number, lambda *_: None)
-    _Server(config, settings.model_name, lambda: app.state.server.worker.drain(args.drain)).run()
+    HttpServer(config, settings.model_name, lambda: app.state.server.worker.drain(args.drain)).run()
     return 0
-
-
-def _Server(config: Any, name: str, drain: Callable[[], Awaitable[None]]) -> Any:  # noqa: N802 - once uvicorn is there
-    """uvicorn's server, which says where it listens once it does, and lets streams end only as long as they may."""
-    import uvicorn
-
-    class Server(uvicorn.Server):
-        async def startup(self, sockets: Any = None) -> None:
-            await super().startup(sockets)
-            if self.started:
-                host, port = self.servers[0].sockets[0].getsockname()[:2]
-                print(f"serving {name} on http://{host}:{port} (page: /, API: /v1)", flush=True)
-
-        async def shutdown(self, sockets: Any = None) -> None:
-            draining = asyncio.ensure_future(drain())  # uvicorn would wait for the streams' own ends
-            await super().shutdown(sockets)
-            await draining
-
-    return Server(config)

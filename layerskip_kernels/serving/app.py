@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
 import hmac
 import json
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ValidationError
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
@@ -26,11 +25,13 @@ from layerskip_kernels.engine.request import check_length
 from layerskip_kernels.errors import shown
 from layerskip_kernels.model.tokenizer import Tokenizer
 from layerskip_kernels.serving.answers import Answer
+from layerskip_kernels.serving.bodies import read
 from layerskip_kernels.serving.errors import ApiError, as_api_error
 from layerskip_kernels.serving.job import Job
 from layerskip_kernels.serving.metrics import Metrics
 from layerskip_kernels.serving.openapi import openapi_document
 from layerskip_kernels.serving.protocol import (
+    AnyRequest,
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
@@ -42,9 +43,8 @@ from layerskip_kernels.serving.worker import EngineWorker
 
 __all__ = ["ServerSettings", "build_app"]
 
-Asked = TypeVar("Asked", bound=BaseModel)
+Asked = TypeVar("Asked", bound=AnyRequest)
 PAGE = Path(__file__).with_name("page.html")
-BODY_SECONDS = 30.0  # for a whole body to arrive
 
 
 @dataclass(frozen=True)
@@ -173,7 +173,10 @@ class _Server:
         """What each layer would say after some tokens: the page asks when one is clicked."""
         asked = await self._read(request, DetokenizeRequest)
         self._check_ids(asked.tokens, "tokens")
-        found = await self.worker.call(lambda: layers_at_the_end(self.model, asked.tokens))
+        try:
+            found = await self.worker.call(lambda: layers_at_the_end(self.model, asked.tokens))
+        except Exception as error:
+            raise as_api_error(error, ("tokens",)) from error
         layers = [
             {"layer": layer, "id": token, "text": self.tokenizer.decode([token]), "probability": probability}
             for layer, token, probability in found
@@ -188,10 +191,9 @@ class _Server:
             self._encode(p, "prompt", asked.add_special_tokens) if isinstance(p, str) else self._check_ids(p, "prompt")
             for p in asked.prompts
         ]
-        texts = [p if isinstance(p, str) else self.tokenizer.decode(p) for p in asked.prompts]
         job = await self._begin(asked, prompts, Answer(self.settings.model_name, "text_completion"), request)
         if asked.echo:
-            job.echo = texts
+            job.echo = [p if isinstance(p, str) else self.tokenizer.decode(p) for p in asked.prompts]
         if asked.stream:
             return _events(job.stream())
         return JSONResponse(await job.whole())
@@ -199,8 +201,9 @@ class _Server:
     async def chat_completions(self, request: Request) -> Response:
         asked = await self._read(request, ChatRequest)
         generation_prompt = asked.add_generation_prompt and not asked.continue_final_message
-        variables = asked.chat_template_kwargs or {}
-        ids = self._encode_chat(asked.messages, generation_prompt, asked.continue_final_message, **variables)
+        ids = self._encode_chat(
+            asked.messages, generation_prompt, asked.continue_final_message, asked.chat_template_kwargs or {}
+        )
         job = await self._begin(asked, [ids], Answer(self.settings.model_name, "chat.completion"), request)
         if asked.stream:
             return _events(job.stream())
@@ -209,10 +212,6 @@ class _Server:
     async def _begin(
         self, asked: SamplingRequest, prompts: Sequence[Sequence[int]], answer: Answer, request: Request
     ) -> Job:
-        if asked.model not in (None, self.settings.model_name):
-            shown = asked.model[:80] if asked.model else ""
-            raise ApiError(404, f"the model {shown!r} is not served here; {self.settings.model_name} is", "model",
-                           code="model_not_found")  # fmt: skip
         fields = tuple(asked.model_fields_set)
         try:
             return await self._submit(asked, prompts, answer, request)
@@ -239,7 +238,7 @@ class _Server:
         job.prompts = [list(prompt) for prompt in prompts]
         if asked.max_new_tokens == 0:
             return job
-        salt = None if asked.cache_salt is None else asked.cache_salt.encode()
+        salt = None if asked.cache_salt is None else asked.cache_salt.encode(errors="surrogatepass")
         config = asked.generation_config(room)
         job.submissions = await self.worker.submit(prompts, config, salt)
         return job
@@ -250,32 +249,11 @@ class _Server:
     # ---- what was sent ----
 
     async def _read(self, request: Request, kind: type[Asked]) -> Asked:
-        """A body, bounded in size and time, as what it should be."""
-        try:
-            body = await asyncio.wait_for(self._body(request), BODY_SECONDS)
-        except asyncio.TimeoutError as error:
-            raise ApiError(408, f"the body did not arrive within {BODY_SECONDS:.0f} seconds") from error
-        try:
-            value = json.loads(body, parse_constant=_refuse_constant)
-        except (ValueError, RecursionError) as error:
-            raise ApiError(400, f"the body is not valid JSON: {str(error)[:200]}") from error
-        try:
-            return kind.model_validate(value)
-        except ValidationError as error:
-            first = error.errors(include_input=False, include_url=False)[0]
-            where = [str(part)[:40] for part in first["loc"]]
-            message = first["msg"].removeprefix("Value error, ")
-            named = where[0] if where else message.split(" ", 1)[0]
-            raise ApiError(400, f"{'.'.join(where)}: {message}" if where else message, named[:100]) from error
-
-    async def _body(self, request: Request) -> bytes:
-        chunks, size = [], 0
-        async for chunk in request.stream():
-            size += len(chunk)
-            if size > self.settings.max_body:
-                raise ApiError(413, f"the body is larger than {self.settings.max_body} bytes")
-            chunks.append(chunk)
-        return b"".join(chunks)
+        asked = await read(request, kind, self.settings.max_body)
+        if asked.model not in (None, self.settings.model_name):
+            raise ApiError(404, f"the model {shown(asked.model)} is not served here; {self.settings.model_name} is",
+                           "model", code="model_not_found")  # fmt: skip
+        return asked
 
     def _encode(self, text: str, field: str, add_special_tokens: bool = True) -> list[int]:
         """Refused before it is tokenised where it cannot fit: all streams wait while a text is tokenised."""
@@ -283,11 +261,15 @@ class _Server:
             check_length(self.model, text)
         except ValueError as error:
             raise ApiError(400, str(error), field, code="context_length_exceeded") from error
-        return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        try:
+            return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        except ValueError as error:
+            raise ApiError(400, str(error), field) from error
 
     def _encode_chat(
-        self, messages: Sequence[dict[str, Any]], generation_prompt: bool, continued: bool = False, **variables: Any
-    ) -> list[int]:
+        self, messages: Sequence[dict[str, Any]], generation_prompt: bool, continued: bool = False,
+        variables: Mapping[str, Any] = MappingProxyType({}),
+    ) -> list[int]:  # fmt: skip
         if self.tokenizer.chat_template is None:
             raise ApiError(400, "this model has no chat template; use /v1/completions", "messages")
         try:
@@ -304,10 +286,6 @@ class _Server:
         if wrong := [i for i in ids if not 0 <= i < size]:
             raise ApiError(400, f"{field} must hold token ids in 0..{size - 1}, got {shown(wrong[0])}", field)
         return ids
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON number")
 
 
 def _events(chunks: AsyncIterator[dict[str, Any]]) -> StreamingResponse:
@@ -328,4 +306,4 @@ def _events(chunks: AsyncIterator[dict[str, Any]]) -> StreamingResponse:
 
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    return JSONResponse(ApiError(error.status_code, str(error.detail)).body, error.status_code)
+    return JSONResponse(ApiError(error.status_code, str(error.detail)).body, error.status_code, error.headers)

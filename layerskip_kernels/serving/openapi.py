@@ -15,8 +15,11 @@ __all__ = ["openapi_document"]
 
 SCHEMAS = "#/components/schemas/"
 # Of a route that reads a body; those of the engine's side come with completions alone.
-REFUSALS = {"400": "a field is wrong", "401": "the key is wrong", "408": "the body came too slowly", "413": "too large"}
-ENGINE = {"404": "another model", "429": "the queue is full", "503": "shutting down", "504": "it took too long"}
+REFUSALS = {
+    "400": "a field is wrong", "401": "the key is wrong", "404": "another model", "408": "the body came too slowly",
+    "413": "too large",
+}  # fmt: skip
+ENGINE = {"429": "the queue is full", "503": "shutting down", "504": "it took too long"}
 ERROR = {
     "type": "object",
     "required": ["error"],

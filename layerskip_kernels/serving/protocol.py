@@ -5,13 +5,32 @@ A field that would change the answer and is not supported is refused by name; on
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictFloat, StrictInt, StrictStr, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictFloat,
+    StrictInt,
+    StrictStr,
+    field_validator,
+    model_validator,
+)
 
 from layerskip_kernels.config import MAX_LOGPROBS, MAX_SAMPLES, GenerationConfig
 
-__all__ = ["ChatRequest", "CompletionRequest", "DetokenizeRequest", "SamplingRequest", "TokenizeRequest"]
+__all__ = [
+    "AnyRequest",
+    "ChatRequest",
+    "CompletionRequest",
+    "DetokenizeRequest",
+    "FieldError",
+    "SamplingRequest",
+    "TokenizeRequest",
+]
 
 Number = StrictFloat | StrictInt
 Ids = list[StrictInt]
@@ -34,17 +53,45 @@ NOTHING: dict[str, tuple[Any, ...]] = {
 }  # fmt: skip
 
 
+class FieldError(ValueError):
+    """A field whose value does not do, though its type does; the message begins with its name."""
+
+    def __init__(self, field: str, problem: str) -> None:
+        self.field = field[:100]
+        super().__init__(f"{self.field} {problem}")
+
+
+def _join_parts(message: dict[str, Any]) -> dict[str, Any]:
+    """A message whose content is a list of parts, all of text, with that text; others as they are, to be refused."""
+    parts = message.get("content")
+    if not isinstance(parts, list) or not parts:
+        return message
+    texts = [part.get("text") for part in parts if isinstance(part, dict) and part.get("type") == "text"]
+    known = [text for text in texts if isinstance(text, str)]
+    return {**message, "content": "\n".join(known)} if len(known) == len(parts) else message
+
+
+Messages = list[Annotated[dict[str, Any], AfterValidator(_join_parts)]]
+
+
 class StreamOptions(BaseModel):
     model_config = ConfigDict(extra="allow")
     include_usage: StrictBool = False
 
 
-class SamplingRequest(BaseModel):
+class AnyRequest(BaseModel):
+    """What every request may say: which model it means."""
+
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+    model: StrictStr | None = None
+
+
+class SamplingRequest(AnyRequest):
     """What both kinds of completion share. Fields left out take the API's defaults: temperature 1, one sample."""
 
     model_config = ConfigDict(extra="allow", protected_namespaces=())
 
-    model: StrictStr | None = None
     temperature: Number | None = None
     top_p: Number | None = None
     top_k: StrictInt | None = None
@@ -71,18 +118,21 @@ class SamplingRequest(BaseModel):
     strategy: StrictStr | None = None
     acceptance: StrictStr | None = None
 
-    DEFAULT_MAX_TOKENS: ClassVar[int | None] = None
+    @field_validator("n", mode="before")
+    @classmethod
+    def _null_is_one(cls, value: Any) -> Any:
+        return 1 if value is None else value
 
     @model_validator(mode="after")
     def _refuse_unsupported(self) -> SamplingRequest:
         for name, value in (self.model_extra or {}).items():
             if name in NOTHING:
                 if value not in NOTHING[name]:
-                    raise ValueError(f"{name} is not supported by this server")
+                    raise FieldError(name, "is not supported by this server")
             elif name not in HARMLESS:
-                raise ValueError(f"{name} is not a field of this API")
+                raise FieldError(name, "is not a field of this API")
         if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options needs stream to be true")
+            raise FieldError("stream_options", "needs stream to be true")
         return self
 
     @property
@@ -139,14 +189,19 @@ class CompletionRequest(SamplingRequest):
     echo: StrictBool = False
     add_special_tokens: StrictBool = True
 
+    @field_validator("echo", mode="before")
+    @classmethod
+    def _null_is_no(cls, value: Any) -> Any:
+        return False if value is None else value
+
     @model_validator(mode="after")
     def _check_prompts(self) -> CompletionRequest:
         if isinstance(self.prompt, list) and not self.prompt:
-            raise ValueError("prompt must not be an empty list")
+            raise FieldError("prompt", "must not be an empty list")
         if len(self.prompts) > MAX_PROMPTS:
-            raise ValueError(f"prompt must hold at most {MAX_PROMPTS} prompts, got {len(self.prompts)}")
+            raise FieldError("prompt", f"must hold at most {MAX_PROMPTS} prompts, got {len(self.prompts)}")
         if self.max_tokens == 0 and not self.echo:
-            raise ValueError("max_tokens must be at least 1; 0 is for echo alone")
+            raise FieldError("max_tokens", "must be at least 1; 0 is for echo alone")
         return self
 
     @property
@@ -170,7 +225,7 @@ class CompletionRequest(SamplingRequest):
 class ChatRequest(SamplingRequest):
     """POST /v1/chat/completions."""
 
-    messages: list[dict[str, Any]]
+    messages: Messages
     max_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
     logprobs: StrictBool | None = None
@@ -182,10 +237,12 @@ class ChatRequest(SamplingRequest):
     @model_validator(mode="after")
     def _check_combinations(self) -> ChatRequest:
         if self.top_logprobs is not None and not self.logprobs:
-            raise ValueError("top_logprobs needs logprobs to be true")
+            raise FieldError("top_logprobs", "needs logprobs to be true")
         asks_for_prompt = "add_generation_prompt" in self.model_fields_set and self.add_generation_prompt
         if self.continue_final_message and asks_for_prompt:
-            raise ValueError("continue_final_message and add_generation_prompt exclude each other")
+            raise FieldError("continue_final_message", "and add_generation_prompt exclude each other")
+        if taken := {"self", "messages", "add_generation_prompt"} & (self.chat_template_kwargs or {}).keys():
+            raise FieldError("chat_template_kwargs", f"must not hold {min(taken)}")
         return self
 
     @property
@@ -197,24 +254,22 @@ class ChatRequest(SamplingRequest):
         return (self.top_logprobs or 0) if self.logprobs else None
 
 
-class TokenizeRequest(BaseModel):
+class TokenizeRequest(AnyRequest):
     """POST /tokenize: a text, or a conversation."""
 
-    model: StrictStr | None = None
     prompt: StrictStr | None = None
-    messages: list[dict[str, Any]] | None = None
+    messages: Messages | None = None
     add_special_tokens: StrictBool = True
     add_generation_prompt: StrictBool = True
 
     @model_validator(mode="after")
     def _one_of_both(self) -> TokenizeRequest:
         if (self.prompt is None) == (self.messages is None):
-            raise ValueError("give either prompt or messages")
+            raise FieldError("prompt", "or messages must be given, and not both")
         return self
 
 
-class DetokenizeRequest(BaseModel):
+class DetokenizeRequest(AnyRequest):
     """POST /detokenize."""
 
-    model: StrictStr | None = None
     tokens: Ids

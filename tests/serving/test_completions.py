@@ -239,6 +239,14 @@ def test_a_conversations_second_turn_computes_what_is_new(server, computed):
     assert again == generate(server.model, [ids], GenerationConfig(max_new_tokens=8))[0].text
 
 
+def test_parts_of_text_are_one_text(server):
+    def said(content):
+        body = dict(messages=[{"role": "user", "content": content}], max_tokens=8, temperature=0)
+        return server.post("/v1/chat/completions", **body).json()["choices"][0]["message"]["content"]
+
+    assert said([{"type": "text", "text": "sort"}, {"type": "text", "text": "a list"}]) == said("sort\na list") != ""
+
+
 def test_tokens_there_and_back(server):
     ids = server.post("/tokenize", prompt=PROMPT).json()["tokens"]
     assert ids == server.model.tokenizer.encode(PROMPT)

@@ -16,7 +16,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from layerskip_kernels import GenerationConfig, generate
-from layerskip_kernels.serving import app
+from layerskip_kernels.serving import bodies, http_server
 from layerskip_kernels.serving.worker import EngineWorker
 from support.servers import serving
 
@@ -50,7 +50,9 @@ ENDLESS = dict(prompt=PROMPT, max_tokens=1000, ignore_eos=True, temperature=0, s
         ({"prompt": "x", "stream_options": {"include_usage": True}}, "stream_options", "needs stream"),
         ({"prompt": "word " * 3000}, "prompt", "positions"),
         ({"prompt": "x", "model": "other"}, "model", "not served"),
-        ({"prompt": "\ud800"}, None, "surrogate"),
+        ({"prompt": "\ud800"}, "prompt", "surrogate"),
+        ({"prompt": [1.5]}, "prompt", "a valid string or a valid integer"),
+        ({"prompt": "x", "a" * 10**5: 1}, "a" * 100, "a is not a field"),
         ({"prompt": "x", "n": 2, "stop": "must", "temperature": -1}, "temperature", "temperature must be"),
         ({"prompt": "x", "max_tokens": 10**400}, "max_tokens", "at most"),
         ({"prompt": "x", "min_tokens": -1}, "min_tokens", "min_tokens must be at least 0"),
@@ -82,6 +84,10 @@ def test_a_bad_request_is_told_its_field(server, body, param, said):
             "response_format",
         ),
         ({"messages": HELLO, "top_logprobs": 3}, "needs logprobs"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "content of text"),
+        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "content of text"),
+        ({"messages": HELLO, "chat_template_kwargs": {"messages": []}}, "chat_template_kwargs must not hold messages"),
+        ({"messages": HELLO, "chat_template_kwargs": {"self": 1}}, "chat_template_kwargs must not hold self"),
     ],
 )
 def test_a_bad_conversation_is_refused(server, body, said):
@@ -89,15 +95,55 @@ def test_a_bad_conversation_is_refused(server, body, said):
     assert response.status_code == 400 and said in response.json()["error"]["message"]
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[" * 100_000, b"[]", b'"x"', b'{"prompt": NaN}'])
-def test_what_is_no_request_is_refused(server, content):
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "not valid JSON"), (b"{", "not valid JSON"), (b'{"prompt": "\xff"}', "byte 12 is not UTF-8"),
+        (b"[" * 100_000, "nested too deeply"), (b"[]", "must be a JSON object"), (b"null", "must be a JSON object"),
+        (b'{"prompt": NaN}', "NaN is no JSON number"), (b'{"seed": %s}' % (b"9" * 5000), "4300 digits"),
+    ],
+)  # fmt: skip
+def test_what_is_no_request_is_refused(server, content, said):
     response = httpx.post(server.url + "/v1/completions", content=content)
-    assert response.status_code == 400 and response.json()["error"]["message"]
+    error = response.json()["error"]
+    assert response.status_code == 400 and error["param"] is None
+    assert said in error["message"] and "sys." not in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "param"),
+    [
+        ("/tokenize", {}, 400, "prompt"),
+        ("/tokenize", {"prompt": "x", "bogus": 1}, 400, "bogus"),
+        ("/tokenize", {"prompt": "\ud800"}, 400, "prompt"),
+        ("/tokenize", {"prompt": "x", "model": "other"}, 404, "model"),
+        ("/detokenize", {"tokens": [-1]}, 400, "tokens"),
+        ("/lens", {"tokens": []}, 400, "tokens"),
+        ("/lens", {"tokens": [1] * 5000}, 400, "tokens"),
+    ],
+)
+def test_the_small_routes_name_the_field_too(server, path, body, status, param):
+    response = httpx.post(server.url + path, content=json.dumps(body))
+    assert (response.status_code, response.json()["error"]["param"]) == (status, param)
+
+
+def test_what_the_api_lets_be_null_is_as_if_left_out(server):
+    body = dict(prompt=PROMPT, max_tokens=3, temperature=0)
+    nulls = dict.fromkeys(
+        ("n", "echo", "stop", "stream", "seed", "logprobs", "logit_bias", "top_p", "suffix", "best_of")
+    )
+    assert server.text(**body, **nulls) == server.text(**body)
+
+
+def test_any_text_is_a_salt(server):
+    body = {"prompt": PROMPT, "max_tokens": 3, "cache_salt": "\ud800"}
+    assert httpx.post(server.url + "/v1/completions", content=json.dumps(body)).status_code == 200
 
 
 def test_unknown_routes_and_methods_answer_in_the_same_form(server):
     assert httpx.get(server.url + "/v1/nothing").json()["error"]["type"] == "invalid_request_error"
-    assert httpx.get(server.url + "/v1/completions").status_code == 405
+    wrong = httpx.get(server.url + "/v1/completions")
+    assert wrong.status_code == 405 and wrong.headers["allow"] == "POST" and wrong.json()["error"]["message"]
 
 
 def test_the_page_and_the_small_routes(server):
@@ -182,11 +228,25 @@ def test_a_body_that_is_too_large_is_refused(tiny_code):
 
 
 def test_a_body_that_comes_too_slowly_is_refused(server, monkeypatch):
-    monkeypatch.setattr(app, "BODY_SECONDS", 0.2)
+    monkeypatch.setattr(bodies, "BODY_SECONDS", 0.2)
     host, port = server.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=20) as client:
         client.sendall(b'POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\n{"prompt": ')
         assert client.recv(1000).startswith(b"HTTP/1.1 408 ")
+    assert server.text(prompt=PROMPT, max_tokens=3)["text"]
+
+
+@pytest.mark.parametrize("first", [b"", b"POST /v1/compl", b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"])
+def test_a_head_that_does_not_come_is_not_waited_for(server, monkeypatch, first):
+    """Nor one after an answer, on a connection that was kept."""
+    monkeypatch.setattr(http_server, "HEAD_SECONDS", 0.3)
+    host, port = server.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=3) as client:
+        client.sendall(first)
+        if first.endswith(b"\r\n\r\n"):
+            assert client.recv(1000).startswith(b"HTTP/1.1 200 ")
+            client.sendall(b"GET /heal")
+        assert client.recv(1000) == b""
     assert server.text(prompt=PROMPT, max_tokens=3)["text"]
 
 

@@ -12,6 +12,7 @@ import uvicorn
 
 from layerskip_kernels import Engine, Model
 from layerskip_kernels.serving.app import ServerSettings, build_app
+from layerskip_kernels.serving.http_server import HttpServer
 
 
 @dataclass
@@ -45,7 +46,8 @@ def serving(model: Model, max_batch: int = 8, memory: int = 16 << 20, **settings
     """``settings``: of ServerSettings. Drafts as each request says, whatever the machine's load makes of their cost."""
     engine = Engine(model, memory=memory, max_batch=max_batch, drafts="fixed")
     app = build_app(engine, ServerSettings(**{"model_name": "tiny", "drain": 5.0, **settings}))
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
+    config = uvicorn.Config(app, port=0, log_level="warning")
+    server = HttpServer(config, "tiny", lambda: app.state.server.worker.drain(5.0))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:
