@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from layerskip_kernels.errors import shown
+from layerskip_kernels.model.files import whole
 from layerskip_kernels.model.safetensors_file import (
     DTYPE_CODES,
     TensorEntry,
@@ -108,10 +109,9 @@ def write_exit_adapter(
     tensors = {NORMS_NAME: model_norms(weights), **tensors}
     shapes = {name: (DTYPE_CODES[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items()}
     metadata = {"format": FORMAT, "exit_layer": str(exit_layer), "model": model_name}
-    path, unfinished = folder / ADAPTER_FILE, folder / f".{ADAPTER_FILE}.unfinished"
-    write_safetensors(unfinished, shapes, tensors.items(), metadata)
-    unfinished.replace(path)  # whoever reads finds the old one or all of the new one
-    return path
+    with whole(folder / ADAPTER_FILE) as unfinished:
+        write_safetensors(unfinished, shapes, tensors.items(), metadata)
+    return folder / ADAPTER_FILE
 
 
 def read_exit_adapter(

@@ -4,10 +4,12 @@ Reading small ones, which are bounded, and writing them, whole or not at all."""
 import os
 import stat
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-__all__ = ["open_regular", "read_bytes", "read_exactly", "read_text", "write_whole"]
+__all__ = ["open_regular", "read_bytes", "read_exactly", "read_text", "whole", "write_whole"]
 
 MAX_BYTES = 64 << 20
 LEFT_SECONDS = 60  # after which an unfinished file is one that a killed process left
@@ -70,12 +72,29 @@ def read_exactly(file: BinaryIO, buffer: memoryview, what: str) -> None:
 
 def write_whole(path: Path, text: str) -> None:
     """Write a small text: whoever reads finds what was there or all of it, whatever interrupts. Raises OSError."""
+    with whole(path) as unfinished:
+        unfinished.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Another name to write a file under, this process's own, which becomes ``path`` at the end of the block.
+
+    What processes that were killed have left beside it is cleared. Raises OSError.
+    """
     for left in path.parent.glob(".*.unfinished"):
-        if left.name.startswith(f".{path.name}.") and time.time() - left.stat().st_mtime > LEFT_SECONDS:
+        if left.name.startswith(f".{path.name}.") and _is_abandoned(left):
             left.unlink(missing_ok=True)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
     try:
-        unfinished.write_text(text, encoding="utf-8")
+        yield unfinished
         unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def _is_abandoned(left: Path) -> bool:
+    try:
+        return time.time() - left.stat().st_mtime > LEFT_SECONDS
+    except FileNotFoundError:  # another process has just finished or cleared it
+        return False

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from layerskip_kernels.errors import shown
+from layerskip_kernels.model.files import whole
 from layerskip_kernels.model.json_file import parse_json
 from layerskip_kernels.model.loading import read_checkpoint
 from layerskip_kernels.model.model import Model
@@ -201,9 +202,8 @@ class AdapterTraining:
             tensors |= {f"{name}.{number}": moments[name] for name in MOMENTS}
         shapes = {name: (DTYPE_CODES[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items()}
         said = {"step": str(self.step), "acceptances": json.dumps(self.acceptances)}
-        unfinished = path.with_name(f"{path.name}.unfinished")
-        write_safetensors(unfinished, shapes, tensors.items(), said)
-        unfinished.replace(path)
+        with whole(path) as unfinished:
+            write_safetensors(unfinished, shapes, tensors.items(), said)
 
     def _resume(self, path: Path) -> None:
         try:

@@ -15,7 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from layerskip_kernels.model.files import open_regular, write_whole
+from layerskip_kernels.model.files import open_regular, whole, write_whole
 from layerskip_kernels.model.json_file import read_json_object
 
 __all__ = ["Origin", "check_checkpoints", "keep", "origin"]
@@ -49,9 +49,8 @@ def keep(path: Path, made_from: Origin, make: Callable[[Path], object]) -> None:
             print(f"layerskip: {_differences(known, made_from)} changed; making {path} again", file=sys.stderr)
     path.parent.mkdir(parents=True, exist_ok=True)
     note.unlink(missing_ok=True)
-    unfinished = path.with_name(f"{path.name}.unfinished")
-    make(unfinished)
-    unfinished.replace(path)
+    with whole(path) as unfinished:
+        make(unfinished)
     write_whole(note, json.dumps(made_from, indent=1) + "\n")
 
 

@@ -90,9 +90,11 @@ def test_what_a_kill_left_half_made_is_made_again(tmp_path, damage):
     build_trainer(config)
     path = tmp_path / "run/tokenizer.json"
     whole, note = path.read_text(), path.with_name("tokenizer.json.made_from.json")
+    left = path.with_name(".tokenizer.json.1.unfinished")
     if damage == "cut":
-        path.rename(path.with_name("tokenizer.json.unfinished"))
-        path.with_name("tokenizer.json.unfinished").write_text(whole[:100])
+        path.rename(left)
+        left.write_text(whole[:100])
+        os.utime(left, (0, 0))  # long ago
     elif damage == "no note":
         path.write_text(whole[:100])
         note.unlink()
@@ -101,7 +103,7 @@ def test_what_a_kill_left_half_made_is_made_again(tmp_path, damage):
         note.write_text(note.read_text()[:20])
     build_trainer(config)
     assert path.read_text() == whole
-    assert not list(path.parent.glob("*.unfinished"))
+    assert not list(path.parent.glob(".*.unfinished"))
 
 
 def test_a_process_killed_while_it_writes_leaves_nothing_under_the_name(tmp_path):
@@ -252,3 +254,24 @@ def test_prompts_are_those_of_examples_or_line_starts_of_a_long_text(tmp_path):
     assert example_prompts(DataConfig([str(tmp_path / "short.txt")])) == ["one"]
     (tmp_path / "empty.txt").write_text(" \n")
     assert example_prompts(DataConfig([str(tmp_path / "empty.txt")])) == []
+
+
+def test_two_processes_that_make_the_same_file_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each writes under a name of its own: the last one wins, and nothing is mixed."""
+    path = tmp_path / "train.arrow"
+
+    def another_process() -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr("os.getpid", lambda: 7)
+            keep(path, {"files": {"theirs": ""}}, lambda unfinished: unfinished.write_text("theirs"))
+
+    def make(unfinished: Path) -> None:
+        with unfinished.open("w") as file:
+            file.write("ours, ")
+            another_process()
+            file.write("whole")
+
+    keep(path, {"files": {"ours": ""}}, make)
+    assert path.read_text() == "ours, whole"
+    assert sorted(found.name for found in tmp_path.iterdir()) == ["train.arrow", "train.arrow.made_from.json"]
+    keep(path, {"files": {"ours": ""}}, lambda _: pytest.fail("it was made of the same"))
