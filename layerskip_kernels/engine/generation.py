@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from layerskip_kernels.config import GenerationConfig
@@ -94,6 +94,8 @@ def _encode_all(model: Model, prompts: Prompt | Sequence[Prompt]) -> list[list[i
     if isinstance(prompts, str) or is_conversation(prompts):
         prompts = [prompts]
     try:
+        if isinstance(prompts, Mapping):
+            raise TypeError("a list is needed")
         found: list[Any] = list(prompts)
     except TypeError as error:
         raise TypeError(f"prompts must be a text or a list of prompts, got {type(prompts).__name__}") from error

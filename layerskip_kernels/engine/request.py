@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from operator import index
 from pathlib import Path
@@ -293,6 +293,8 @@ def encode(model: Model, prompt: Prompt) -> list[int]:
         return _tokenizer(model).apply_chat_template(prompt)
     tokens: Sequence[Any] = prompt
     try:
+        if isinstance(prompt, bytes | bytearray | Mapping | Set):  # would pass for numbers, or for some order of them
+            raise TypeError("a list is needed")
         return [index(token) for token in tokens]
     except TypeError as error:
         message = (

@@ -194,7 +194,7 @@ def test_ctrl_c_between_what_belongs_together(place):
 HUGE = 2**70
 HOSTILE_PROMPTS = [
     [], [101], [-1], [HUGE], [1.5], ["a"], [None], [[1]], [1] * 1025, [1] * 10**6, None, 7, "", b"\xff\xff",
-    np.array([1.0]), torch.tensor([[1, 2]]),
+    b"\1\2", bytearray([1, 2]), {1: 2}, {1, 2}, np.array([1.0]), torch.tensor([[1, 2]]),
 ]  # fmt: skip
 
 

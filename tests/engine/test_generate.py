@@ -144,3 +144,9 @@ def test_bad_input_leaves_the_cache_empty():
     assert cache.pool.num_free == cache.pool.num_pages
     assert cache.pool.num_sequences == 0
     assert generate(model, [[1, 2]], GenerationConfig(max_new_tokens=60), cache=cache)[0].token_ids
+
+
+@pytest.mark.parametrize("prompts", [{"a": 1}, 7, b"ab"], ids=repr)
+def test_what_is_no_list_of_prompts_is_refused(prompts):
+    with pytest.raises(TypeError, match="prompt"):
+        generate(tiny_model(), prompts)
