@@ -58,6 +58,7 @@ OFF_OF: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(MULTIPLIERS, (None, 1)),
     **dict.fromkeys(("full_attn_mod", "interpolate_factor"), (None, 1)),  # of Phi-4-mini
     "attention_multiplier": (None,),
+    "is_causal": (None, True),  # False: of models that embed texts, whose rows see those after them
 }
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 MAX_LISTED_LAYERS = 4096  # of which a list is made: a damaged file may ask for more than there is memory

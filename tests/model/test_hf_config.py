@@ -34,6 +34,7 @@ from support.models import tiny_model
         ("num_local_experts", 8),
         ("final_logit_softcapping", 30.0),
         ("clip_qkv", 8.0),
+        ("is_causal", False),
         ("query_pre_attn_scalar", 256),
         ("norm_type", "layernorm"),
         ("rope_parameters", {"rope_type": "default", "mrope_section": [1, 2]}),
