@@ -4,6 +4,8 @@ import json
 import os
 import random
 import socket
+import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -22,13 +24,14 @@ def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def raw(server: Server, payload: bytes, read: int = 0) -> None:
-    """Send bytes, perhaps read some of the answer, and leave."""
+def raw(server: Server, payload: bytes, read: int = 0, wait: float = 0) -> None:
+    """Send bytes, perhaps read some of the answer, do nothing for ``wait`` seconds, and leave."""
     host, port = server.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=10) as client:
         client.sendall(payload)
         if read:
             client.recv(read)
+        time.sleep(wait)
 
 
 def http(body: bytes) -> bytes:
@@ -57,7 +60,7 @@ def one_client(server: Server, seed: int, expected: dict[tuple[str, int], str]) 
             raw(server, http(json.dumps(long).encode()), read=seed % 3)
             return "left"
         case "stall":
-            raw(server, http(json.dumps(body).encode())[: rng.randrange(1, 90)])
+            raw(server, http(json.dumps(body).encode())[: rng.randrange(1, 90)], wait=rng.random() / 2)
             return "stalled"
         case "garbage":
             raw(server, http(rng.randbytes(rng.randrange(1, 200))))
@@ -74,12 +77,15 @@ def test_clients_of_all_manners(server, seed):
         for prompt in PROMPTS
         for tokens in (3, 17, 40)
     }
+    done: list[str] = []
+    resident: list[int] = []  # after each tenth of the requests
     with ThreadPoolExecutor(6) as clients:
-        first = max(10, REQUESTS // 10)
-        done = list(clients.map(lambda i: one_client(server, seed * 10**6 + i, expected), range(first)))
-        before = resident_bytes()
-        done += clients.map(lambda i: one_client(server, seed * 10**6 + i, expected), range(first, REQUESTS))
+        for tenth in range(10):
+            numbers = range(REQUESTS * tenth // 10, REQUESTS * (tenth + 1) // 10)
+            done += clients.map(lambda i: one_client(server, seed * 10**6 + i, expected), numbers)
+            resident.append(resident_bytes())
     assert server.all_pages_free()
+    print(f"{dict(Counter(done))}; resident MiB by tenths: {[size >> 20 for size in resident]}; all pages free")
     assert {"asked", "streamed", "left", "stalled", "garbage", "wrong"} == set(done)
-    assert resident_bytes() - before < LARGEST_GROWTH
+    assert resident[-1] - resident[0] < LARGEST_GROWTH
     assert server.text(prompt=PROMPTS[0], max_tokens=3, temperature=0)["text"] == expected[PROMPTS[0], 3]
