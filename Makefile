@@ -3,10 +3,12 @@
 #
 #   PYTHON=python3.12    the interpreter .venv is made from
 #   MAX_JOBS=8           compilers at a time (all cores, unless told)
+#   WORKERS=4            processes that run tests (all cores, unless told)
 #   FUZZ_STEPS=200000    how far `make fuzz` goes
 
 PYTHON ?= python3
 export MAX_JOBS ?= $(shell nproc)
+WORKERS ?= $(shell nproc)
 FUZZ_STEPS ?= 200000
 
 BIN := .venv/bin
@@ -24,8 +26,8 @@ help:  ## this list
 demo: .venv/built  ## generate with early exit and without, and compare
 	$(BIN)/layerskip demo
 
-test: .venv/built  ## the whole test suite
-	$(BIN)/python -m pytest
+test: .venv/built  ## the whole test suite, files side by side
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 # Where there is no Chromium and none can be installed, the page's tests are skipped and say so.
 clients: .venv/clients  ## the server's tests with other people's clients: OpenAI's, litellm, lm-eval, Ray, schemathesis, a browser

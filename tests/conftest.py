@@ -13,6 +13,10 @@ import torch
 # Kernels run on a GPU where there is one; elsewhere Triton's interpreter runs them, which must be said before it loads.
 os.environ["TRITON_INTERPRET"] = "0" if torch.cuda.is_available() else "1"
 
+# Processes that run tests side by side have a core each; the tests of threads ask for their number.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)
+
 import layerskip_kernels
 import support.two_devices
 from layerskip_kernels import Model
