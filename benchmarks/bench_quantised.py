@@ -38,7 +38,7 @@ LLAMA_PROBABILITIES = (
 
 
 def main() -> None:
-    args = arguments(__doc__, rounds=7, new_tokens=48, problems=6)
+    args = arguments(__doc__, rounds=7, new_tokens=48, problems=20)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         files = write_files(folder)
