@@ -60,7 +60,7 @@ def test_same_bits_as_the_reference(isa, vocab_size):
 
 @pytest.mark.parametrize("spread", [0.0, 1.0, 4.0, 12.0])
 def test_tokens_that_are_passed_over_are_never_the_ones(isa, spread):
-    """Kernels make no noise where it could not decide: the choices of rows of every spread, those against the odds too."""
+    """Kernels make no noise where it could not decide: rows of every spread, and choices against the odds."""
     count, vocab_size = 48, 1500
     scores = torch.randn(count, vocab_size, generator=torch.Generator().manual_seed(3)) * spread
     arguments = (scores, *places(count), torch.ones(count, dtype=torch.bool))
