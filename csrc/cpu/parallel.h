@@ -168,18 +168,20 @@ template <class F>
 void RunPass(PassKind kind, const F& f) {
   ThreadCount& count = ThreadCount::Shared();
   const int threads = count.Choose(kind, static_cast<int>(NumThreads()));
-  std::atomic<int64_t> lost{0}, work{0};
+  std::atomic<int64_t> lost_cores{0}, page_faults{0}, work{0};
   const auto start = std::chrono::steady_clock::now();
   InParallel(
       [&](Team& team) {
-        const int64_t before = LostCores();
+        const ThreadHistory before = HistoryOfThread();
         f(team);
-        lost += LostCores() - before;
+        const ThreadHistory after = HistoryOfThread();
+        lost_cores += after.lost_cores - before.lost_cores;
+        page_faults += after.page_faults - before.page_faults;
         if (team.rank == 0) work = team.items();
       },
       threads);
   const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
-  count.Note(kind, threads, work, seconds.count(), lost > 0);
+  if (page_faults <= kMostPageFaults) count.Note(kind, threads, work, seconds.count(), lost_cores);
 }
 
 }  // namespace layerskip

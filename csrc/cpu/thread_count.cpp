@@ -18,7 +18,7 @@ int ThreadCount::Choose(PassKind kind, int most) {
   return Threads(state, state.trial >= 0 ? state.trial : state.level);
 }
 
-void ThreadCount::Note(PassKind kind, int threads, int64_t work, double seconds, bool disturbed) {
+void ThreadCount::Note(PassKind kind, int threads, int64_t work, double seconds, int64_t lost_cores) {
   const std::lock_guard<std::mutex> lock(mutex_);
   State& state = states_[static_cast<int>(kind)];
   const double cost = seconds / static_cast<double>(std::max<int64_t>(1, work));
@@ -31,8 +31,8 @@ void ThreadCount::Note(PassKind kind, int threads, int64_t work, double seconds,
   if (threads != Threads(state, state.level)) return;
   state.cost += state.cost == 0.0 ? cost : kLearning * (cost - state.cost);
   state.lowest = state.lowest == 0.0 ? cost : std::min(cost, state.lowest + kRise * state.lowest);
-  const bool slow = cost > kSlow * state.lowest;
-  state.trouble = kForgetting * state.trouble + (disturbed || slow ? 1.0 : 0.0);
+  const bool slow = cost > kSlow * state.lowest, held_up = static_cast<double>(lost_cores) * kTurn > seconds;
+  state.trouble = kForgetting * state.trouble + (held_up || slow ? 1.0 : 0.0);
   ++state.passes;
   StartTrial(state);
 }
@@ -78,12 +78,12 @@ ThreadCount& ThreadCount::Shared() {
   return shared;
 }
 
-int64_t LostCores() {
+ThreadHistory HistoryOfThread() {
 #if defined(__linux__)
   rusage usage{};
-  if (getrusage(RUSAGE_THREAD, &usage) == 0) return usage.ru_nivcsw;
+  if (getrusage(RUSAGE_THREAD, &usage) == 0) return {usage.ru_nivcsw, usage.ru_minflt};
 #endif
-  return 0;
+  return {};
 }
 
 }  // namespace layerskip

@@ -2,8 +2,9 @@
 //
 // A phase of a pass ends when the last thread is done, so a thread that loses its core holds up all the others. Where
 // that happens, fewer threads are tried, and kept if they are faster; later, more are tried again. A pass was
-// disturbed if the kernel counted a lost core, or if it cost much more than passes like it; since neither sees all
-// (a kernel may not count, and a machine may have been busy from the start), fewer are also tried now and then.
+// disturbed if the kernel counted a lost core for every turn that other processes would have had, or if it cost much
+// more than passes like it; since neither sees all (a kernel may not count, and a machine may have been busy from the
+// start), fewer are also tried now and then.
 // No number of threads changes a bit. Torch-free.
 #pragma once
 
@@ -24,8 +25,8 @@ class ThreadCount {
  public:
   // The threads of the next pass of a kind, 1..most.
   int Choose(PassKind kind, int most);
-  // What a pass cost with the threads that Choose gave: `work` in any unit; `disturbed`: a thread lost its core in it.
-  void Note(PassKind kind, int threads, int64_t work, double seconds, bool disturbed);
+  // What a pass cost with the threads that Choose gave: `work` in any unit; `lost_cores`: how often one lost its core.
+  void Note(PassKind kind, int threads, int64_t work, double seconds, int64_t lost_cores);
 
   // What the passes of this process are chosen by.
   static ThreadCount& Shared();
@@ -45,8 +46,10 @@ class ThreadCount {
   static constexpr int kDownPatience = 2, kIdlePatience = 32, kUpPatience = 8, kTrialPasses = 6;
   static constexpr int kLongestPatience = 512, kLongestIdle = 4096;
   static constexpr double kForgetting = 0.8, kLearning = 0.2, kTrouble = 1.5, kQuiet = 0.2;
-  static constexpr double kFaster = 0.9, kHopeless = 1.5;   // a trial's cost over the present one: better, given up
+  static constexpr double kFaster = 0.9, kHopeless = 1.25;  // a trial's cost over the present one: better, given up
   static constexpr double kSlow = 2.0, kRise = 1.0 / 64.0;  // a disturbed pass costs kSlow * lowest; lowest forgets
+
+  static constexpr double kTurn = 0.01;  // seconds, at least what a scheduler gives to one process after another
 
   static int Threads(const State& state, int level) { return state.most >> level > 1 ? state.most >> level : 1; }
   void StartTrial(State& state);
@@ -56,7 +59,13 @@ class ThreadCount {
   State states_[kNumPassKinds];
 };
 
-// How often this thread lost its core to another so far.
-int64_t LostCores();
+// What befell this thread so far, as the kernel counts: how often it lost its core to another, and touched new memory.
+struct ThreadHistory {
+  int64_t lost_cores = 0, page_faults = 0;
+};
+ThreadHistory HistoryOfThread();
+
+// A pass with more page faults spent its time on new memory and says nothing of threads: the first ones on a new cache.
+inline constexpr int64_t kMostPageFaults = 16;
 
 }  // namespace layerskip

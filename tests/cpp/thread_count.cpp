@@ -5,6 +5,7 @@
 
 #include <cstdio>
 #include <functional>
+#include <memory>
 
 namespace layerskip {
 namespace {
@@ -19,15 +20,15 @@ void Expect(bool right, const char* what) {
 
 struct Passes {
   std::function<double(int threads)> seconds;
-  std::function<bool(int threads)> disturbed;
+  std::function<int(int threads)> lost_cores;
 };
 
 // A machine to ourselves; one where a second thread waits for its core, which the kernel counts or does not.
-double Fast(int threads) { return 1.0 / threads; }
-double HeldUp(int threads) { return threads > 1 ? 8.0 : 2.0; }
-const Passes kAlone{Fast, [](int) { return false; }};
-const Passes kCounted{HeldUp, [](int threads) { return threads > 1; }};
-const Passes kUncounted{HeldUp, [](int) { return false; }};
+double Fast(int threads) { return 0.008 / threads; }
+double HeldUp(int threads) { return threads > 1 ? 0.064 : 0.016; }
+const Passes kAlone{Fast, [](int) { return 0; }};
+const Passes kCounted{HeldUp, [](int threads) { return threads > 1 ? 10 : 0; }};
+const Passes kUncounted{HeldUp, [](int) { return 0; }};
 
 // The share of so many passes that had `threads` threads.
 double Share(ThreadCount& count, const Passes& passes, int number, int threads, int most = 4) {
@@ -35,7 +36,7 @@ double Share(ThreadCount& count, const Passes& passes, int number, int threads, 
   for (int i = 0; i < number; ++i) {
     const int given = count.Choose(PassKind::kVerifyFewRows, most);
     those += given == threads;
-    count.Note(PassKind::kVerifyFewRows, given, 1000, passes.seconds(given), passes.disturbed(given));
+    count.Note(PassKind::kVerifyFewRows, given, 1000, passes.seconds(given), passes.lost_cores(given));
   }
   return static_cast<double>(those) / number;
 }
@@ -50,8 +51,15 @@ void OneSlowPassChangesNothing() {
   ThreadCount count;
   Share(count, kAlone, 100, 4);
   int pass = 0;
-  const Passes rarely_slow{[&](int threads) { return ++pass % 50 ? Fast(threads) : 10.0; }, [](int) { return false; }};
+  const Passes rarely_slow{[&](int threads) { return ++pass % 50 ? Fast(threads) : 0.08; }, [](int) { return 0; }};
   Expect(Share(count, rarely_slow, 1000, 4) > 0.95, "one slow pass of 50: 95 % still have all threads");
+}
+
+// A pass of 256 rows of a prompt is long enough to lose its core now and then to whatever a quiet machine does.
+void LongPassesLoseTheirCoresNowAndThen() {
+  ThreadCount count;
+  const Passes prompts{[](int threads) { return 0.4 / threads; }, [](int) { return 3; }};
+  Expect(Share(count, prompts, 64, 4) > 0.95, "long passes: 95 % of the first 64 have all threads");
 }
 
 void FewerWhereTheyAreHeldUp() {
@@ -69,6 +77,14 @@ void FewerWhereTheyAreHeldUp() {
   }
 }
 
+void NewMemoryIsCounted() {
+  const int64_t before = HistoryOfThread().page_faults;
+  constexpr size_t kBytes = size_t{64} << 20;
+  const std::unique_ptr<char[]> memory(new char[kBytes]);
+  for (size_t i = 0; i < kBytes; i += 4096) memory[i] = 1;
+  Expect(HistoryOfThread().page_faults - before > kMostPageFaults, "64 MB of new memory are a pass that is not judged");
+}
+
 void AnotherNumberBeginsAnew() {
   ThreadCount count;
   Share(count, kUncounted, 200, 1);
@@ -82,7 +98,9 @@ void AnotherNumberBeginsAnew() {
 int main() {
   layerskip::AloneAllAreUsed();
   layerskip::OneSlowPassChangesNothing();
+  layerskip::LongPassesLoseTheirCoresNowAndThen();
   layerskip::FewerWhereTheyAreHeldUp();
+  layerskip::NewMemoryIsCounted();
   layerskip::AnotherNumberBeginsAnew();
   return layerskip::num_failures;
 }
