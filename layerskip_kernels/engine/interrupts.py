@@ -7,6 +7,7 @@ changed from one that is whole.
 
 from __future__ import annotations
 
+import _signal  # what `signal` wraps to give names to numbers, which takes eight times as long as the rest of a block
 import signal
 from collections.abc import Callable
 from types import FrameType
@@ -35,10 +36,10 @@ class DeferredInterrupt:
     def __enter__(self) -> DeferredInterrupt:
         try:
             for number in SIGNALS:
-                before = signal.getsignal(number)
+                before = _signal.getsignal(number)
                 if callable(before):
                     self._before[number] = before
-                    signal.signal(number, self._on_signal)
+                    _signal.signal(number, self._on_signal)
         except BaseException as error:
             if not isinstance(error, ValueError):  # one of them came before it was deferred
                 self._restore()
@@ -57,7 +58,7 @@ class DeferredInterrupt:
 
     def _restore(self) -> None:
         for number, before in self._before.items():
-            signal.signal(number, before)
+            _signal.signal(number, before)
 
     def deliver(self) -> None:
         """Let the signals that were deferred take effect now."""
