@@ -50,7 +50,7 @@ gpu-static: .venv/built  ## compile the Triton kernels for four GPUs at real sha
 # Each writes benchmarks/results/<name>.json; the report puts them together.
 BENCHMARKS := peers bench_steps bench_long bench_contended bench_cycle bench_generate bench_engine bench_serving bench_policies bench_alternatives bench_quantised bench_draft_vocab bench_perplexity bench_memory
 
-bench: .venv/bench  ## measure ops, steps, peers and limits; docs/performance.md is made of it (15 minutes on two cores)
+bench: .venv/bench  ## measure ops, steps, peers and limits; docs/performance.md is made of it (50 minutes on two cores)
 	@rm -f benchmarks/results/*.json
 	$(BIN)/python -m pytest benchmarks --save
 	@set -e; for name in $(BENCHMARKS); do \

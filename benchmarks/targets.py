@@ -137,7 +137,7 @@ def overhead(results: Results) -> Row:
 
 def memory(results: Results) -> Row:
     what = "peak memory over weights + cache + `import torch`"
-    found = next((row for row in results.get("memory", {}).get("results", []) if row["weights"] == "bf16"), None)
+    found = next((row for row in results.get("memory", {}).get("results", []) if row["weights"] == "16bit"), None)
     if not found:
         return Row(what, 1.15, None, at_least=False)
     needed = found["peak_bytes"] / found["over_needed"]
