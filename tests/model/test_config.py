@@ -191,7 +191,7 @@ def test_rope_scaling_checks_its_order():
         ({"max_new_tokens": 8.0}, TypeError, "max_new_tokens must be an int"),
         ({"exit_layer": 0}, ValueError, "exit_layer must be at least 1, got 0"),
         ({"exit_layer": 2.0}, TypeError, "exit_layer must be an int"),
-        ({"eos_token_ids": [2]}, TypeError, "eos_token_ids must be a tuple"),
+        ({"eos_token_ids": {2}}, TypeError, "eos_token_ids must be a tuple"),
         ({"eos_token_ids": (2.0,)}, TypeError, "eos_token_ids must be an int"),
         ({"return_logits": 1}, TypeError, "return_logits must be True or False"),
     ],
