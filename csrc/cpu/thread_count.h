@@ -2,9 +2,9 @@
 //
 // A phase of a pass ends when the last thread is done, so a thread that loses its core holds up all the others. Where
 // that happens, fewer threads are tried, and kept if they are faster; later, more are tried again. A pass was
-// disturbed if the kernel counted a lost core for every turn that other processes would have had, or if it cost much
-// more than passes like it; since neither sees all (a kernel may not count, and a machine may have been busy from the
-// start), fewer are also tried now and then.
+// disturbed if it lost a core at least once in every kTurn seconds, as the kernel counts, or if it cost much more than
+// passes like it; since neither sees all (a kernel may not count, and a machine may have been busy from the start),
+// fewer are also tried now and then.
 // No number of threads changes a bit. Torch-free.
 #pragma once
 
@@ -49,7 +49,7 @@ class ThreadCount {
   static constexpr double kFaster = 0.9, kHopeless = 1.25;  // a trial's cost over the present one: better, given up
   static constexpr double kSlow = 2.0, kRise = 1.0 / 64.0;  // a disturbed pass costs kSlow * lowest; lowest forgets
 
-  static constexpr double kTurn = 0.01;  // seconds, at least what a scheduler gives to one process after another
+  static constexpr double kTurn = 0.01;  // seconds; a quiet machine takes a core away now and then, but not so often
 
   static int Threads(const State& state, int level) { return state.most >> level > 1 ? state.most >> level : 1; }
   void StartTrial(State& state);

@@ -144,7 +144,8 @@ def interrupted_everywhere(drive, tmp_path, preemption, most, presses=1, within=
         else:
             assert found == expected, f"at {at}"
     assert len(points) > 20
-    assert fired > 0.7 * len(points)  # the last ones are not reached where a swap file is awaited for less time
+    # With swaps, a run has more or fewer points as it waits longer or less for the file.
+    assert fired > (0.7 if preemption == "swap" else 0.9) * len(points)
 
 
 @pytest.mark.parametrize("preemption", ["swap", "recompute"])
