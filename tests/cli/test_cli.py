@@ -274,7 +274,8 @@ def test_demo_leaves_out_what_cannot_be_true(tiny, capsys, monkeypatch):
     assert "HumanEval/0 is left out of the median: impossible: 67.56x with" in capsys.readouterr().out
 
 
-def test_demo_fails_where_something_differs(tiny, capsys, spoiled):
+def test_demo_fails_where_something_differs(tiny, capsys, monkeypatch, spoiled):
+    monkeypatch.setattr(demo.Row, "doubt", None)  # a busy machine can give so small a model any speed
     assert main(["demo", "--model", "SmolLM2-135M-Instruct", "--num-prompts", "1", "--max-new-tokens", "5"]) == 1
     [row] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("HumanEval/")]
     assert row.split()[-3:] == ["DIFFER" if what == spoiled else "equal" for what in ("tokens", "logits", "kv")]
