@@ -1,13 +1,14 @@
-"""Exit adapters: a few layers, and a final norm, between an early exit and the LM head, which only drafts pass.
+"""Exit adapters: a few layers, a final norm and perhaps an LM head of their own, which only drafts pass.
 
 The model stays bit for bit what it is: verification never sees the adapter. (In the family of Kangaroo, arXiv
 2404.18911, and the tuned lens, arXiv 2303.08112.) Each of the A layers is like one of the model's and has K and V of
 its own; with A = 0 the adapter is a final norm alone.
 
 A file ``exit_adapter.safetensors`` holds ``norm.weight`` [D] and ``layers.0.`` .. with the Hugging Face names of a
-layer's tensors, in 16 or 32 bits or quantised. Its metadata names the exit layer and the model it was made for, to
-which it is bound by a copy of that model's norms, ``model_norms``. (Training that hardly changes a norm is not
-noticed; a text is exact with any adapter.)
+layer's tensors, in 16 or 32 bits or quantised; and, where drafts have a head of their own, ``head.weight`` [N, D] with
+the token that each of its rows stands for, ``head.ids`` int32 [N], ascending. Its metadata names the exit layer and the
+model it was made for, to which it is bound by a copy of that model's norms, ``model_norms``. (Training that hardly
+changes a norm is not noticed; a text is exact with any adapter.)
 """
 
 from __future__ import annotations
@@ -33,15 +34,16 @@ from layerskip_kernels.model.safetensors_file import (
 from layerskip_kernels.model.tensor_names import check_names, layer_shapes
 from layerskip_kernels.model.weight_files import TensorsOnDemand, check_entries
 from layerskip_kernels.model_config import ModelConfig
-from layerskip_kernels.operands import LayerWeights, ModelSizes, ModelWeights
+from layerskip_kernels.operands import DraftHead, LayerWeights, ModelSizes, ModelWeights
 
 __all__ = [
-    "ADAPTER_FILE", "ExitAdapter", "adapter_shapes", "exit_sizes", "model_norms", "num_adapter_layers",
-    "read_exit_adapter", "write_exit_adapter",
+    "ADAPTER_FILE", "HEAD", "HEAD_IDS", "ExitAdapter", "adapter_shapes", "exit_sizes", "model_norms",
+    "num_adapter_layers", "read_exit_adapter", "write_exit_adapter",
 ]  # fmt: skip
 
 ADAPTER_FILE = "exit_adapter.safetensors"
 MOST_LAYERS = 2
+HEAD, HEAD_IDS = "head.weight", "head.ids"
 LAYER_NAME = re.compile(r"layers\.(\d{1,3})\..+")
 NORMS_NAME = "model_norms"
 NORM_TOLERANCE = 2**-7  # one unit in the last place of bfloat16: float16 rounds first
@@ -54,13 +56,14 @@ class ExitAdapter:
 
     ``draft_weights``: the model's, under the adapter's final norm. ``weights``: the same with the adapter's layers, of
     which there are A + 1: a row that has passed the first of them is one at the exit, so that one is never run.
-    ``sizes``: of those layers.
+    ``sizes``: of those layers. ``head``: what chooses among the drafts, in the backend's layout; None: the LM head.
     """
 
     exit_layer: int
     draft_weights: ModelWeights
     weights: ModelWeights
     sizes: ModelSizes
+    head: DraftHead | None = None
 
     @property
     def num_layers(self) -> int:
@@ -69,7 +72,7 @@ class ExitAdapter:
 
     @property
     def tensors(self) -> list[Tensor]:
-        """Those that are the adapter's own."""
+        """Those that its K and V depend on, and its final norm."""
         return [self.weights.final_norm, *(t for layer in self.weights.layers[1:] for t in layer.tensors)]
 
 
@@ -79,12 +82,15 @@ def exit_sizes(sizes: ModelSizes, exit_layer: int, num_layers: int) -> ModelSize
     return replace(sizes, windows=(sizes.windows[last],) * count, ropes=(sizes.ropes[last],) * count)
 
 
-def adapter_shapes(config: ModelConfig, num_layers: int) -> dict[str, tuple[int, ...]]:
-    """Name and shape of each tensor of an adapter of this many layers; projections are [out, in]."""
+def adapter_shapes(config: ModelConfig, num_layers: int, num_words: int = 0) -> dict[str, tuple[int, ...]]:
+    """Name and shape of each tensor of an adapter of this many layers but HEAD_IDS; projections are [out, in].
+
+    ``num_words``: the rows of its own head; 0: it has none.
+    """
     shapes: dict[str, tuple[int, ...]] = {"norm.weight": (config.hidden_size,)}
     for layer in range(num_layers):
         shapes |= {f"layers.{layer}.{name}": shape for name, shape in layer_shapes(config).items()}
-    return shapes
+    return shapes | ({HEAD: (num_words, config.hidden_size)} if num_words else {})
 
 
 def num_adapter_layers(names: Iterable[str]) -> int:
@@ -105,7 +111,10 @@ def model_norms(weights: ModelWeights) -> Tensor:
 def write_exit_adapter(
     folder: Path, exit_layer: int, tensors: dict[str, Tensor], model_name: str, weights: ModelWeights
 ) -> Path:
-    """Write ADAPTER_FILE into a folder and return where. ``tensors``: `adapter_shapes`; ``weights``: the model's."""
+    """Write ADAPTER_FILE into a folder and return where.
+
+    ``tensors``: `adapter_shapes`, and HEAD_IDS with a head; ``weights``: the model's.
+    """
     tensors = {NORMS_NAME: model_norms(weights), **tensors}
     shapes = {name: (DTYPE_CODES[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items()}
     metadata = {"format": FORMAT, "exit_layer": str(exit_layer), "model": model_name}
@@ -119,8 +128,8 @@ def read_exit_adapter(
 ) -> tuple[int, dict[str, Tensor]]:
     """The exit layer and the tensors of an adapter for a model: a file, or a folder with ADAPTER_FILE.
 
-    Numbers come in ``dtype``, quantised matrices as they are. Raises FileNotFoundError, or ValueError naming the file:
-    another model's adapter, no adapter at all, a missing, unknown, misshapen or damaged tensor.
+    Numbers come in ``dtype``, quantised matrices as they are, HEAD_IDS int64. Raises FileNotFoundError, or ValueError
+    naming the file: another model's adapter, no adapter at all, a missing, unknown, misshapen or damaged tensor.
     """
     path = path / ADAPTER_FILE if path.is_dir() else path
     if not path.exists():
@@ -136,11 +145,22 @@ def read_exit_adapter(
     num_layers = num_adapter_layers(entries)
     if num_layers > MOST_LAYERS:
         raise ValueError(f"{path} has {num_layers} layers; an exit adapter has at most {MOST_LAYERS}")
-    shapes = adapter_shapes(config, num_layers)
+    ids = _read_ids(entries.pop(HEAD_IDS), config.vocab_size) if HEAD_IDS in entries else None
+    shapes = adapter_shapes(config, num_layers, 0 if ids is None else len(ids))
     check_names(path, set(entries), shapes)
     check_entries(entries, shapes)
     tensors = TensorsOnDemand(entries, shapes, dtype, keep_quantised=True)
-    return int(exit_layer), {name: tensors.pop(name) for name in shapes}
+    return int(exit_layer), {name: tensors.pop(name) for name in shapes} | ({} if ids is None else {HEAD_IDS: ids})
+
+
+def _read_ids(entry: TensorEntry, vocab_size: int) -> Tensor:
+    """The tokens of an adapter's head, int64 [N]. Raises ValueError unless they are token ids in ascending order."""
+    if entry.dtype != "I32" or len(entry.shape) != 1 or not 1 <= entry.shape[0] <= vocab_size:
+        raise ValueError(f"{entry} must be I32 [1..{vocab_size}], got {entry.dtype} {shown(list(entry.shape))}")
+    ids = read_tensor(entry).long()
+    if ids[0] < 0 or ids[-1] >= vocab_size or not (ids.diff() > 0).all():
+        raise ValueError(f"{entry} must hold token ids in 0..{vocab_size - 1}, ascending; the file is damaged")
+    return ids
 
 
 def _check_model(

@@ -63,11 +63,10 @@ def _with_adapter(model: Model, path: Path) -> Model:
     exit_layer, tensors = read_exit_adapter(path, config, model.dtype, model.name, model.weights)
     beside = (path if path.is_dir() else path.parent) / DEFAULTS_FILE
     defaults = read_defaults(beside, config) if beside.exists() else None
+    adapted = model.with_exit_adapter(exit_layer, tensors)
     if defaults is not None and defaults.exit_layer == exit_layer:
-        model = replace(model.with_draft_vocab(defaults.draft_vocab), defaults=defaults)
-    else:
-        model = replace(model, defaults=None)  # they were measured with another exit
-    return model.with_exit_adapter(exit_layer, tensors)
+        return replace(adapted.with_draft_vocab(defaults.draft_vocab), defaults=defaults)
+    return replace(adapted, defaults=None)  # they were measured with another exit
 
 
 def read_checkpoint(

@@ -20,7 +20,7 @@ from layerskip_kernels.config import AUTO, MOST_SPECULATIONS, NUM_SPECULATIONS, 
 from layerskip_kernels.model import quantise
 from layerskip_kernels.model.checkpoint import Checkpoint
 from layerskip_kernels.model.defaults import DraftDefaults
-from layerskip_kernels.model.exit_adapter import ExitAdapter, exit_sizes, num_adapter_layers
+from layerskip_kernels.model.exit_adapter import HEAD, HEAD_IDS, ExitAdapter, exit_sizes, num_adapter_layers
 from layerskip_kernels.model.rope import rope_names, rope_tables
 from layerskip_kernels.model.tensor_names import NORMS, layer_products
 from layerskip_kernels.model.tokenizer import Tokenizer
@@ -199,17 +199,26 @@ class Model:
     def with_draft_vocab(self, token_ids: Iterable[int] | None) -> Model:
         """The same model, drafting only tokens of a list (None: any); verification still chooses among all of them.
 
-        The LM head recurs with every draft, so a short list of frequent tokens makes drafts cheaper. Raises
-        ValueError for an empty list and for an id outside the vocabulary.
+        The LM head recurs with every draft, so a short list of frequent tokens makes drafts cheaper. Where an exit
+        adapter has a head of its own, any means any of that. Raises ValueError for an empty list and for an id outside
+        the vocabulary, or outside that head's.
         """
+        whole = self.exit_adapter.head if self.exit_adapter is not None else None
         if token_ids is None:
-            return replace(self, draft_head=None)
+            return replace(self, draft_head=whole)
         ids = sorted(set(token_ids))
         if not ids or ids[0] < 0 or ids[-1] >= self.config.vocab_size:
             shown = f"{len(ids)} ids" + (f" from {ids[0]} to {ids[-1]}" if ids else "")
             raise ValueError(f"draft_vocab must be token ids in 0..{self.config.vocab_size - 1}, got {shown}")
-        draft_ids = torch.tensor(ids)
-        head = self.ops.select_rows(self.weights.lm_head, draft_ids)
+        draft_ids = rows = torch.tensor(ids)
+        if whole is not None:
+            rows = torch.searchsorted(whole.ids, draft_ids).clamp(max=len(whole.ids) - 1)
+            if not torch.equal(whole.ids[rows], draft_ids):
+                raise ValueError(
+                    f"draft_vocab must be among the {len(whole.ids)} tokens of the exit adapter's own head; "
+                    "leave it None, which means all of them"
+                )
+        head = self.ops.select_rows(self.weights.lm_head if whole is None else whole.weight, rows)
         held = self.ops.empty(*head.shape, dtype=head.dtype).copy_(head)
         return replace(self, draft_head=DraftHead(held, draft_ids))
 
@@ -217,10 +226,12 @@ class Model:
         """The same model, whose drafts pass an adapter after ``exit_layer``, before the head (None: no adapter).
 
         ``tensors``: `exit_adapter.adapter_shapes`, of the model's dtype or quantised, on the CPU: the adapter's layers,
-        each like one of the model's, and its final norm. The model's own K, V, logits and text are what they are
-        without. Raises ValueError for an exit layer outside 1..L-1.
+        each like one of the model's, its final norm, and perhaps a head with HEAD_IDS, which becomes the draft head.
+        The model's own K, V, logits and text are what they are without. Raises ValueError for an exit layer outside
+        1..L-1.
         """
-        bare = replace(self, exit_adapter=None)
+        had_head = self.exit_adapter is not None and self.exit_adapter.head is not None
+        bare = replace(self, exit_adapter=None, draft_head=None if had_head else self.draft_head)
         if exit_layer is None or tensors is None:
             return bare
         bare.check_exit(exit_layer)
@@ -230,10 +241,12 @@ class Model:
             _layer_weights(tensors, f"layers.{layer}.", lambda weight: place(pack_weight(weight)), place, self.config)
             for layer in range(num_adapter_layers(tensors))
         )
+        head = DraftHead(place(pack_weight(tensors.pop(HEAD))), tensors.pop(HEAD_IDS)) if HEAD in tensors else None
         final_norm = place(tensors.pop("norm.weight"))
         drafting = replace(own, final_norm=final_norm)
         weights, sizes = replace(drafting, layers=layers[:1] + layers), exit_sizes(self.sizes, exit_layer, len(layers))
-        return replace(self, exit_adapter=ExitAdapter(exit_layer, drafting, weights, sizes))
+        adapter = ExitAdapter(exit_layer, drafting, weights, sizes, head)
+        return replace(bare, draft_head=head or bare.draft_head, exit_adapter=adapter)
 
     @classmethod
     def from_checkpoint(cls, checkpoint: Checkpoint, backend: str = "cpu", weights: str | None = None) -> Model:

@@ -35,7 +35,7 @@ __all__ = [
 MAX_HEADER_BYTES = 16 << 20  # a hundred times that of a model of 100 layers
 
 TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
-STORED_DTYPES = {**TORCH_DTYPES, "U8": torch.uint8}  # bytes: the blocks of a quantised weight
+STORED_DTYPES = {**TORCH_DTYPES, "U8": torch.uint8, "I32": torch.int32}  # blocks of a quantised weight; token ids
 DTYPE_CODES = {dtype: code for code, dtype in STORED_DTYPES.items()}
 
 

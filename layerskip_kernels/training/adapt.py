@@ -16,6 +16,7 @@ import torch
 from layerskip_kernels.errors import shown
 from layerskip_kernels.model.defaults import DraftDefaults, write_defaults
 from layerskip_kernels.model.exit_adapter import (
+    HEAD_IDS,
     adapter_shapes,
     model_norms,
     num_adapter_layers,
@@ -26,9 +27,11 @@ from layerskip_kernels.model.files import write_whole
 from layerskip_kernels.model.json_file import JsonObject, json_object, read_json
 from layerskip_kernels.model.model import Model
 from layerskip_kernels.training.adapter_choice import StepCosts, measure_costs
-from layerskip_kernels.training.adapter_training import AdapterTraining, AdaptSettings, OwnWeights, say
+from layerskip_kernels.training.adapter_start import OwnWeights
+from layerskip_kernels.training.adapter_training import AdapterTraining, AdaptSettings, say
+from layerskip_kernels.training.exit_states import ExitStates
 from layerskip_kernels.training.kept import Origin, check_checkpoints
-from layerskip_kernels.training.written_texts import NOT_ASKED, Text, judged_texts, write_texts
+from layerskip_kernels.training.written_texts import NOT_ASKED, Text, judged_texts, pieces, write_texts
 
 __all__ = ["adapt", "read_choice"]
 
@@ -57,16 +60,17 @@ def adapt(
     """Train an adapter for ``model``, or go on with the training that ``output`` holds; returns what came of it.
 
     ``prompts``: what the model is to continue, beside prompts that it draws itself; ``given``: texts to judge as well.
-    ``source``: what ``load_model`` loaded, read again for the last layers, which the adapter starts as;
-    ``start_from``: an adapter to start as instead, whose exit and layers stay. The adapter, its ``layerskip.json`` and
-    what was found (``adapt.json``) go into ``output``, all else into ``output / "training"``. Raises ValueError where
-    ``output`` holds a training of something else, and for exits that the model does not have.
+    ``source``: what ``load_model`` loaded, read again for the layers that the adapter starts as; ``start_from``: an
+    adapter to start as instead, whose exit, layers and words stay. The adapter, its ``layerskip.json`` and what was
+    found (``adapt.json``) go into ``output``, all else into ``output / "training"``. Raises ValueError where ``output``
+    holds a training of something else, and for exits that the model does not have.
     """
     output.mkdir(parents=True, exist_ok=True)
-    start = None
+    start = words = None
     if start_from is not None:
-        start = read_exit_adapter(start_from, model.config, torch.float32, model.name, model.weights)
-        settings = replace(settings, exits=(start[0],), adapter_layers=(num_adapter_layers(start[1]),))
+        exit_layer, start = read_exit_adapter(start_from, model.config, torch.float32, model.name, model.weights)
+        words = start.pop(HEAD_IDS).tolist() if HEAD_IDS in start else None
+        settings = replace(settings, exits=(exit_layer,), adapter_layers=(num_adapter_layers(start),))
     exits = settings.exits or default_exits(model.config.num_layers)
     for exit_layer in exits:
         model.check_exit(exit_layer)
@@ -82,20 +86,24 @@ def adapt(
     encode = model.tokenizer.encode if model.tokenizer is not None else None
     ids = [encode(prompt) for prompt in prompts] if encode is not None else []
     texts = write_texts(model, ids, written, settings.num_tokens, settings.max_new_tokens, show)
-    texts += judged_texts(model, given, kept, show) if given else []
+    others, last = pieces(model, given), model.config.num_layers
+    states = ExitStates(model, {*exits, last}, [*(text.tokens for text in texts), *others], kept, show)
+    at_end = (states.at(last, i) for i in range(len(texts), len(texts) + len(others)))
+    texts += judged_texts(model, others, at_end, kept / "given.jsonl")
     say(f"{sum(text.num_targets for text in texts):,} tokens in {len(texts):,} texts")
-    own = OwnWeights(source, max(settings.adapter_layers), start and start[1])
-    words = _frequent_words(texts, settings.most_words)
+    own = OwnWeights(source, {e + n for e in exits for n in range(max(settings.adapter_layers))}, start)
+    sizes = None if words is None else [len(words)]
+    words = words or _frequent_words(texts, settings.most_words)
     choice_file = kept / "choice.json"
     if not choice_file.exists():
         costs = measure_costs(model, texts[0].tokens)
-        found = list(_tried(model, own, texts, words, exits, settings, costs, kept))
+        found = list(_tried(own, texts, states, words, sizes or _sizes(len(words)), exits, settings, costs))
         write_whole(choice_file, json.dumps([asdict(candidate) for candidate in found]) + "\n")
     candidates = read_choice(choice_file, model.config.num_layers, len(words))
     chosen = max(candidates, key=lambda candidate: candidate.speed_up)
     say(_table(candidates, chosen))
     vocab = sorted(words[: chosen.num_words])
-    training = AdapterTraining(model, own, texts, vocab, chosen.exit_layer, chosen.num_layers, settings, kept)
+    training = AdapterTraining(own, texts, states, vocab, chosen.exit_layer, chosen.num_layers, settings)
     training.run(kept / "state.safetensors")
     return _export(model, training, chosen, vocab, output)
 
@@ -111,25 +119,29 @@ def _frequent_words(texts: Sequence[Text], most: int) -> list[int]:
     return [word for word, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:most]]
 
 
+def _sizes(most: int) -> list[int]:
+    """Of a draft vocabulary, to be tried."""
+    return [2**n for n in range(9, 20) if 2**n < most] + [most]
+
+
 def _tried(
-    model: Model,
     own: OwnWeights,
     texts: Sequence[Text],
+    states: ExitStates,
     words: Sequence[int],
+    sizes: Sequence[int],
     exits: Sequence[int],
     settings: AdaptSettings,
     costs: StepCosts,
-    folder: Path,
 ) -> Iterator[Candidate]:
     """Train each exit and number of layers for a short while; with each size of draft vocabulary, what it promises."""
-    sizes = [2**n for n in range(9, 20) if 2**n < len(words)] + [len(words)]
     for exit_layer in exits:
         for num_layers in settings.adapter_layers:
-            training = AdapterTraining(model, own, texts, words, exit_layer, num_layers, settings, folder)
+            training = AdapterTraining(own, texts, states, words, exit_layer, num_layers, settings)
             for _ in range(settings.pilot_steps):
                 training.take_step(settings.pilot_steps)
             for size in sizes:
-                acceptance = training.acceptance(size, range(len(words)))
+                acceptance = training.acceptance(size)
                 gain, count = costs.speed_up(acceptance, exit_layer + num_layers, size)
                 yield Candidate(exit_layer, num_layers, size, acceptance, gain, count)
             say(f"exit {exit_layer}, {num_layers} layers: {acceptance:.1%} of held-out drafts right after a trial")
@@ -176,10 +188,10 @@ def _export(
 ) -> dict[str, Any]:
     """Write the best adapter with its defaults, and say what it does on held-out texts."""
     tensors = {name: tensor.to(model.dtype) for name, tensor in training.best.items()}
-    ordered = {name: tensors[name] for name in adapter_shapes(model.config, chosen.num_layers)}
+    ordered = {name: tensors[name] for name in adapter_shapes(model.config, chosen.num_layers, len(vocab))}
+    ordered[HEAD_IDS] = torch.tensor(vocab, dtype=torch.int32)
     write_exit_adapter(output, chosen.exit_layer, ordered, model.name, model.weights)
-    defaults = DraftDefaults(chosen.exit_layer, draft_vocab=tuple(vocab))
-    write_defaults(output, defaults)
+    write_defaults(output, DraftDefaults(chosen.exit_layer))
     found = {**asdict(chosen), "acceptance": max(training.acceptances), "steps": training.step}
     write_whole(output / "adapt.json", json.dumps(found) + "\n")
     return found

@@ -16,10 +16,10 @@ __all__ = ["AdapterInTraining"]
 
 
 class AdapterInTraining(nn.Module):
-    """Adapter layers after ``exit_layer`` layers of a model, and the final norm.
+    """Adapter layers after ``exit_layer`` layers of a model, the final norm and perhaps a head.
 
-    ``tensors``: `exit_adapter.adapter_shapes`, what they start as. They are like the last layer before the exit: its
-    window, its RoPE.
+    ``tensors``: `exit_adapter.adapter_shapes`, what they start as. The layers are like the last one before the exit:
+    its window, its RoPE.
     """
 
     def __init__(self, config: ModelConfig, exit_layer: int, tensors: dict[str, Tensor]) -> None:
@@ -53,10 +53,16 @@ class AdapterInTraining(nn.Module):
         x = states.float()
         for layer in range(self.num_layers):
             x = self._layer(f"layers/{layer}/", x, visible, rope)
-        return self._norm(x, self._weight("norm/weight"))
+        return self.norm(x, self._weight("norm/weight"))
 
-    def logits(self, states: Tensor, head: Tensor) -> Tensor:
-        """What rows [N, D] of the LM head say of states [..., D] that have passed ``forward``: [..., N]."""
+    def norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        """RMSNorm of x [..., D], as this family has it."""
+        c = self.config
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + c.rms_norm_eps) * (weight + c.norm_offset)
+
+    def logits(self, states: Tensor, head: Tensor | None = None) -> Tensor:
+        """Logits [..., N] of states [..., D] under a final norm; ``head``: rows [N, D], None: the adapter's own."""
+        head = self._weight("head/weight") if head is None else head
         logits = linear(states, head) * self.config.logits_multiplier
         cap = self.config.logits_cap
         return cap * torch.tanh(logits / cap) if cap else logits
@@ -72,10 +78,6 @@ class AdapterInTraining(nn.Module):
         table = names.index(self._rope)
         return cos[table].to(device), sin[table].to(device)
 
-    def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
-        c = self.config
-        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + c.rms_norm_eps) * (weight + c.norm_offset)
-
     def _linear(self, x: Tensor, name: str) -> Tensor:
         bias = f"{name}/bias"
         return linear(x, self._weight(f"{name}/weight"), self.weights[bias] if bias in self.weights else None)
@@ -83,7 +85,7 @@ class AdapterInTraining(nn.Module):
     def _normed(self, prefix: str, x: Tensor, place: str) -> Tensor:
         """x after the norm that stands at a place, if this family has one there."""
         name = NORMS[self.config.norm_placement].get(place)
-        return x if name is None else self._norm(x, self._weight(f"{prefix}{name}/weight"))
+        return x if name is None else self.norm(x, self._weight(f"{prefix}{name}/weight"))
 
     def _layer(self, prefix: str, x: Tensor, visible: Tensor, rope: tuple[Tensor, Tensor] | None) -> Tensor:
         attended = self._attention(f"{prefix}self_attn/", self._normed(prefix, x, "attn_norm"), visible, rope)
@@ -98,10 +100,10 @@ class AdapterInTraining(nn.Module):
         c = self.config
         q, k, v = (self._linear(x, f"{prefix}{name}_proj") for name in "qkv")
         if c.qk_norm == "whole":
-            q, k = (self._norm(y, self._weight(f"{prefix}{n}_norm/weight")) for y, n in ((q, "q"), (k, "k")))
+            q, k = (self.norm(y, self._weight(f"{prefix}{n}_norm/weight")) for y, n in ((q, "q"), (k, "k")))
         q, k, v = (y.unflatten(-1, (-1, c.head_dim)).transpose(1, 2) for y in (q, k, v))  # [B, heads, T, K]
         if c.qk_norm == "head":
-            q, k = (self._norm(y, self._weight(f"{prefix}{n}_norm/weight")) for y, n in ((q, "q"), (k, "k")))
+            q, k = (self.norm(y, self._weight(f"{prefix}{n}_norm/weight")) for y, n in ((q, "q"), (k, "k")))
         if rope is not None:
             q, k = (_rotated(y, *rope) for y in (q, k))
         k, v = (y.repeat_interleave(c.num_heads // c.num_kv_heads, dim=1) for y in (k, v))

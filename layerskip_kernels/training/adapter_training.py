@@ -11,17 +11,15 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from layerskip_kernels.errors import shown
+from layerskip_kernels.model.exit_adapter import HEAD
 from layerskip_kernels.model.files import whole
 from layerskip_kernels.model.json_file import parse_json
-from layerskip_kernels.model.loading import read_checkpoint
-from layerskip_kernels.model.model import Model
 from layerskip_kernels.model.safetensors_file import (
     DTYPE_CODES,
     read_header,
@@ -29,18 +27,19 @@ from layerskip_kernels.model.safetensors_file import (
     read_tensor,
     write_safetensors,
 )
-from layerskip_kernels.model.tensor_names import layer_shapes
 from layerskip_kernels.training.adapter_layers import AdapterInTraining
+from layerskip_kernels.training.adapter_start import OwnWeights, lens
 from layerskip_kernels.training.duration import duration
 from layerskip_kernels.training.exit_states import ExitStates
 from layerskip_kernels.training.written_texts import NOT_ASKED, Text
 
-__all__ = ["AdaptSettings", "AdapterTraining", "OwnWeights", "say"]
+__all__ = ["AdaptSettings", "AdapterTraining", "say"]
 
 Tensors = dict[str, Tensor]
 HELD_OUT = 16  # every so many texts one is not trained on
 SECONDS_BETWEEN_CHECKPOINTS = 60.0
 UNKNOWN = -2  # a target outside the draft vocabulary: a draft there is wrong, whatever it is
+SOFT = 0.7  # of the loss: the model's probabilities; the rest: its choice
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -63,57 +62,45 @@ class AdaptSettings:
     seed: int = 0
 
 
-class OwnWeights:
-    """Tensors of a model as numbers, fp32: its LM head [V, D], and what an adapter starts as: ``start``, or the
-    model's last layers."""
-
-    def __init__(self, source: Any, most_layers: int, start: Tensors | None = None) -> None:
-        checkpoint = read_checkpoint(source, torch.float32, on_demand=True)
-        self._start = start
-        self.config, tensors = checkpoint.config, checkpoint.tensors
-        self.head = tensors.pop("model.embed_tokens.weight" if self.config.tie_word_embeddings else "lm_head.weight")
-        self._norm = tensors.pop("model.norm.weight")
-        names, last = layer_shapes(self.config), self.config.num_layers
-        self._last = [{name: tensors.pop(f"model.layers.{last - n}.{name}") for name in names}
-                      for n in range(most_layers, 0, -1)]  # fmt: skip
-
-    def first_adapter(self, num_layers: int) -> Tensors:
-        """What an adapter of so many layers starts as."""
-        if self._start is not None:
-            return self._start
-        copied = enumerate(self._last[len(self._last) - num_layers :])
-        layers = {f"layers.{n}.{name}": tensor for n, layer in copied for name, tensor in layer.items()}
-        return {"norm.weight": self._norm, **layers}
-
-
 class AdapterTraining:
-    """The training of one adapter; its state goes into a file, and what resumes from it goes on to the same bits."""
+    """The training of one adapter; its state goes into a file, and what resumes from it goes on to the same bits.
+
+    ``states``: of the texts, at the exit and after the last layer. At every position of a text the adapter learns the
+    model's probabilities among the words of ``vocab``, and its choice.
+    """
 
     def __init__(
         self,
-        model: Model,
         own: OwnWeights,
         texts: Sequence[Text],
+        states: ExitStates,
         vocab: Sequence[int],
         exit_layer: int,
         num_layers: int,
         settings: AdaptSettings,
-        folder: Path,
     ) -> None:
         self.exit_layer, self.settings = exit_layer, settings
-        self.layers = AdapterInTraining(own.config, exit_layer, own.first_adapter(num_layers))
-        self._texts = texts
-        self._states = ExitStates(
-            model, exit_layer, [text.tokens for text in texts], folder / f"states-{exit_layer}.bin", sys.stderr.isatty()
-        )
-        self._head = own.head[torch.tensor(vocab)]
+        self._own, self._texts, self._states = own, texts, states
+        self._vocab = torch.tensor(vocab)
         self._word_of = torch.full((own.head.size(0),), UNKNOWN)
-        self._word_of[torch.tensor(vocab)] = torch.arange(len(vocab))
+        self._word_of[self._vocab] = torch.arange(len(vocab))
         self._held_out = [*range(HELD_OUT // 2, len(texts), HELD_OUT)] or [len(texts) - 1]
         self._trained_on = sorted({*range(len(texts))} - {*self._held_out})
+        self.layers = self._started(num_layers)
         self._optimizer = torch.optim.AdamW(self.layers.parameters(), settings.learning_rate, (0.9, 0.95))
         self.step, self.acceptances = 0, [self.acceptance()]
         self.best: Tensors = self.layers.tensors(torch.float32)
+
+    def _started(self, num_layers: int) -> AdapterInTraining:
+        """Layers and a head of their own: the LM head's rows after a `lens`, where there is none to start as."""
+        own, last = self._own, self._own.config.num_layers
+        first = own.first_adapter(self.exit_layer, num_layers)
+        if HEAD not in first:
+            shuffled = random.Random(self.settings.seed).sample(self._trained_on, len(self._trained_on))
+            at_exit, at_end = ((self._states.at(layer, i) for i in shuffled) for layer in (self.exit_layer, last))
+            bare = AdapterInTraining(own.config, self.exit_layer, first)
+            first = {**first, HEAD: own.head[self._vocab] @ lens(bare, at_exit, at_end, own.norm)}
+        return AdapterInTraining(own.config, self.exit_layer, first)
 
     @property
     def steps_per_pass(self) -> int:
@@ -153,9 +140,12 @@ class AdapterTraining:
         chosen = order[within * self.settings.texts_per_step :][: self.settings.texts_per_step]
         for group in self._optimizer.param_groups:
             group["lr"] = self.settings.learning_rate * _schedule(self.step, planned)
-        states, targets = self._batch(chosen)
-        asked = targets >= 0
-        loss = cross_entropy(self.layers.logits(self.layers(states)[asked], self._head), targets[asked])
+        states, real = self._batch(chosen, self.exit_layer)
+        last, _ = self._batch(chosen, self._own.config.num_layers)
+        logits = self.layers.logits(self.layers(states)[real])
+        with torch.no_grad():
+            told = self.layers.logits(self.layers.norm(last[real], self._own.norm), self._own.head[self._vocab])
+        loss = SOFT * cross_entropy(logits, told.softmax(-1)) + (1 - SOFT) * cross_entropy(logits, told.argmax(-1))
         self._optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(self.layers.parameters(), 1.0)
@@ -164,30 +154,30 @@ class AdapterTraining:
         return loss.item()
 
     @torch.no_grad()
-    def acceptance(self, num_words: int | None = None, words: Sequence[int] = ()) -> float:
+    def acceptance(self, num_words: int | None = None) -> float:
         """The share of held-out positions at which a draft would be what the model says: among the whole draft
-        vocabulary, or only the rows ``words`` of it."""
-        head = self._head if num_words is None else self._head[torch.tensor(words[:num_words])]
+        vocabulary, or its first ``num_words``."""
         right = count = 0
         for at in range(0, len(self._held_out), self.settings.texts_per_step):
-            states, targets = self._batch(self._held_out[at : at + self.settings.texts_per_step])
+            chosen = self._held_out[at : at + self.settings.texts_per_step]
+            states, real = self._batch(chosen, self.exit_layer)
+            targets = torch.tensor([target for i in chosen for target in self._texts[i].targets])
             asked = targets != NOT_ASKED
-            said = self.layers.logits(self.layers(states)[asked], head).argmax(-1)
-            said = said if num_words is None else torch.tensor(words)[said]
-            right += int((said == targets[asked]).sum())
+            said = self.layers.logits(self.layers(states)[real][asked])[:, :num_words].argmax(-1)
+            right += int((said == self._word_of[targets[asked]]).sum())
             count += int(asked.sum())
         return right / max(1, count)
 
-    def _batch(self, chosen: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """States [B, T, D] of some texts, and after each position the row of the head that is to win, [B, T]."""
+    def _batch(self, chosen: Sequence[int], layer: int) -> tuple[Tensor, Tensor]:
+        """States [B, T, D] of some texts after ``layer`` layers, and where they are real, bool [B, T]."""
         length = max(len(self._texts[i].tokens) for i in chosen)
-        states = torch.zeros(len(chosen), length, self._head.size(1))
-        targets = torch.full((len(chosen), length), NOT_ASKED)
+        states = torch.zeros(len(chosen), length, self._own.head.size(1))
+        real = torch.zeros(len(chosen), length, dtype=torch.bool)
         for b, i in enumerate(chosen):
-            own = torch.tensor(self._texts[i].targets)
-            states[b, : len(own)] = self._states[i]
-            targets[b, : len(own)] = torch.where(own == NOT_ASKED, NOT_ASKED, self._word_of[own])
-        return states, targets
+            kept = self._states.at(layer, i)
+            states[b, : len(kept)] = kept
+            real[b, : len(kept)] = True
+        return states, real
 
     def _evaluate(self) -> None:
         self.acceptances.append(self.acceptance())

@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import Tensor
 from tqdm import tqdm
 
 from layerskip_kernels.config import GenerationConfig
-from layerskip_kernels.decoding.exits import each_exit
 from layerskip_kernels.engine.engine import Engine
 from layerskip_kernels.engine.generation import Generation
 from layerskip_kernels.model.files import write_whole
 from layerskip_kernels.model.json_file import json_object
 from layerskip_kernels.model.json_lines import json_lines_of
 from layerskip_kernels.model.model import Model
+from layerskip_kernels.training.exit_states import choices_after
 
-__all__ = ["NOT_ASKED", "Text", "judged_texts", "write_texts"]
+__all__ = ["NOT_ASKED", "Text", "judged_texts", "pieces", "write_texts"]
 
 NOT_ASKED = -1
 BATCH = 24  # texts that are written at a time
 QUESTION_TOKENS, START_TOKENS, MIN_QUESTION = 64, 16, 4
-PIECE = 256  # tokens of a given text that are judged together
+PIECE = 256  # tokens of a given text that are read together
 
 
 @dataclass(frozen=True)
@@ -67,18 +68,21 @@ def write_texts(
     return texts
 
 
-def judged_texts(model: Model, texts: Sequence[str], folder: Path, show: bool = False) -> list[Text]:
-    """Given texts in pieces, with what the model would have said after each token; kept in ``folder``."""
-    if model.tokenizer is None:
+def pieces(model: Model, texts: Sequence[str]) -> list[list[int]]:
+    """Given texts as pieces of at most PIECE tokens. Raises ValueError where there are texts and no tokenizer."""
+    if texts and model.tokenizer is None:
         raise ValueError(f"{model.name} has no tokenizer, which given texts need")
-    path = folder / "given.jsonl"
+    ids = [model.tokenizer.encode(text) for text in texts] if model.tokenizer is not None else []
+    found = [tokens[at : at + PIECE] for tokens in ids for at in range(0, len(tokens), PIECE)]
+    return [piece for piece in found if len(piece) > 1]
+
+
+def judged_texts(model: Model, texts: Sequence[list[int]], last: Iterable[Tensor], path: Path) -> list[Text]:
+    """Given texts with what the model chooses after each token; kept in ``path``. ``last``: the states [T, D] that its
+    last layer puts out for each."""
     if not path.exists():
-        ids = [model.tokenizer.encode(text) for text in texts]
-        pieces = [tokens[at : at + PIECE] for tokens in ids for at in range(0, len(tokens), PIECE)]
-        shown = tqdm(
-            [piece for piece in pieces if len(piece) > 1], unit=" texts", desc="judging texts", disable=not show
-        )
-        write_whole(path, "".join(_line(Text(tokens, _choices(model, tokens))) for tokens in shown))
+        chosen = (choices_after(model, states) for states in last)
+        write_whole(path, "".join(_line(Text(*pair)) for pair in zip(texts, chosen, strict=True)))
     return _read(path, model)
 
 
@@ -112,10 +116,6 @@ def _run(model: Model, prompts: Sequence[list[int]], configs: Sequence[Generatio
     ids = [engine.add_request(prompt, config) for prompt, config in zip(prompts, configs, strict=True)]
     done = engine.run()
     return [done[request_id] for request_id in ids]
-
-
-def _choices(model: Model, tokens: list[int]) -> list[int]:
-    return [int(token) for rows in each_exit(model, tokens, exits=[model.config.num_layers]) for token in rows.tokens]
 
 
 def _read(path: Path, model: Model) -> list[Text]:

@@ -21,14 +21,21 @@ def sizes_for(backend: str) -> dict[str, int]:
     return SMALL if backend == "triton" and not GPU else {}
 
 
-def models(backend: str = "cpu", dtype=torch.bfloat16, num_layers: int = 1, exit_layer: int = EXIT):
-    """A model on the CPU, with an adapter on ``backend``, and the model on the CPU that drafts are to follow."""
+def models(backend: str = "cpu", dtype=torch.bfloat16, num_layers: int = 1, exit_layer: int = EXIT, head: bool = False):
+    """A model on the CPU, with an adapter on ``backend``, and the model on the CPU that drafts are to follow.
+
+    ``head``: the adapter has a head of its own, of all tokens."""
     changes = sizes_for(backend)
     plain = Model.from_checkpoint(own_checkpoint(dtype, **changes))
-    adapter = random_adapter(plain, num_layers)
+    adapter = random_adapter(plain, num_layers, lm_head=lm_head(dtype, **changes) if head else None)
     cut = cut_model(own_checkpoint(dtype, **changes), exit_layer, adapter)
     own = plain if backend == "cpu" else Model.from_checkpoint(own_checkpoint(dtype, **changes), backend)
     return plain, own.with_exit_adapter(exit_layer, adapter), cut
+
+
+def lm_head(dtype: torch.dtype, **changes: object) -> torch.Tensor:
+    tensors = own_checkpoint(dtype, **changes).tensors
+    return tensors.get("lm_head.weight", tensors["model.embed_tokens.weight"])
 
 
 def all_kv(cache: PagedKVCache, sequence) -> tuple[torch.Tensor, torch.Tensor]:
@@ -67,10 +74,11 @@ def assert_cache_is_whole(cache: PagedKVCache, sequence, plain: Model, cut: Mode
 
 
 @pytest.mark.parametrize(
-    ("backend", "num_layers"), [(b, n) for b in BACKENDS for n in (0, 1, 2) if b != "triton" or n == 1]
+    ("backend", "num_layers", "head"),
+    [(b, n, h) for b in BACKENDS for n, h in ((0, 0), (1, 0), (1, 1), (2, 1)) if b != "triton" or n == 1],
 )
-def test_drafts_are_the_cut_models_text_and_verdicts_the_whole_models(backend, num_layers):
-    plain, adapted, cut = models(backend, num_layers=num_layers)
+def test_drafts_are_the_cut_models_text_and_verdicts_the_whole_models(backend, num_layers, head):
+    plain, adapted, cut = models(backend, num_layers=num_layers, head=bool(head))
     cache, accepted = cache_for(adapted, 60, page_size=7), 0
     sequence = cache.add_sequence(random_tokens(9))
     expected = alone(plain, list(sequence.tokens), GenerationConfig(max_new_tokens=10, **KEEP))
@@ -88,6 +96,52 @@ def test_drafts_are_the_cut_models_text_and_verdicts_the_whole_models(backend, n
     assert torch.equal(torch.cat(logits).cpu(), expected[1][1 : len(new)].cpu())
     assert accepted > 0
     assert_cache_is_whole(cache, sequence, plain, cut)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_head_of_its_own_is_the_draft_vocabulary(backend):
+    """Every third token; of these, a few; and other tokens are refused. Without the adapter, drafts are any again."""
+    changes = sizes_for(backend)
+    plain = Model.from_checkpoint(own_checkpoint(torch.bfloat16, **changes), backend)
+    adapter = random_adapter(plain, lm_head=lm_head(torch.bfloat16, **changes), every=3)
+    adapted = plain.with_exit_adapter(EXIT, adapter)
+    ids = adapter["head.ids"].tolist()
+    assert adapted.draft_ids.tolist() == ids and adapted.with_draft_vocab(None).draft_head is adapted.draft_head
+    every = replace(models(backend, head=True)[1], defaults=None)
+    few = ids[1:9:2]
+    for model, among in ((adapted, ids), (adapted.with_draft_vocab(few), few), (every.with_draft_vocab(few), few)):
+        cache = cache_for(model, 20)
+        sequence = cache.add_sequence(random_tokens(9))
+        cache.commit(prefill(model, cache, [sequence]))
+        drafts = draft_step(model, cache, [sequence], EXIT, 3).of(0)
+        assert set(drafts) <= set(among)
+        cache.commit(verify_step(model, cache, Draft.of_tokens([sequence], [drafts])))
+    assert len(set(few)) == 4
+    with pytest.raises(ValueError, match=r"draft_vocab must be among the \d+ tokens of the exit adapter's own head"):
+        adapted.with_draft_vocab([0, 1])
+    assert adapted.with_exit_adapter(None).draft_head is None
+    chosen = plain.with_draft_vocab(few).with_exit_adapter(EXIT, random_adapter(plain))
+    assert chosen.draft_ids.tolist() == chosen.with_exit_adapter(None).draft_ids.tolist() == few
+
+
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+@pytest.mark.parametrize("weights", ["q4_k", "int8"])
+def test_a_head_of_16_bits_beside_quantised_weights(backend, weights):
+    """The draft head is of its own type, whatever the LM head is: the drafts are the reference's, the text its own."""
+    changes = {"hidden_size": 256, **sizes_for(backend)} if weights == "int8" else {"hidden_size": 256, "head_dim": 32}
+    drafts = {}
+    for name in ("reference", backend):
+        plain = Model.from_checkpoint(own_checkpoint(torch.bfloat16, **changes), name, weights)
+        own_head = lm_head(torch.bfloat16, **changes)
+        adapted = plain.with_exit_adapter(EXIT, random_adapter(plain, lm_head=own_head, every=2))
+        cache = cache_for(adapted, 20)
+        sequence = cache.add_sequence(random_tokens(7))
+        cache.commit(prefill(adapted, cache, [sequence]))
+        drafts[name] = draft_step(adapted, cache, [sequence], EXIT, 3).of(0)
+        cache.commit(verify_step(adapted, cache, Draft.of_tokens([sequence], [drafts[name]])))
+        count = len(sequence.tokens) - 7
+        assert sequence.tokens[7:] == greedy(plain, sequence.tokens[:7], count)
+    assert drafts["reference"] == drafts[backend]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

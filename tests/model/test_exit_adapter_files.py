@@ -30,6 +30,22 @@ def adapter(source, tmp_path):
     return folder
 
 
+@pytest.fixture
+def with_head(source, tmp_path):
+    """An adapter with a head of its own, of every second token."""
+    folder = tmp_path / "with_head"
+    folder.mkdir()
+    model = load_model(source)
+    write_exit_adapter(folder, 2, adapter_with_head(model), model.name, model.weights)
+    return folder
+
+
+def adapter_with_head(model):
+    rows = torch.randn(model.config.vocab_size, model.config.hidden_size, generator=torch.Generator().manual_seed(3))
+    found = random_adapter(model, lm_head=rows, every=2)
+    return {**found, "head.ids": found["head.ids"].int()}
+
+
 def rewrite(folder, change) -> None:
     """Change the header of an adapter's file."""
     path = folder / "exit_adapter.safetensors"
@@ -76,6 +92,32 @@ def test_numbers_are_read_as_they_were_written(source, adapter):
     assert torch.equal(layer.attn_norm, written["layers.0.input_layernorm.weight"])
 
 
+def test_a_head_of_its_own_is_read_with_its_words(source, with_head):
+    model, written = (
+        load_model(source, backend="reference", exit_adapter=with_head),
+        adapter_with_head(load_model(source)),
+    )
+    assert torch.equal(model.draft_head.weight, written["head.weight"])
+    assert model.draft_ids.dtype == torch.int64 and torch.equal(model.draft_ids, written["head.ids"].long())
+    (with_head / "layerskip.json").write_text('{"exit_layer": 2, "draft_vocab": [4, 8]}')
+    assert load_model(source, exit_adapter=with_head).draft_ids.tolist() == [4, 8]
+    (with_head / "layerskip.json").write_text('{"exit_layer": 2, "draft_vocab": [4, 5]}')
+    with pytest.raises(ValueError, match=r"draft_vocab must be among the \d+ tokens of the exit adapter's own head"):
+        load_model(source, exit_adapter=with_head)
+
+
+def test_words_that_are_no_ascending_ids_are_refused_by_name(source, with_head):
+    path, size = with_head / "exit_adapter.safetensors", load_model(source).config.vocab_size
+    whole, last = path.read_bytes(), (size - 1) // 2 * 2
+    assert whole.endswith(struct.pack("<2i", last - 2, last))
+    for wrong in ((last, last - 2), (last, last), (last - 2, size), (last - 2, -1)):
+        path.write_bytes(whole[:-8] + struct.pack("<2i", *wrong))
+        with pytest.raises(
+            ValueError, match=r"'head\.ids' in .*exit_adapter\.safetensors must hold token ids in 0\.\."
+        ):
+            load_model(source, exit_adapter=path)
+
+
 def test_defaults_beside_the_adapter_count(source, adapter):
     (source / "layerskip.json").write_text('{"exit_layer": 1, "num_speculations": 3, "draft_vocab": [1, 2, 3]}')
     (adapter / "layerskip.json").write_text('{"exit_layer": 2, "num_speculations": 5, "draft_vocab": [4, 5]}')
@@ -109,15 +151,19 @@ DAMAGE = {
         "has 8 layers; an exit adapter has at most 2",
     ),
     "another shape": (lambda h: h["norm.weight"].update(shape=[32, 2]), "has shape"),
+    "a head without words": (lambda h: h.update({"layers.0.mlp.ids": h.pop("head.ids")}), "layers.0.mlp.ids"),
+    "words without a head": (lambda h: h.update({"layers.0.mlp.head": h.pop("head.weight")}), "lacks tensor 'head"),
+    "words of another type": (lambda h: h["head.ids"].update(dtype="F32"), "must be I32"),
+    "a head of another shape": (lambda h: h["head.weight"]["shape"].reverse(), "has shape"),
 }
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
-def test_a_damaged_adapter_is_refused_by_name(source, adapter, kind):
+def test_a_damaged_adapter_is_refused_by_name(source, with_head, kind):
     change, message = DAMAGE[kind]
-    rewrite(adapter, change)
+    rewrite(with_head, change)
     with pytest.raises(ValueError, match=f"exit_adapter.safetensors.*{message}"):
-        load_model(source, exit_adapter=adapter)
+        load_model(source, exit_adapter=with_head)
 
 
 def test_bytes_that_are_missing_or_no_numbers_are_refused_by_name(source, adapter):

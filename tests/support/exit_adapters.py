@@ -7,14 +7,19 @@ from torch import Tensor
 
 from layerskip_kernels import Model
 from layerskip_kernels.model.checkpoint import Checkpoint
-from layerskip_kernels.model.exit_adapter import adapter_shapes
+from layerskip_kernels.model.exit_adapter import HEAD, HEAD_IDS, adapter_shapes
 from support.models import checkpoint, config
 
 LATE = 0.3  # what agreeing_model has: later layers that add little
 
 
-def random_adapter(model: Model, num_layers: int = 1, seed: int = 5) -> dict[str, Tensor]:
-    """Layers that change what an exit says a little: most drafts are still accepted, not all."""
+def random_adapter(
+    model: Model, num_layers: int = 1, seed: int = 5, lm_head: Tensor | None = None, every: int = 1
+) -> dict[str, Tensor]:
+    """Layers that change what an exit says a little: most drafts are still accepted, not all.
+
+    ``lm_head``: the model's, of which a head of its own, with each ``every``-th token, is made; None: no head.
+    """
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
     for name, shape in adapter_shapes(model.config, num_layers).items():
@@ -26,6 +31,10 @@ def random_adapter(model: Model, num_layers: int = 1, seed: int = 5) -> dict[str
         elif name.endswith(("o_proj.weight", "down_proj.weight")):
             tensor *= LATE / 2
         tensors[name] = tensor.to(model.dtype)
+    if lm_head is not None:
+        rows = lm_head[::every]
+        noise = torch.randn(rows.shape, generator=generator) * 0.1 * rows.float().std()
+        tensors |= {HEAD: (rows + noise).to(model.dtype), HEAD_IDS: torch.arange(0, len(lm_head), every)}
     return tensors
 
 
@@ -50,8 +59,11 @@ def cut_model(found: Checkpoint, exit_layer: int, adapter: dict[str, Tensor], ba
         kind, _, rest = name.partition(".")
         if kind == "norm":
             kept["model.norm.weight"] = tensor
+        elif kind == "head":
+            kept |= {"lm_head.weight": tensor} if name == HEAD else {}
         else:
             layer, _, within = rest.partition(".")
             kept[f"model.layers.{exit_layer + int(layer)}.{within}"] = tensor
     cut = replace(found.config, num_layers=exit_layer + count)
+    cut = replace(cut, tie_word_embeddings=False) if HEAD in adapter else cut
     return Model.from_checkpoint(replace(found, config=cut, tensors=kept), backend)

@@ -13,9 +13,10 @@ from layerskip_kernels.training import adapter_training, written_texts
 from layerskip_kernels.training.adapt import adapt, default_exits
 from layerskip_kernels.training.adapter_choice import StepCosts
 from layerskip_kernels.training.adapter_layers import AdapterInTraining
-from layerskip_kernels.training.adapter_training import AdapterTraining, AdaptSettings, OwnWeights
-from layerskip_kernels.training.exit_states import ExitStates, states_at_exit
-from layerskip_kernels.training.written_texts import NOT_ASKED, judged_texts, write_texts
+from layerskip_kernels.training.adapter_start import OwnWeights, lens
+from layerskip_kernels.training.adapter_training import AdapterTraining, AdaptSettings
+from layerskip_kernels.training.exit_states import ExitStates, states_at_exits
+from layerskip_kernels.training.written_texts import NOT_ASKED, judged_texts, pieces, write_texts
 from support.families import VARIANTS, transformers_model
 from support.models import cache_for, random_tokens, tiny_model
 
@@ -39,12 +40,11 @@ def test_the_layers_are_those_of_the_backend(variant, tmp_path):
     windows, ropes = ((*layers[:exit_layer], layers[exit_layer - 1]) if layers else () for layers in
                       (config.layer_windows, config.layer_ropes))  # fmt: skip
     same = replace(model, config=replace(config, layer_windows=windows, layer_ropes=ropes))
-    layers = AdapterInTraining(config, exit_layer, OwnWeights(tmp_path, 1).first_adapter(1))
-    states = states_at_exit(same, exit_layer, tokens)
-    head = OwnWeights(tmp_path, 1).head
+    own = OwnWeights(tmp_path, [exit_layer])
+    layers = AdapterInTraining(config, exit_layer, own.first_adapter(exit_layer, 1))
+    states, after = states_at_exits(same, [exit_layer, exit_layer + 1], tokens)
     with torch.no_grad():
-        logits = layers.logits(layers(states[None])[0], head)
-    after = states_at_exit(same, exit_layer + 1, tokens)
+        logits = layers.logits(layers(states[None])[0], own.head)
     weights, sizes = same.weights, same.sizes
     _, expected = same.ops.norm_head_argmax(after, weights.final_norm, weights.lm_head, sizes.vocab_size, *sizes.head)
     torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-3)
@@ -52,14 +52,16 @@ def test_the_layers_are_those_of_the_backend(variant, tmp_path):
 
 def test_states_are_kept_and_completed(tmp_path):
     model, texts = tiny_model(), [random_tokens(n, seed=n) for n in (5, 300, 9)]
-    path = tmp_path / "states.bin"
-    whole = ExitStates(model, 2, texts, path)
+    whole = ExitStates(model, (3, 2), texts, tmp_path)
     for i, tokens in enumerate(texts):
-        assert torch.equal(whole[i], states_at_exit(model, 2, tokens))
-    whole_bytes = path.read_bytes()
-    path.write_bytes(whole_bytes[: len(whole_bytes) // 2 + 1])  # a kill in the middle of the second text
-    again = ExitStates(model, 2, texts, path)
-    assert all(torch.equal(again[i], whole[i]) for i in range(3)) and path.read_bytes() == whole_bytes
+        assert torch.equal(whole.at(2, i), states_at_exits(model, [2], tokens)[0])
+        assert torch.equal(whole.at(3, i), states_at_exits(model, [3], tokens)[0])
+    paths = [tmp_path / f"states-{exit_layer}.bin" for exit_layer in (2, 3)]
+    whole_bytes = [path.read_bytes() for path in paths]
+    paths[1].write_bytes(whole_bytes[1][: len(whole_bytes[1]) // 2 + 1])  # a kill in the middle of the second text
+    again = ExitStates(model, (2, 3), texts, tmp_path)
+    assert all(torch.equal(again.at(exit_layer, i), whole.at(exit_layer, i)) for exit_layer in (2, 3) for i in range(3))
+    assert [path.read_bytes() for path in paths] == whole_bytes
 
 
 def test_states_are_those_of_drafting():
@@ -71,7 +73,7 @@ def test_states_are_those_of_drafting():
     draft = draft_step(model, cache, [sequence], 2, 3)
     [page] = cache.pool.pages(sequence.id)
     text = [*sequence.tokens, *draft.of(0)]  # 21 tokens and 3 drafts, of which the last has passed no layer yet
-    assert torch.equal(cache.hidden[page, 20:23], states_at_exit(model, 2, text)[20:23])
+    assert torch.equal(cache.hidden[page, 20:23], states_at_exits(model, [2], text)[0][20:23])
 
 
 def test_texts_are_the_models_own(code_model, tmp_path):
@@ -103,8 +105,10 @@ def test_a_chat_model_asks_itself_questions(tmp_path, monkeypatch):
 
 
 def test_given_texts_are_judged(code_model, tmp_path):
-    [text] = judged_texts(code_model, ["import os\nimport sys\n"], tmp_path)
+    given, last = pieces(code_model, ["import os\nimport sys\n"]), code_model.config.num_layers
+    [text] = judged_texts(code_model, given, states_at_exits(code_model, [last], given[0]), tmp_path / "given.jsonl")
     assert text.tokens == code_model.tokenizer.encode("import os\nimport sys\n")
+    assert judged_texts(code_model, given, [], tmp_path / "given.jsonl") == [text]
     for count in (1, len(text.tokens)):
         [said] = generate(code_model, [text.tokens[:count]], GenerationConfig("autoregressive", max_new_tokens=1))
         assert text.targets[count - 1] == said.token_ids[0]
@@ -114,8 +118,25 @@ def training_for(model, folder, settings=QUICK) -> AdapterTraining:
     folder.mkdir(exist_ok=True)
     texts = write_texts(model, [], folder / "texts", settings.num_tokens, settings.max_new_tokens)
     words = sorted({target for text in texts for target in text.targets if target != NOT_ASKED})
-    own = OwnWeights("layerskip-tiny-code", 1)
-    return AdapterTraining(model, own, texts, words, 3, 1, settings, folder)
+    states = ExitStates(model, (3, model.config.num_layers), [text.tokens for text in texts], folder)
+    return AdapterTraining(OwnWeights("layerskip-tiny-code", [3]), texts, states, words, 3, 1, settings)
+
+
+def test_a_lens_reads_the_last_state(code_model):
+    """After all layers but the last one, and that as the adapter, it is the unit matrix; an exit's is the best one."""
+    last, texts = code_model.config.num_layers, [random_tokens(200, seed=n) for n in range(4)]
+    own = OwnWeights("layerskip-tiny-code", [3, last - 1])
+    for exit_layer, exact in ((last - 1, True), (3, False)):
+        layers = AdapterInTraining(own.config, exit_layer, own.first_adapter(exit_layer, 1))
+        at_exit, at_end = zip(*(states_at_exits(code_model, [exit_layer, last], text) for text in texts), strict=True)
+        found = lens(layers, at_exit, at_end, own.norm)
+        with torch.no_grad():
+            read = torch.cat([layers(states[None])[0] for states in at_exit]) @ found.T
+        wanted = layers.norm(torch.cat(at_end), own.norm)
+        missed = (read - wanted).square().mean() / wanted.square().mean()
+        assert missed < 1e-3 if exact else 0.01 < missed < 0.9
+        moved = (read * 1.01 - wanted).square().mean() / wanted.square().mean()
+        assert exact or moved > missed
 
 
 def test_a_training_resumes_to_the_same_bits(code_model, tmp_path, monkeypatch):
@@ -158,7 +179,8 @@ def test_what_is_trained_drafts_better_and_changes_no_text(code_model, tmp_path)
     found = adapt(code_model, "layerskip-tiny-code", tmp_path, settings, prompts, code)
     assert found["acceptance"] > first["acceptance"] + 0.05
     adapted = load_model("layerskip-tiny-code", torch.float32, exit_adapter=tmp_path)
-    assert adapted.exit_adapter.exit_layer == found["exit_layer"] == 1 and adapted.draft_ids is not None
+    assert adapted.exit_adapter.exit_layer == found["exit_layer"] == 1
+    assert adapted.draft_head is adapted.exit_adapter.head and len(adapted.draft_ids) == found["num_words"]
     assert json.loads((tmp_path / "adapt.json").read_text()) == found
     config = GenerationConfig(max_new_tokens=24, num_speculations=3)
     [drafted] = generate(adapted, ["def add(a, b):\n"], config)
@@ -170,7 +192,8 @@ def test_what_is_trained_drafts_better_and_changes_no_text(code_model, tmp_path)
         adapt(code_model, "layerskip-tiny-code", tmp_path, settings, ["def other():\n"], code)
     settings = replace(settings, passes=0, exits=())
     further = adapt(code_model, "layerskip-tiny-code", tmp_path / "more", settings, prompts, code, start_from=tmp_path)
-    assert further["exit_layer"] == 1 and further["acceptance"] == pytest.approx(found["acceptance"], abs=0.02)
+    assert further["exit_layer"] == 1 and further["num_words"] == found["num_words"]
+    assert further["acceptance"] == pytest.approx(found["acceptance"], abs=0.02)
 
 
 def test_an_exit_that_the_model_lacks_is_refused(code_model, tmp_path):
