@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from layerskip_kernels.operands import (
+    AdapterLayers,
     CacheTensors,
     DraftHead,
     DraftRows,
@@ -31,7 +32,7 @@ from layerskip_kernels.operands import (
 from .contract import CHUNK
 from .launch import blocks
 from .paged_attention import ScratchMemory
-from .steps import DraftPass, Drawing, Llama, PagedCache, VerifyPass, head_of
+from .steps import Adapter, DraftPass, Drawing, Llama, PagedCache, VerifyPass, head_of
 from .transfer import to_device
 
 __all__ = ["KeptPasses"]
@@ -134,6 +135,7 @@ class KeptPasses:
     def draft_pass(
         self, weights: ModelWeights, sizes: ModelSizes, cache: CacheTensors, rows: DraftRows, head: DraftHead | None,
         exit_layer: int, max_drafts: int, sampling: DraftSampling | None = None, keep_scores: bool = False,
+        adapter: AdapterLayers | None = None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """The drafts, and the scores that they were drawn from [B, max_drafts, V] ([0, ...] if not kept)."""
         counts = rows.num_drafts.tolist()
@@ -143,19 +145,35 @@ class KeptPasses:
 
         def make() -> tuple[StaticInputs, Recorded]:
             inputs = StaticInputs(len(counts), len(counts), width, cache.k.device, others)
-            llama, paged = Llama(weights, sizes), self._weak_cache(cache, inputs)
-            draft = DraftPass(llama, paged(), counts, max_drafts, weight, size, drawing, keep_scores)
+            scratch = self._shared(cache.k).scratch
+            llama, paged = Llama(weights, sizes), _weak_cache(cache, inputs, scratch)
+            pages = _weak_cache(adapter.cache, inputs, scratch) if adapter else None
+            onward = Llama(adapter.weights, adapter.sizes) if adapter else None
+
+            def adapted() -> Adapter | None:
+                return Adapter(onward, pages()) if onward is not None and pages is not None else None
+
+            draft = DraftPass(llama, paged(), counts, max_drafts, weight, size, drawing, keep_scores, adapted())
             device_ids = None if ids is None else ids.to(inputs.tokens.device)
             settings = DraftSampling(*inputs.others) if drawing else None
             return inputs, Recorded(
                 lambda: draft.run(
-                    llama, paged(), inputs.tokens, inputs.positions, weight, size, device_ids, exit_layer, settings
+                    llama,
+                    paged(),
+                    inputs.tokens,
+                    inputs.positions,
+                    weight,
+                    size,
+                    device_ids,
+                    exit_layer,
+                    settings,
+                    adapted(),
                 ),
                 inputs.tokens.is_cuda,
             )
 
         key = ("draft", id(weights), weight.data_ptr(), size, tuple(counts), max_drafts, exit_layer, width, sizes,
-               drawing, keep_scores)  # fmt: skip
+               drawing, keep_scores, adapter and id(adapter.weights), adapter and adapter.sizes)  # fmt: skip
         return self._run(cache.k, key, make, rows.tokens, rows.positions, rows.block_table, *others)
 
     def verify_pass(
@@ -171,7 +189,8 @@ class KeptPasses:
 
         def make() -> tuple[StaticInputs, Recorded]:
             inputs = StaticInputs(len(rows.tokens), len(num_drafts), width, cache.k.device, others)
-            llama, paged = Llama(weights, sizes), self._weak_cache(cache, inputs, kept)
+            scratch = self._shared(cache.k).scratch if kept else ScratchMemory()
+            llama, paged = Llama(weights, sizes), _weak_cache(cache, inputs, scratch)
             verify = VerifyPass(llama, paged(), *kind, drawing, rejecting)
             draws = DraftSampling(*inputs.others[:-2]) if drawing else None
             positions, scores = inputs.others[-2:] if drawing else (None, None)
@@ -220,14 +239,14 @@ class KeptPasses:
             weakref.finalize(k_cache, self._of_cache.pop, id(k_cache), None)
         return found
 
-    def _weak_cache(self, cache: CacheTensors, inputs: StaticInputs, kept: bool = True) -> Callable[[], PagedCache]:
-        """The cache's tensors with the pass's own block table, not kept alive by the pass."""
-        references = [weakref.ref(tensor) for tensor in (cache.k, cache.v, cache.hidden)]
-        scratch = self._shared(cache.k).scratch if kept else ScratchMemory()
 
-        def paged() -> PagedCache:
-            k, v, hidden = (reference() for reference in references)
-            assert k is not None and v is not None and hidden is not None  # the passes of a cache go with it
-            return PagedCache(k, v, hidden, inputs.block_table, scratch)
+def _weak_cache(cache: CacheTensors, inputs: StaticInputs, scratch: ScratchMemory) -> Callable[[], PagedCache]:
+    """The cache's tensors with the pass's own block table, not kept alive by the pass."""
+    references = [weakref.ref(tensor) for tensor in (cache.k, cache.v, cache.hidden)]
 
-        return paged
+    def paged() -> PagedCache:
+        k, v, hidden = (reference() for reference in references)
+        assert k is not None and v is not None and hidden is not None  # the passes of a cache go with it
+        return PagedCache(k, v, hidden, inputs.block_table, scratch)
+
+    return paged

@@ -170,22 +170,34 @@ class Drawing:
         return Chooser(num_rows, size, self.top_k, self.top_p, device)
 
 
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """An exit adapter's layers with their pages (AdapterLayers); rows at the exit are at depth 1."""
+
+    llama: Llama
+    cache: PagedCache
+
+
 class DraftPass:
-    """draft_pass for certain draft counts: buffers, and a Move for each draft."""
+    """draft_pass for certain draft counts: buffers, and for each draft a Move to the exit and one through an adapter
+    that has layers."""
 
     def __init__(
         self, llama: Llama, cache: PagedCache, num_drafts: list[int], max_drafts: int, head: Tensor, head_size: int,
-        drawing: Drawing | None = None, keep_scores: bool = False,
+        drawing: Drawing | None = None, keep_scores: bool = False, adapter: Adapter | None = None,
     ) -> None:  # fmt: skip
         sizes = llama.buffer_sizes(cache, head)
-        self.moves = []
+        adapter_sizes = adapter.llama.buffer_sizes(adapter.cache, head) if adapter else sizes
+        self.moves: list[tuple[Move, Move | None]] = []
         for i in range(max(num_drafts, default=0)):
             rows = [int(count > i) for count in num_drafts]
             starts = [sum(rows[:b]) for b in range(len(rows) + 1)]
-            move = Move(sizes, [0] * sum(rows), starts, cache.reach, cache.scratch)
-            # Tokens and positions are given by sequence, whether it still drafts or not.
-            move.order.copy_(move.sequence_of_row)
-            self.moves.append(move)
+            to_exit = Move(sizes, [0] * sum(rows), starts, cache.reach, cache.scratch)
+            onward = Move(adapter_sizes, [1] * sum(rows), starts, cache.reach, cache.scratch) if adapter else None
+            for move in (to_exit, onward or to_exit):
+                # Tokens and positions are given by sequence, whether it still drafts or not.
+                move.order.copy_(move.sequence_of_row)
+            self.moves.append((to_exit, onward))
         self.rows = torch.arange(len(num_drafts), dtype=torch.int32, device=sizes.device)
         self.candidates = Candidates.of_head(len(num_drafts), head, head_size, sizes.device)
         self.tokens = torch.zeros(len(num_drafts), dtype=torch.int64, device=sizes.device)
@@ -199,12 +211,16 @@ class DraftPass:
     def run(
         self, llama: Llama, cache: PagedCache, tokens: Tensor, positions: Tensor, head: Tensor, head_size: int,
         draft_ids: Tensor | None, exit_layer: int, sampling: DraftSampling | None = None,
+        adapter: Adapter | None = None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """The drafts, and the scores that they were drawn from, if these are kept."""
         error = error_of(cache.k)
         self.tokens.copy_(tokens)
-        for i, move in enumerate(self.moves):
+        for i, (move, onward) in enumerate(self.moves):
             raise_rows(llama, cache, move, self.tokens, positions, exit_layer, position_step=i)
+            if adapter is not None and onward is not None:  # the kept hidden states stay the exit's
+                depth, move = len(adapter.llama.weights.layers), onward
+                raise_rows(adapter.llama, adapter.cache, move, self.tokens, positions, depth, i, keep=False)
             head_candidates(
                 move.x, self.rows[: move.num_rows], head, head_size, self.candidates, self.logits,
                 llama.sizes.logits_multiplier, llama.sizes.logits_cap,

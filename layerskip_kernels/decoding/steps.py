@@ -127,13 +127,8 @@ def _draft(
     samplers: Samplers,
     stops: DraftStops | None,
 ) -> Draft:
-    """All drafts in one call of the backend.
-
-    But samplers that process logits take calls for each token, and so does an exit adapter on a backend that says so.
-    """
-    processing = _processing(sequences, samplers)
-    if not model.ops.drafts_adapt:
-        processing, stops = [p or model.num_adapter_layers > 0 for p in processing], None
+    """All drafts in one call of the backend; but samplers that process logits take calls for each token."""
+    processing, stops = _processing(sequences, samplers), stops if model.ops.drafts_adapt else None
     if not any(processing):
         return _draft_in_one_call(model, cache, sequences, exit_layer, counts, samplers, stops)
     parts = []

@@ -178,11 +178,11 @@ class TritonOps:
         adapter: AdapterLayers | None = None,
     ) -> Drafted:
         """As reference.draft_pass, but for what ``drafts_adapt`` says; what it made stays on the device."""
-        if stops is not None or adapter is not None:
-            raise ValueError("backend 'triton' neither stops nor adapts drafts in draft_pass")
+        if stops is not None:
+            raise ValueError("backend 'triton' does not stop drafts in draft_pass")
         with self._current():
             tokens, scores = self._steps.draft_pass(
-                weights, sizes, cache, rows, head, exit_layer, max_drafts, sampling, keep_scores
+                weights, sizes, cache, rows, head, exit_layer, max_drafts, sampling, keep_scores, adapter
             )
         return Drafted(tokens, rows.num_drafts, torch.empty(len(rows.num_drafts), 0), scores)
 

@@ -5,7 +5,17 @@ from dataclasses import replace
 import pytest
 import torch
 
-from layerskip_kernels import Draft, Engine, GenerationConfig, Model, PagedKVCache, draft_step, prefill, verify_step
+from layerskip_kernels import (
+    Draft,
+    Engine,
+    GenerationConfig,
+    Model,
+    PagedKVCache,
+    draft_step,
+    make_sampler,
+    prefill,
+    verify_step,
+)
 from layerskip_kernels.errors import SwapError
 from layerskip_kernels.model.quantise import quantise
 from layerskip_kernels.ops import cache_ops
@@ -142,6 +152,30 @@ def test_a_head_of_16_bits_beside_quantised_weights(backend, weights):
         count = len(sequence.tokens) - 7
         assert sequence.tokens[7:] == greedy(plain, sequence.tokens[:7], count)
     assert drafts["reference"] == drafts[backend]
+
+
+def test_triton_drafts_through_an_adapter_in_one_call(monkeypatch):
+    """Greedy and sampled drafts of a ragged batch are the reference's, step after step; nothing else runs layers."""
+    drafts = {}
+    for backend in ("reference", "triton"):
+        plain = Model.from_checkpoint(own_checkpoint(torch.bfloat16, **SMALL), backend)
+        own_head = lm_head(torch.bfloat16, **SMALL)
+        model = plain.with_exit_adapter(EXIT, random_adapter(plain, 2, lm_head=own_head, every=2))
+        cache = cache_for(model, 60, page_size=7)
+        sequences = [cache.add_sequence(random_tokens(n, seed=n)) for n in (4, 9, 6)]
+        samplers = [None, make_sampler(model, GenerationConfig(temperature=0.8, seed=5), 9), None]
+        cache.commit(prefill(model, cache, sequences))
+        drafts[backend] = []
+        for _ in range(2):  # the second of a kind runs the kept pass of the first
+            with monkeypatch.context() as patched:
+                if backend == "triton":
+                    patched.setattr(type(model.ops), "run_layers", None)
+                draft = draft_step(model, cache, sequences, EXIT, [2, 3, 0], samplers)
+            drafts[backend] += [draft.of(b) for b in range(3)]
+            cache.commit(verify_step(model, cache, draft, samplers))
+            drafts[backend] += [tensor.cpu() for s in sequences for tensor in all_kv(cache, s)]
+    for one, other in zip(*drafts.values(), strict=True):
+        assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
