@@ -26,6 +26,7 @@ from layerskip_kernels.cli.options import (
     prompts_of,
 )
 from layerskip_kernels.config import Acceptance, GenerationConfig, Strategy
+from layerskip_kernels.model.files import naming
 
 if TYPE_CHECKING:
     from layerskip_kernels.engine.request import Generation
@@ -180,7 +181,7 @@ def _results(path: str | None) -> Iterator[Callable[[dict[str, Any]], None]]:
     if path is None:
         yield lambda _: None
         return
-    with open(path, "w", encoding="utf-8") as file:
+    with naming(path), open(path, "w", encoding="utf-8") as file:
 
         def write(result: dict[str, Any]) -> None:
             file.write(json.dumps(result) + "\n")

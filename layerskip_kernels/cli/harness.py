@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from layerskip_kernels.cli.options import add_command, add_model_options, add_threads_option, load, positive
+from layerskip_kernels.model.files import naming
 
 __all__ = ["add_eval_command"]
 
@@ -46,5 +47,6 @@ def _eval(args: argparse.Namespace) -> int:
     )
     print(make_table(results))
     if args.output:
-        Path(args.output).write_text(json.dumps(results["results"], indent=1, default=str) + "\n", encoding="utf-8")
+        with naming(args.output):
+            Path(args.output).write_text(json.dumps(results["results"], indent=1, default=str) + "\n", encoding="utf-8")
     return 0

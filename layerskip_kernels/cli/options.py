@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Literal, NoReturn
 
 from layerskip_kernels.cli.interrupts import raise_on_interrupt
 from layerskip_kernels.config import AUTO, BACKENDS, NUM_SPECULATIONS, GenerationConfig
+from layerskip_kernels.model.files import naming
 
 if TYPE_CHECKING:
     from layerskip_kernels.evaluation.prompts import Examples
@@ -131,7 +132,8 @@ def report(args: argparse.Namespace, found: dict[str, Any], text: str) -> None:
     if args.json or args.json_always:
         print(line)
     if args.output is not None:
-        Path(args.output).write_text(line + "\n", encoding="utf-8")
+        with naming(args.output):
+            Path(args.output).write_text(line + "\n", encoding="utf-8")
 
 
 def counted(count: int, noun: str) -> str:

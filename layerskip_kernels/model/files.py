@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-__all__ = ["open_regular", "read_bytes", "read_exactly", "read_text", "whole", "write_whole"]
+__all__ = ["naming", "open_regular", "read_bytes", "read_exactly", "read_text", "whole", "write_whole"]
 
 MAX_BYTES = 64 << 20
 LEFT_SECONDS = 60  # after which an unfinished file is one that a killed process left
@@ -70,9 +70,20 @@ def read_exactly(file: BinaryIO, buffer: memoryview, what: str) -> None:
         done += count
 
 
+@contextmanager
+def naming(path: str | os.PathLike[str]) -> Iterator[None]:
+    """An OSError of the block that names no file, as that of a full disk, names this one."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            error.filename = os.fspath(path)
+        raise
+
+
 def write_whole(path: Path, text: str) -> None:
     """Write a small text: whoever reads finds what was there or all of it, whatever interrupts. Raises OSError."""
-    with whole(path) as unfinished:
+    with whole(path) as unfinished, naming(path):
         unfinished.write_text(text, encoding="utf-8")
 
 

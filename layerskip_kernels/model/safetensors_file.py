@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from layerskip_kernels.errors import shown
-from layerskip_kernels.model.files import open_regular, read_exactly
+from layerskip_kernels.model.files import naming, open_regular, read_exactly
 from layerskip_kernels.model.json_file import parse_json
 from layerskip_kernels.ops.memory import empty
 
@@ -134,7 +134,7 @@ def write_safetensors(
         offset = end
     raw = json.dumps(header).encode()
     raw += b" " * (-len(raw) % 8)
-    with path.open("wb") as file:
+    with naming(path), path.open("wb") as file:
         file.write(struct.pack("<Q", len(raw)) + raw)
         for (name, (dtype, shape)), (got_name, tensor) in zip(shapes.items(), tensors, strict=True):
             assert (got_name, STORED_DTYPES[dtype], shape) == (name, tensor.dtype, tuple(tensor.shape))

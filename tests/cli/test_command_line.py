@@ -112,6 +112,13 @@ def test_a_full_disk_is_an_error():
     assert ran.returncode == 2 and ran.stderr == "layerskip: error: No space left on device\n"
 
 
+def test_a_full_disk_names_the_file(tiny, capsys):
+    """Where the line of JSON goes, that of generated texts and that of a report."""
+    for command in (["generate", "a b", "--max-new-tokens", "2"], ["verify", "--num-prompts", "1"]):
+        assert main([*command, "--output", "/dev/full"]) == 2
+        assert capsys.readouterr().err.endswith("layerskip: error: /dev/full: No space left on device\n")
+
+
 # ---- Ctrl-C ----
 
 
