@@ -45,7 +45,11 @@ def add_commands(commands: Any) -> None:
     add_json_options(verify, always=True)
 
     demo = add_command(
-        commands, "demo", _demo, "both ways of decoding side by side: the shipped checkpoints, or --model"
+        commands,
+        "demo",
+        _demo,
+        "both ways of decoding side by side: the default model with its exit adapter and the shipped checkpoints, or "
+        "--model",
     )
     demo.add_argument(
         "--num-prompts", type=positive, default=5, metavar="N", help="for each model, at most (default: 5)"
@@ -77,11 +81,13 @@ def _verify(args: argparse.Namespace) -> int:
 def _demo(args: argparse.Namespace) -> int:
     from layerskip_kernels.cli.demo import demo
     from layerskip_kernels.evaluation.prompts import example_prompts
-    from layerskip_kernels.model.sources import shipped_checkpoints
+    from layerskip_kernels.model.sources import shipped_checkpoints, shipped_exit_adapters
 
     config, equal = generation_config(args), True
-    for name in [args.model] if args.model else shipped_checkpoints():
-        args.model = name
-        prompts = example_prompts(name, args.num_prompts).prompts
+    shown = [(args.model, args.exit_adapter)]
+    if not any(shown[0]):  # the adapters are the default model's
+        shown = [*((None, name) for name in shipped_exit_adapters()), *((name, None) for name in shipped_checkpoints())]
+    for args.model, args.exit_adapter in shown:
+        prompts = example_prompts(args.model, args.num_prompts).prompts
         equal &= demo(load(args), prompts, config)
     return 0 if equal else 1
