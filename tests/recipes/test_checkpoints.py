@@ -3,13 +3,14 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from layerskip_kernels import GenerationConfig, Model, generate, load_model
 from layerskip_kernels.evaluation.prompts import human_eval_prompts
-from layerskip_kernels.model.sources import SHIPPED, shipped_checkpoints
+from layerskip_kernels.model.sources import SHIPPED, shipped_checkpoints, shipped_exit_adapters
 from layerskip_kernels.recipes.parse_task import draw_examples
 
-CODE, PARSE = "layerskip-tiny-code", "smollm2-135m-parse"
+CODE, PARSE, ADAPTER = "layerskip-tiny-code", "smollm2-135m-parse", "smollm2-135m-instruct-exit3"
 CONFIGS = Path(SHIPPED).parent / "recipes" / "configs"
 
 
@@ -25,9 +26,13 @@ def parse() -> Model:
 
 def test_what_is_shipped() -> None:
     assert shipped_checkpoints() == [CODE, PARSE]
+    assert shipped_exit_adapters() == [ADAPTER]
 
 
-@pytest.mark.parametrize(("name", "file", "most"), [(CODE, "model", 25e6), (PARSE, "adapter_model", 20e6)])
+@pytest.mark.parametrize(
+    ("name", "file", "most"),
+    [(CODE, "model", 25e6), (PARSE, "adapter_model", 20e6), (ADAPTER, "exit_adapter", 20e6)],
+)
 def test_weights_are_small(name: str, file: str, most: float) -> None:
     assert 1e6 < (SHIPPED / name / f"{file}.safetensors").stat().st_size <= most
 
@@ -67,3 +72,15 @@ def test_utterances_are_parsed_and_drafted_by_four_layers_of_thirty(parse: Model
     assert [g.token_ids for g in found] == [g.token_ids for g in plain]
     assert sum(g.accepted for g in found) >= 0.7 * sum(g.drafted for g in found)
     assert sum(g.text == example.completion for g, example in zip(found, examples, strict=True)) >= 5
+
+
+def test_the_default_model_drafts_for_itself_unchanged() -> None:
+    """On code and on a question; about two in five drafts are accepted."""
+    plain, adapted = load_model(), load_model(exit_adapter=ADAPTER)
+    assert adapted.draft_settings(GenerationConfig()) == (3, 1) and len(adapted.draft_ids) == 6144
+    prompts = [*(prompt for _, prompt in human_eval_prompts(4)), [{"role": "user", "content": "Why is the sky blue?"}]]
+    expected = generate(plain, prompts, GenerationConfig("autoregressive", max_new_tokens=40, return_logits=True))
+    found = generate(adapted, prompts, GenerationConfig(max_new_tokens=40, return_logits=True))
+    for one, other in zip(found, expected, strict=True):
+        assert one.token_ids == other.token_ids and torch.equal(one.logits, other.logits)
+    assert sum(g.accepted for g in found) >= 0.3 * sum(g.drafted for g in found) > 0
