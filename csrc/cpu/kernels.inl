@@ -388,19 +388,19 @@ void Append(const float* k, const float* v, int64_t slot, int64_t kv_heads, int6
 
 // ---- rule 4 ----
 
-constexpr int kPairs = 6;       // (row, query head) pairs whose scores are folded side by side
-constexpr int kValuePairs = 3;  // the same for the weighted sum of values
+constexpr int kPairs = 6;  // (row, query head) pairs whose scores are folded side by side
 
-// What fits into registers beside that: 16-position tiles of keys, and 16-dimension groups of values.
+// The pairs whose weighted sums of values are, and what fits into registers beside: 16-position tiles of keys, and
+// 16-dimension groups of values.
 #if defined(LAYERSKIP_AVX512)
 constexpr int TilesAtOnce(int) { return 4; }
-constexpr int kValueGroups = 4;
+constexpr int kValuePairs = 3, kValueGroups = 4;
 #elif defined(LAYERSKIP_AVX2)
 constexpr int TilesAtOnce(int pairs) { return pairs == 1 ? 4 : pairs == 2 ? 3 : pairs == 3 ? 2 : 1; }
-constexpr int kValueGroups = 1;
+constexpr int kValuePairs = 6, kValueGroups = 1;
 #else
 constexpr int TilesAtOnce(int) { return 1; }
-constexpr int kValueGroups = 1;
+constexpr int kValuePairs = 3, kValueGroups = 1;
 #endif
 
 // The pairs of one block and what rule 4 keeps for each.
@@ -614,7 +614,7 @@ void FoldValues(PairBlock& block, int64_t first, const T* v, int64_t head_dim, i
       const T* v_jd = v + j * head_dim + d + g * kLanes;
       v_j[g] = kWhole ? Load(v_jd) : LoadFirst(v_jd, lanes);
     }
-#pragma GCC unroll 3
+#pragma GCC unroll 6
     for (int p = 0; p < kCount; ++p) {
       const float p_j = block.scores[first + p][at + j];
       if (kSum) l[p] += p_j;
