@@ -59,7 +59,7 @@ def add_commands(commands: Any) -> None:
         metavar="A,...",
         help="of which it may have, 1 or 2 (1)",
     )
-    adapt.add_argument("--passes", type=positive, default=12, metavar="N", help="over the texts, at most (12)")
+    adapt.add_argument("--passes", type=positive, default=4, metavar="N", help="over the texts, at most (4)")
     adapt.add_argument("--pilot-steps", type=positive, default=60, metavar="N", help="of each candidate's trial (60)")
     adapt.add_argument("--start-from", metavar="PATH", help="an adapter of this model to go on from")
     add_threads_option(adapt)

@@ -55,10 +55,10 @@ class AdaptSettings:
     adapter_layers: tuple[int, ...] = (1,)
     most_words: int = 8192
     pilot_steps: int = 60
-    passes: int = 12
+    passes: int = 4
     patience: int = 2
-    texts_per_step: int = 16
-    learning_rate: float = 1e-3
+    texts_per_step: int = 8
+    learning_rate: float = 1.5e-3
     seed: int = 0
 
 
@@ -97,7 +97,8 @@ class AdapterTraining:
         first = own.first_adapter(self.exit_layer, num_layers)
         if HEAD not in first:
             shuffled = random.Random(self.settings.seed).sample(self._trained_on, len(self._trained_on))
-            at_exit, at_end = ((self._states.at(layer, i) for i in shuffled) for layer in (self.exit_layer, last))
+            at_exit = (self._states.at(self.exit_layer, i) for i in shuffled)
+            at_end = (self._states.at(last, i) for i in shuffled)
             bare = AdapterInTraining(own.config, self.exit_layer, first)
             first = {**first, HEAD: own.head[self._vocab] @ lens(bare, at_exit, at_end, own.norm)}
         return AdapterInTraining(own.config, self.exit_layer, first)

@@ -139,6 +139,22 @@ def test_a_lens_reads_the_last_state(code_model):
         assert exact or moved > missed
 
 
+def test_a_training_starts_as_a_lens_from_its_exit(code_model, tmp_path):
+    """The head is the LM head after the lens between the right states, and right more often than that of others."""
+    training = training_for(code_model, tmp_path)
+    texts = write_texts(code_model, [], tmp_path / "texts", QUICK.num_tokens, QUICK.max_new_tokens)
+    own, last = OwnWeights("layerskip-tiny-code", [3]), code_model.config.num_layers
+    words = sorted({target for text in texts for target in text.targets if target != NOT_ASKED})
+    learnt = [text.tokens for i, text in enumerate(texts) if i % 16 != 8]
+    at_exit, at_end = zip(*(states_at_exits(code_model, [3, last], tokens) for tokens in learnt), strict=True)
+    expected = own.head[words] @ lens(
+        AdapterInTraining(own.config, 3, own.first_adapter(3, 1)), at_exit, at_end, own.norm
+    )
+    head = training.layers.tensors(torch.float32)["head.weight"]
+    torch.testing.assert_close(head, expected, rtol=1e-3, atol=1e-3)  # the texts come in another order
+    assert training.acceptances[0] > 0.2
+
+
 def test_a_training_resumes_to_the_same_bits(code_model, tmp_path, monkeypatch):
     whole = training_for(code_model, tmp_path / "whole")
     whole.run(tmp_path / "whole.safetensors")
