@@ -15,7 +15,8 @@ import yaml
 
 from layerskip_kernels import load_model
 from layerskip_kernels.training.adapt import Candidate, read_choice
-from layerskip_kernels.training.adapter_training import AdapterTraining, AdaptSettings, OwnWeights
+from layerskip_kernels.training.adapter_start import OwnWeights
+from layerskip_kernels.training.adapter_training import AdapterTraining, AdaptSettings
 from layerskip_kernels.training.config import read_config
 from layerskip_kernels.training.exit_states import ExitStates
 from layerskip_kernels.training.kept import check_checkpoints
@@ -39,9 +40,10 @@ from support.training import write_config
 
 with tempfile.TemporaryDirectory() as folder:
     write_directory(Path(folder), num_hidden_layers=3, vocab_size=128)
-    MODEL, OWN = replace(load_model(folder, torch.float32), tokenizer=Letters()), OwnWeights(folder, 1)
+    MODEL, OWN = replace(load_model(folder, torch.float32), tokenizer=Letters()), OwnWeights(folder, [1])
 TEXTS = [Text(random_tokens(9, 96, seed=n), random_tokens(9, 96, seed=n + 1)) for n in range(4)]
 LINES = "".join(json.dumps(asdict(text)) + "\n" for text in TEXTS)
+LAST = torch.zeros(2, MODEL.config.hidden_size)  # the states of a text of two tokens
 SETTINGS = AdaptSettings(exits=(1,), texts_per_step=2)
 
 
@@ -68,7 +70,8 @@ def _yaml_damage(raw: bytes, rng) -> bytes:
 
 
 def _training(folder: Path) -> AdapterTraining:
-    return AdapterTraining(MODEL, OWN, TEXTS, [*range(20)], 1, 1, replace(SETTINGS, passes=1), folder)
+    states = ExitStates(MODEL, (1, 3), [text.tokens for text in TEXTS], folder)
+    return AdapterTraining(OWN, TEXTS, states, [*range(20)], 1, 1, replace(SETTINGS, passes=1))
 
 
 def _state(folder: Path) -> Path:
@@ -97,7 +100,9 @@ KINDS = {
     "written": Kind(
         _file("000000.jsonl", LINES), damaged_bytes, lambda path: write_texts(MODEL, [], path.parent, 1, 2)
     ),
-    "judged": Kind(_file("given.jsonl", LINES), damaged_bytes, lambda path: judged_texts(MODEL, ["abcd"], path.parent)),
+    "judged": Kind(
+        _file("given.jsonl", LINES), damaged_bytes, lambda path: judged_texts(MODEL, [[1, 2]], [LAST], path)
+    ),
     "choice": Kind(_file("choice.json", json.dumps(CHOICE)), damaged_json, lambda path: read_choice(path, 3, 20)),
     "state": Kind(
         _state, lambda raw, rng: damaged_bytes(raw, rng, 3000), lambda path: _training(path.parent).run(path)
@@ -119,7 +124,7 @@ def test_states_in_the_place_of_which_there_is_no_file(tmp_path: Path, kind: str
     path.touch()
     put_no_file(path, kind)
     with time_limit(SECONDS_EACH), pytest.raises(ValueError, match=path.name):
-        ExitStates(MODEL, 1, [text.tokens for text in TEXTS], path)
+        ExitStates(MODEL, [1], [text.tokens for text in TEXTS], tmp_path)
 
 
 @pytest.mark.parametrize(
