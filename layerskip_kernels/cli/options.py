@@ -191,7 +191,7 @@ def add_model_options(parser: argparse.ArgumentParser, adapted: bool = True) -> 
     parser.add_argument(
         "--exit-adapter",
         metavar="PATH",
-        help="an exit_adapter.safetensors for this model, or its folder: drafts pass it",
+        help="an exit_adapter.safetensors for this model, its folder, or the name of a shipped one: drafts pass it",
     )
 
 

@@ -2,7 +2,7 @@
 
 The model stays bit for bit what it is: verification never sees the adapter. (In the family of Kangaroo, arXiv
 2404.18911, and the tuned lens, arXiv 2303.08112.) Each of the A layers is like one of the model's and has K and V of
-its own; with A = 0 the adapter is a final norm alone.
+its own; with A = 0 the adapter is a final norm and perhaps a head.
 
 A file ``exit_adapter.safetensors`` holds ``norm.weight`` [D] and ``layers.0.`` .. with the Hugging Face names of a
 layer's tensors, in 16 or 32 bits or quantised; and, where drafts have a head of their own, ``head.weight`` [N, D] with

@@ -126,7 +126,6 @@ def test_a_head_of_its_own_is_the_draft_vocabulary(backend):
         drafts = draft_step(model, cache, [sequence], EXIT, 3).of(0)
         assert set(drafts) <= set(among)
         cache.commit(verify_step(model, cache, Draft.of_tokens([sequence], [drafts])))
-    assert len(set(few)) == 4
     with pytest.raises(ValueError, match=r"draft_vocab must be among the \d+ tokens of the exit adapter's own head"):
         adapted.with_draft_vocab([0, 1])
     assert adapted.with_exit_adapter(None).draft_head is None
