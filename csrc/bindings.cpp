@@ -66,7 +66,8 @@ TORCH_LIBRARY(layerskip, m) {
   m.def(
       "verify_pass(Tensor[] weights, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor(c!) hidden_cache, Tensor tokens, "
       "Tensor positions, Tensor depths, Tensor query_start_loc, Tensor num_drafts, Tensor judged, "
-      "Tensor block_table, int[] ints, float[] floats) -> (Tensor num_accepted, Tensor next_tokens, Tensor logits)");
+      "Tensor block_table, int[] ints, float[] floats, int exit_layer, Tensor[] adapter, Tensor(d!)? adapter_k, "
+      "Tensor(e!)? adapter_v, int[] adapter_ints) -> (Tensor num_accepted, Tensor next_tokens, Tensor logits)");
 
   // Data movement in the cache, described in layerskip_kernels/ops/cache_ops.py; implemented in csrc/cuda/cache_ops.h.
   m.def(

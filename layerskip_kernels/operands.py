@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 __all__ = [
@@ -139,12 +140,13 @@ class CacheTensors(NamedTuple):
 class AdapterLayers(NamedTuple):
     """The layers of an exit adapter as run_layers takes them, and their pages in the cache: A + 1 layers of each.
 
-    The first stands for all that a row has passed up to the exit. It is never run: rows start at depth 1.
+    The first stands for the ``exit_layer`` layers that a row has passed. It is never run: rows start at depth 1.
     """
 
     weights: ModelWeights
     sizes: ModelSizes
     cache: CacheTensors
+    exit_layer: int
 
     @property
     def depth(self) -> int:
@@ -164,6 +166,15 @@ class PendingRows:
     depths: Tensor  # int32 [T]: layers passed so far
     query_start_loc: Tensor  # int32 [B + 1]
     block_table: Tensor  # int32 [B, max_blocks]: the pages of each sequence
+
+    def below(self, depth: int) -> PendingRows | None:
+        """Those of a lower depth, of the same sequences; None: there are none. ``depths`` must be on the host."""
+        chosen = self.depths < depth
+        if not chosen.any():
+            return None
+        starts = torch.nn.functional.pad(chosen.cumsum(0), (1, 0))[self.query_start_loc.long()].int()
+        there = chosen.nonzero()[:, 0].to(self.tokens.device, non_blocking=True)
+        return PendingRows(self.tokens[there], self.positions[there], self.depths[chosen], starts, self.block_table)
 
 
 @dataclass(frozen=True, eq=False)

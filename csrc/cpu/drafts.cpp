@@ -104,26 +104,6 @@ struct DraftBuffers {
   std::vector<SamplingScratch> scratch;  // of each thread
 };
 
-// The layers of an exit adapter and their pages, of which the first stand for all up to the exit and are never run.
-struct AdapterView {
-  ModelView model;
-  CacheView cache;
-};
-
-// None where `weights` is empty. Its tensors must outlive the view.
-std::optional<AdapterView> CheckedAdapter(TensorList weights, const OptionalTensor& k_pages,
-                                          const OptionalTensor& v_pages, const Tensor& hidden_cache,
-                                          const Tensor& block_table, const CacheView& cache, at::IntArrayRef ints,
-                                          at::ArrayRef<double> floats) {
-  TORCH_CHECK_VALUE(weights.empty() == !k_pages.has_value() && weights.empty() == !v_pages.has_value(),
-                    "adapter, adapter_k and adapter_v must be given together");
-  if (weights.empty()) return std::nullopt;
-  const CacheView pages = CheckedCache(*k_pages, *v_pages, hidden_cache, block_table, block_table.size(0));
-  TORCH_CHECK_VALUE(pages.num_layers >= 2 && pages.page_size == cache.page_size, "adapter_k has ", pages.num_layers,
-                    " layers of pages of ", pages.page_size, " positions, expected at least 2 of ", cache.page_size);
-  return AdapterView{CheckedModel(weights, *k_pages, hidden_cache, ints, floats), pages};
-}
-
 // One draft of some sequences: a move of one row each to the exit, one through the adapter if there is any, the LM
 // head, its confidence, and the choice of a token.
 class DraftCycle {
@@ -244,13 +224,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> draft_pass(
                     max_drafts);
   CheckRange("num_drafts", wanted, sequences, 0, max_drafts + 1);
   const CacheView cache = CheckedCache(k_cache, v_cache, hidden_cache, block_table, sequences);
-  TORCH_CHECK_VALUE(1 <= exit_layer && exit_layer < cache.num_layers, "exit_layer is ", exit_layer, ", expected 1..",
-                    cache.num_layers - 1);
+  CheckExit(exit_layer, cache);
   const ModelView model = CheckedModel(weights, k_cache, hidden_cache, ints, floats);
   const int64_t* position = positions.const_data_ptr<int64_t>();
   CheckRange("positions", position, sequences, 0, model.max_positions);
   const std::optional<AdapterView> adapted =
-      CheckedAdapter(adapter, adapter_k, adapter_v, hidden_cache, block_table, cache, adapter_ints, floats);
+      CheckedAdapter({adapter, adapter_k, adapter_v, adapter_ints}, hidden_cache, block_table, cache, floats);
   const DraftHead head = CheckedDraftHead(model, draft_head, draft_ids, k_cache.scalar_type());
   const DraftSampling settings(sampling, sequences);
   DraftStops stop_rule(stops, sequences, max_drafts);

@@ -262,6 +262,11 @@ void Head::Run(Team& team, const Kernels& kernels, const float* hidden) {
   });
 }
 
+SortedRows SortedRows::First(int64_t count) const {
+  const auto first = [count](const auto& all) { return std::decay_t<decltype(all)>(all.begin(), all.begin() + count); };
+  return {first(tokens), first(positions), first(slots), first(given), first(sequences), first(depths)};
+}
+
 Move::Move(const ModelView& model, const CacheView& cache, SortedRows rows, int64_t num_sequences, int64_t stop,
            bool keeps)
     : model_(model),

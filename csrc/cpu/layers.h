@@ -109,6 +109,7 @@ struct SortedRows {
   std::vector<int64_t> tokens, positions, slots, given;  // given: index before sorting
   std::vector<int32_t> sequences, depths;
   int64_t size() const { return static_cast<int64_t>(tokens.size()); }
+  SortedRows First(int64_t count) const;
 };
 
 // Row `token` of a packed embedding [V, D], in the model's dtype.

@@ -169,6 +169,11 @@ CacheView CheckedCache(const Tensor& k_cache, const Tensor& v_cache, const Tenso
           .max_blocks = block_table.size(1)};
 }
 
+void CheckExit(int64_t exit_layer, const CacheView& cache) {
+  TORCH_CHECK_VALUE(1 <= exit_layer && exit_layer < cache.num_layers, "exit_layer is ", exit_layer, ", expected 1..",
+                    cache.num_layers - 1);
+}
+
 PendingRows CheckedPendingRows(const Tensor& tokens, const Tensor& positions, const Tensor& depths,
                                const Tensor& query_start_loc) {
   CheckTensor("tokens", tokens, at::kLong, {kAny});
@@ -231,6 +236,20 @@ DraftHead CheckedDraftHead(const ModelView& model, const std::optional<Tensor>& 
   CheckRange("draft_ids", id, size, 0, model.vocab_size);
   TORCH_CHECK_VALUE(std::is_sorted(id, id + size, std::less_equal<int64_t>()), "draft_ids must ascend");
   return {CheckPacked("draft_head", *weight, dtype, size, model.sizes.hidden_size), size, id};
+}
+
+std::optional<AdapterView> CheckedAdapter(const AdapterTensors& adapter, const Tensor& hidden_cache,
+                                          const Tensor& block_table, const CacheView& cache,
+                                          at::ArrayRef<double> floats) {
+  const bool none = adapter.weights.empty();
+  TORCH_CHECK_VALUE(none == !adapter.k_pages.has_value() && none == !adapter.v_pages.has_value(),
+                    "adapter, adapter_k and adapter_v must be given together");
+  if (none) return std::nullopt;
+  const CacheView pages =
+      CheckedCache(*adapter.k_pages, *adapter.v_pages, hidden_cache, block_table, block_table.size(0));
+  TORCH_CHECK_VALUE(pages.num_layers >= 2 && pages.page_size == cache.page_size, "adapter_k has ", pages.num_layers,
+                    " layers of pages of ", pages.page_size, " positions, expected at least 2 of ", cache.page_size);
+  return AdapterView{CheckedModel(adapter.weights, *adapter.k_pages, hidden_cache, adapter.ints, floats), pages};
 }
 
 }  // namespace layerskip

@@ -15,6 +15,8 @@ ModelView CheckedModel(at::TensorList weights, const at::Tensor& k_cache, const 
 CacheView CheckedCache(const at::Tensor& k_cache, const at::Tensor& v_cache, const at::Tensor& hidden_cache,
                        const at::Tensor& block_table, int64_t num_sequences);
 
+void CheckExit(int64_t exit_layer, const CacheView& cache);
+
 // The rows of a call, by sequence: rows starts[b] .. starts[b + 1] belong to sequence b.
 struct PendingRows {
   const int64_t *tokens, *positions;
@@ -38,5 +40,23 @@ struct DraftHead {
 
 DraftHead CheckedDraftHead(const ModelView& model, const std::optional<at::Tensor>& weight,
                            const std::optional<at::Tensor>& ids, at::ScalarType dtype);
+
+// The layers of an exit adapter and their pages, of which the first stand for all up to the exit and are never run.
+struct AdapterView {
+  ModelView model;
+  CacheView cache;
+};
+
+// AdapterLayers as a call gives it: ModelWeights.flat, or nothing where there is no adapter.
+struct AdapterTensors {
+  at::TensorList weights;
+  const std::optional<at::Tensor>&k_pages, &v_pages;
+  at::IntArrayRef ints;
+};
+
+// `cache`: the model's; `floats`: of both. The tensors must outlive the view.
+std::optional<AdapterView> CheckedAdapter(const AdapterTensors& adapter, const at::Tensor& hidden_cache,
+                                          const at::Tensor& block_table, const CacheView& cache,
+                                          at::ArrayRef<double> floats);
 
 }  // namespace layerskip

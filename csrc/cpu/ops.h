@@ -71,7 +71,9 @@ std::tuple<Tensor, Tensor, Tensor> verify_pass(TensorList weights, Tensor k_cach
                                                const Tensor& tokens, const Tensor& positions, const Tensor& depths,
                                                const Tensor& query_start_loc, const Tensor& num_drafts,
                                                const Tensor& judged, const Tensor& block_table, at::IntArrayRef ints,
-                                               at::ArrayRef<double> floats);
+                                               at::ArrayRef<double> floats, int64_t exit_layer, TensorList adapter,
+                                               OptionalTensor adapter_k, OptionalTensor adapter_v,
+                                               at::IntArrayRef adapter_ints);
 
 Tensor empty_huge(int64_t num_bytes);
 int64_t pass_threads();

@@ -1,12 +1,36 @@
 // run_layers and verify_pass: tensors become views, rows become moves, and each pass is one parallel region.
 #include <ATen/ops/empty.h>
 
+#include <algorithm>
+
 #include "checks.h"
 #include "layers.h"
 #include "operands.h"
 #include "ops.h"
 
 namespace layerskip {
+
+namespace {
+
+// Raises rows below the exit to it, through the adapter there, and leaves its K and V; the hidden states that are kept
+// are the exit's.
+void PassAdapter(const ModelView& model, const AdapterView& adapter, const CacheView& cache, int64_t num_sequences,
+                 int64_t exit_layer, SortedRows& rows) {
+  const auto below = std::lower_bound(rows.depths.begin(), rows.depths.end(), exit_layer) - rows.depths.begin();
+  if (below == 0) return;
+  SortedRows lower = rows.First(below), at_exit = lower;
+  at_exit.depths.assign(below, 1);
+  Move to_exit(model, cache, std::move(lower), num_sequences, exit_layer);
+  Move onward(adapter.model, adapter.cache, std::move(at_exit), num_sequences, adapter.cache.num_layers,
+              /*keeps=*/false);
+  RunPass(VerifyKind(below), [&](Team& team) {
+    to_exit.Run(team);
+    onward.Run(team);
+  });
+  std::fill_n(rows.depths.begin(), below, static_cast<int32_t>(exit_layer));
+}
+
+}  // namespace
 
 void run_layers(TensorList weights, Tensor k_cache, Tensor v_cache, Tensor hidden_cache, const Tensor& tokens,
                 const Tensor& positions, const Tensor& depths, const Tensor& query_start_loc, const Tensor& block_table,
@@ -23,13 +47,22 @@ std::tuple<Tensor, Tensor, Tensor> verify_pass(TensorList weights, Tensor k_cach
                                                const Tensor& tokens, const Tensor& positions, const Tensor& depths,
                                                const Tensor& query_start_loc, const Tensor& num_drafts,
                                                const Tensor& judged, const Tensor& block_table, at::IntArrayRef ints,
-                                               at::ArrayRef<double> floats) {
+                                               at::ArrayRef<double> floats, int64_t exit_layer, TensorList adapter,
+                                               OptionalTensor adapter_k, OptionalTensor adapter_v,
+                                               at::IntArrayRef adapter_ints) {
   const PendingRows pending = CheckedPendingRows(tokens, positions, depths, query_start_loc);
   const int64_t sequences = pending.num_sequences;
   const CacheView cache = CheckedCache(k_cache, v_cache, hidden_cache, block_table, sequences);
   const ModelView model = CheckedModel(weights, k_cache, hidden_cache, ints, floats);
-  Move move(model, cache, CheckedRows(pending, block_table, model, cache), sequences, cache.num_layers);
+  SortedRows rows = CheckedRows(pending, block_table, model, cache);
   const DraftCounts counts = CheckedDraftCounts(num_drafts, judged, pending.starts, sequences);
+  const std::optional<AdapterView> adapted =
+      CheckedAdapter({adapter, adapter_k, adapter_v, adapter_ints}, hidden_cache, block_table, cache, floats);
+  if (adapted.has_value()) {
+    CheckExit(exit_layer, cache);
+    PassAdapter(model, *adapted, cache, sequences, exit_layer, rows);
+  }
+  Move move(model, cache, std::move(rows), sequences, cache.num_layers);
 
   // Judged rows, in the order given, by their index in the move.
   std::vector<int64_t> index_in_move(tokens.numel()), judged_rows;

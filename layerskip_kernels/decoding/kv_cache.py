@@ -19,7 +19,7 @@ from layerskip_kernels._kv import PagePool
 from layerskip_kernels.decoding.swap import SwappedKV, read_swapped, write_swapped
 from layerskip_kernels.decoding.types import CachedSequence, Verdict
 from layerskip_kernels.model.model import Model
-from layerskip_kernels.operands import CacheTensors
+from layerskip_kernels.operands import AdapterLayers, CacheTensors
 from layerskip_kernels.ops import cache_ops
 
 __all__ = ["CacheStats", "PagedKVCache"]
@@ -114,6 +114,13 @@ class PagedKVCache:
         if num_bytes < page_bytes:
             raise ValueError(f"memory must be at least {page_bytes} bytes, one page of this model, got {num_bytes}")
         return cls(model, num_bytes // page_bytes, page_size, prefix_sharing)
+
+    def adapter_layers(self, model: Model) -> AdapterLayers | None:
+        """The layers of the model's exit adapter with their pages here; None: there are none."""
+        adapter = model.exit_adapter
+        if adapter is None or not adapter.num_layers:
+            return None
+        return AdapterLayers(adapter.weights, adapter.sizes, self.adapter_tensors, adapter.exit_layer)
 
     @property
     def tensors(self) -> CacheTensors:

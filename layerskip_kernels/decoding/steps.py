@@ -13,12 +13,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from layerskip_kernels.decoding.adapting import adapt_rows, adapter_layers, raise_to_exit
 from layerskip_kernels.decoding.kv_cache import PagedKVCache
 from layerskip_kernels.decoding.sampling import Sampler, choose_tokens, draft_sampling, judge_drafts, judge_sampling
 from layerskip_kernels.decoding.types import CachedSequence, Draft, Verdict
 from layerskip_kernels.model.model import Model
 from layerskip_kernels.operands import DraftRows, DraftStops, PendingRows
+from layerskip_kernels.ops.adapting import adapt_rows
 
 __all__ = ["draft_step", "prefill", "verify_step"]
 
@@ -100,11 +100,12 @@ def verify_step(model: Model, cache: PagedKVCache, draft: Draft, samplers: Sampl
     in_pass = model.ops.draws_in_verification and not any(_processing(sequences, samplers))
     with rollback_on_error(cache, sequences):
         append_rows(cache, draft)
-        rows = raise_to_exit(model, cache, pending_rows(model, cache, draft))
+        rows = pending_rows(model, cache, draft)
         sampling = judge_sampling(model.ops, draft, samplers, model.config.vocab_size) if in_pass else None
         num_accepted, next_tokens, logits = model.ops.verify_pass(
-            model.weights, model.sizes, cache.tensors, rows, draft.num_tokens, draft.judged, sampling
-        )
+            model.weights, model.sizes, cache.tensors, rows, draft.num_tokens, draft.judged, sampling,
+            cache.adapter_layers(model),
+        )  # fmt: skip
         # One copy, for which the host waits once. Logits are large: only what is drawn on the host has them copied.
         wanted = [num_accepted, next_tokens, draft.tokens, *([logits] if any(samplers) and not in_pass else [])]
         num_accepted, next_tokens, drafted, *copied = model.ops.to_host(cache.k, *wanted)
@@ -169,7 +170,7 @@ def _draft_in_one_call(
     rejecting = [b for b, sampler in enumerate(samplers) if sampler is not None and sampler.rejects]
     drafted = model.ops.draft_pass(
         model.draft_weights, model.sizes, cache.tensors, rows, model.draft_head, exit_layer, max(counts),
-        draft_sampling(samplers), stops, bool(rejecting), adapter_layers(model, cache),
+        draft_sampling(samplers), stops, bool(rejecting), cache.adapter_layers(model),
     )  # fmt: skip
     scores = {b: drafted.scores[b, : int(drafted.counts[b])] for b in rejecting}
     confidences = {}
@@ -231,7 +232,7 @@ def _exit_logits(
         block_table=torch.from_numpy(cache.pool.block_table([s.id for s in sequences])),
     )
     model.ops.run_layers(model.weights, model.sizes, cache.tensors, rows, exit_layer)
-    hidden = adapt_rows(model, cache, rows)
+    hidden = adapt_rows(model.ops, cache.hidden, cache.adapter_layers(model), rows)
     weights, sizes, head = model.weights, model.sizes, model.draft_head
     weight, size = (weights.lm_head, sizes.vocab_size) if head is None else (head.weight, len(head.ids))
     found = model.ops.norm_head_argmax(hidden, model.draft_weights.final_norm, weight, size, *sizes.head)

@@ -221,4 +221,5 @@ class Backend(Protocol):
         num_drafts: Tensor,
         judged: Tensor,
         sampling: JudgeSampling | None = None,
+        adapter: AdapterLayers | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]: ...

@@ -30,6 +30,13 @@ __all__ = ["CpuOps"]
 _cpp = torch.ops.layerskip
 
 
+def _flat(adapter: AdapterLayers | None) -> tuple[list[Tensor], Tensor | None, Tensor | None, list[int]]:
+    """As the schemas of the two passes take it."""
+    if adapter is None:
+        return [], None, None, []
+    return adapter.weights.flat, adapter.cache.k, adapter.cache.v, adapter.sizes.ints
+
+
 class CpuOps(HostMemory):
     """Weights are packed in groups of output columns (``pack_weight``)."""
 
@@ -215,8 +222,7 @@ class CpuOps(HostMemory):
             weights.flat, cache.k, cache.v, cache.hidden, rows.tokens, rows.positions, rows.num_drafts,
             rows.block_table, head and head.weight, head and head.ids, sampling.flat if sampling else [],
             stops.flat if stops else [], exit_layer, max_drafts, keep_scores, sizes.ints, sizes.floats,
-            adapter.weights.flat if adapter else [], adapter and adapter.cache.k, adapter and adapter.cache.v,
-            adapter.sizes.ints if adapter else [],
+            *_flat(adapter),
         )  # fmt: skip
         return Drafted(*drafted)
 
@@ -229,10 +235,12 @@ class CpuOps(HostMemory):
         num_drafts: Tensor,
         judged: Tensor,
         sampling: JudgeSampling | None = None,
+        adapter: AdapterLayers | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         if sampling is not None:
             raise ValueError("backend 'cpu' does not draw tokens in verify_pass")
         return _cpp.verify_pass(
             weights.flat, cache.k, cache.v, cache.hidden, rows.tokens, rows.positions, rows.depths,
             rows.query_start_loc, num_drafts, judged, rows.block_table, sizes.ints, sizes.floats,
+            adapter.exit_layer if adapter else 0, *_flat(adapter),
         )  # fmt: skip

@@ -283,6 +283,11 @@ def verify_pass(
     block_table: Tensor,
     ints: list[int],
     floats: list[float],
+    exit_layer: int,
+    adapter: list[Tensor],
+    adapter_k: Tensor | None,
+    adapter_v: Tensor | None,
+    adapter_ints: list[int],
 ) -> tuple[Tensor, Tensor, Tensor]:
     judged_rows = torch.library.get_ctx().new_dynamic_size()  # sum(num_drafts + 1) depends on data
     logits = hidden_cache.new_empty(judged_rows, ints[2], dtype=torch.float32)

@@ -32,6 +32,7 @@ from layerskip_kernels.operands import (
     ModelWeights,
     PendingRows,
 )
+from layerskip_kernels.ops.adapting import adapt_rows
 from layerskip_kernels.ops.cpu import CpuOps
 from layerskip_kernels.triton_ops.graphs import KeptPasses
 
@@ -195,8 +196,13 @@ class TritonOps:
         num_drafts: Tensor,
         judged: Tensor,
         sampling: JudgeSampling | None = None,
+        adapter: AdapterLayers | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """As reference.verify_pass; the results stay on the device."""
+        if adapter is not None and (lower := rows.below(adapter.exit_layer)) is not None:
+            self.run_layers(weights, sizes, cache, lower, adapter.exit_layer)
+            adapt_rows(self, cache.hidden, adapter, lower)
+            rows = replace(rows, depths=rows.depths.clamp(min=adapter.exit_layer))
         with self._current():
             return self._steps.verify_pass(weights, sizes, cache, rows, num_drafts, judged, sampling)
 

@@ -44,7 +44,7 @@ def adapter_of(model, cache):
     if adapter is None:
         return None
     k, v = (pages[-1 - adapter.num_layers :].clone() for pages in cache[:2])
-    return AdapterLayers(adapter.weights, adapter.sizes, CacheTensors(k, v, cache.hidden))
+    return AdapterLayers(adapter.weights, adapter.sizes, CacheTensors(k, v, cache.hidden), adapter.exit_layer)
 
 
 def sampling(temperatures=(0.7, 1.0, 0.0, 1.5), top_ks=(0, 0, 0, 20), top_ps=(1.0, 1.0, 1.0, 0.9), min_p=0.01):

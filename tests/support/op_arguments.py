@@ -141,12 +141,11 @@ def arguments(name, quantised=None):
                 torch.ones(1), torch.tensor([5]), torch.ones(1).double(), torch.zeros(1), *[torch.tensor([1])] * 2
             ]  # fmt: skip
             stops = [torch.tensor([0.5]), torch.ones(1, 2), torch.zeros(1, 3)]
-            adapted = model.with_exit_adapter(2, random_adapter(model)).exit_adapter
-            pages = [torch.zeros_like(kept[:2]) for kept in cache[:2]]
             drawn = weights.flat, *cache, *one, table, head.weight, head.ids, sampling, stops, 2, 3, True, *sizes
-            return *drawn, adapted.weights.flat, *pages, adapted.sizes.ints
+            return *drawn, *adapter_arguments(model, cache)
         case "verify_pass":
-            return weights.flat, *cache, *rows, torch.tensor([2]), torch.tensor([True]), table, *sizes
+            judging = torch.tensor([2]), torch.tensor([True])
+            return weights.flat, *cache, *rows, *judging, table, *sizes, 2, *adapter_arguments(model, cache)
         case "copy_pages":
             return torch.tensor([0, 1]).int(), torch.tensor([2, 3]).int(), *cache, cache_ops.new_error()
         case "gather_kv":
@@ -156,6 +155,12 @@ def arguments(name, quantised=None):
             k, v = cache[0].new_ones(2, c.num_layers, 40, c.num_kv_heads, c.head_dim)
             return table[0], 3, k, v, *cache[:2], cache_ops.new_error()
     raise AssertionError(f"no arguments for {name}: add them here")
+
+
+def adapter_arguments(model, cache):
+    """What the two passes take of an exit adapter at exit 2."""
+    adapted = model.with_exit_adapter(2, random_adapter(model)).exit_adapter
+    return adapted.weights.flat, *(torch.zeros_like(kept[:2]) for kept in cache[:2]), adapted.sizes.ints
 
 
 def registered() -> list[str]:

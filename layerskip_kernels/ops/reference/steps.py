@@ -111,8 +111,7 @@ def draft_pass(
         page = table[torch.arange(count), positions // S].long()
         hidden = cache.hidden[page, positions % S]
         if adapter is not None:
-            at_exit, hidden = hidden, _adapted(adapter, pending, page, positions % S)
-            cache.hidden[page, positions % S] = at_exit
+            hidden = adapted(adapter, pending)
         chosen, logits = norm_head_argmax(hidden, weights.final_norm, head_weight, len(ids), *sizes.head)
         tokens[drafting] = ids[chosen]
         for b, row, position in zip(drafting.tolist(), logits, positions.tolist(), strict=True):
@@ -132,11 +131,18 @@ def draft_pass(
     return Drafted(drafts, counts, confidences, scores)
 
 
-def _adapted(adapter: AdapterLayers, rows: PendingRows, page: Tensor, offset: Tensor) -> Tensor:
-    """The hidden states of rows at the exit after an adapter's layers, [T, D]; those in the cache are overwritten."""
+def adapted(adapter: AdapterLayers, rows: PendingRows) -> Tensor:
+    """The hidden states of rows at the exit after an adapter's layers, [T, D]. Writes its K and V; the kept hidden
+    states stay those of the exit."""
+    S = adapter.cache.hidden.size(1)
+    sequence_of_row = torch.repeat_interleave(rows.query_start_loc.diff().long())
+    slots = rows.block_table[sequence_of_row, rows.positions // S].long(), rows.positions % S
+    at_exit = adapter.cache.hidden[slots]
     placed = replace(rows, depths=torch.ones_like(rows.depths))
     run_layers(adapter.weights, adapter.sizes, adapter.cache, placed, adapter.depth)
-    return adapter.cache.hidden[page, offset]
+    hidden = adapter.cache.hidden[slots]
+    adapter.cache.hidden[slots] = at_exit
+    return hidden
 
 
 def confidence(logits: Tensor) -> Tensor:
@@ -168,6 +174,7 @@ def verify_pass(
     num_drafts: Tensor,
     judged: Tensor,
     sampling: JudgeSampling | None = None,
+    adapter: AdapterLayers | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Raise every pending row to the last layer in one batched pass, and judge the drafts.
 
@@ -175,8 +182,13 @@ def verify_pass(
     rows are only raised (a chunk of a prompt), which has no drafts and no logits. Returns num_accepted int64 [B],
     next_tokens int64 [B] as accept_draft does and, for the last num_drafts[b] + 1 rows of each judged sequence, logits
     fp32 [sum(num_drafts + 1), V]. With no drafts this is plain decoding, and with many rows prefill. ``sampling``: how
-    the tokens are chosen from them; None: the greatest logit.
+    the tokens are chosen from them; None: the greatest logit. Rows that come to the exit of an ``adapter`` leave its K
+    and V on their way.
     """
+    if adapter is not None and (lower := rows.below(adapter.exit_layer)) is not None:
+        run_layers(weights, sizes, cache, lower, adapter.exit_layer)
+        adapted(adapter, lower)
+        rows = replace(rows, depths=rows.depths.clamp(min=adapter.exit_layer))
     run_layers(weights, sizes, cache, rows, len(weights.layers))
     S = cache.hidden.size(1)
     sequence_of_row = torch.repeat_interleave(rows.query_start_loc.diff().long())
