@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from layerskip_kernels.errors import shown
+from layerskip_kernels.machine import has_bf16_units
 from layerskip_kernels.model.exit_adapter import HEAD
 from layerskip_kernels.model.files import whole
 from layerskip_kernels.model.json_file import parse_json
@@ -79,7 +80,7 @@ class AdapterTraining:
         num_layers: int,
         settings: AdaptSettings,
     ) -> None:
-        self.exit_layer, self.settings = exit_layer, settings
+        self.exit_layer, self.settings, self._bf16 = exit_layer, settings, has_bf16_units()
         self._own, self._texts, self._states = own, texts, states
         self._vocab = torch.tensor(vocab)
         self._word_of = torch.full((own.head.size(0),), UNKNOWN)
@@ -143,9 +144,11 @@ class AdapterTraining:
             group["lr"] = self.settings.learning_rate * _schedule(self.step, planned)
         states, real = self._batch(chosen, self.exit_layer)
         last, _ = self._batch(chosen, self._own.config.num_layers)
-        logits = self.layers.logits(self.layers(states)[real])
-        with torch.no_grad():
-            told = self.layers.logits(self.layers.norm(last[real], self._own.norm), self._own.head[self._vocab])
+        with torch.autocast("cpu", torch.bfloat16, enabled=self._bf16):
+            logits = self.layers.logits(self.layers(states)[real]).float()
+            with torch.no_grad():
+                normed = self.layers.norm(last[real], self._own.norm)
+                told = self.layers.logits(normed, self._own.head[self._vocab]).float()
         loss = SOFT * cross_entropy(logits, told.softmax(-1)) + (1 - SOFT) * cross_entropy(logits, told.argmax(-1))
         self._optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
