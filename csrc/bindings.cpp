@@ -47,6 +47,7 @@ TORCH_LIBRARY(layerskip, m) {
 
   m.def("philox(Tensor counters, int seed) -> Tensor");
   m.def("gumbel(Tensor words) -> Tensor");
+  m.def("edit_logits(Tensor logits, Tensor sequences, Tensor positions, Tensor preceding, Tensor[] edits) -> Tensor");
   m.def("filter_logits(Tensor scores, Tensor temperatures, Tensor top_ks, Tensor top_ps, Tensor min_ps) -> Tensor");
   m.def("gumbel_argmax(Tensor scores, Tensor positions, Tensor seeds, Tensor samples, Tensor noisy) -> Tensor");
   m.def(
@@ -107,6 +108,7 @@ TORCH_LIBRARY_IMPL(layerskip, CPU, m) {
   m.impl("accept_draft", &InContractMode<&layerskip::accept_draft>::Run);
   m.impl("philox", &InContractMode<&layerskip::philox>::Run);
   m.impl("gumbel", &InContractMode<&layerskip::gumbel>::Run);
+  m.impl("edit_logits", &InContractMode<&layerskip::edit_logits>::Run);
   m.impl("filter_logits", &InContractMode<&layerskip::filter_logits>::Run);
   m.impl("gumbel_argmax", &InContractMode<&layerskip::gumbel_argmax>::Run);
   m.impl("rejection_sample", &InContractMode<&layerskip::rejection_sample>::Run);

@@ -16,7 +16,7 @@ from torch import Tensor
 
 __all__ = [
     "AdapterLayers", "CacheTensors", "DraftHead", "DraftRows", "DraftSampling", "DraftStops", "Drafted",
-    "JudgeSampling", "LayerWeights",
+    "JudgeSampling", "LayerWeights", "LogitEdits",
     "ModelSizes", "ModelWeights", "PendingRows",
 ]  # fmt: skip
 
@@ -196,10 +196,38 @@ class DraftHead:
 
 
 @dataclass(frozen=True, eq=False)
-class DraftSampling:
-    """How the drafts of B sequences are drawn: filter_logits, then gumbel_argmax at the draft's position.
+class LogitEdits:
+    """Bias, penalties and a least length of B sequences: what edit_logits does to their logits before all else.
 
-    A sequence of temperature 0 takes its exit's greatest logit.
+    Of each sequence up to E tokens are listed, each once: those with a bias, those that the penalties are for, those
+    that end its text. A penalty of 1 (repetitions) or 0 (the others) is none.
+    """
+
+    repetitions: Tensor  # fp32 [B]: of tokens in the prompt or generated
+    frequencies: Tensor  # fp32 [B]: of tokens generated, for each time
+    presences: Tensor  # fp32 [B]: of tokens generated
+    least_positions: Tensor  # int64 [B]: no token before that position may end the text
+    ids: Tensor  # int64 [B, E], -1 beyond a sequence's own
+    biases: Tensor  # fp32 [B, E]; -0.0, which leaves every number as it is: none
+    counts: Tensor  # int64 [B, E]: times generated; -1: not in the prompt either
+    ends: Tensor  # bool [B, E]: whether the token ends the text
+
+    @property
+    def flat(self) -> list[Tensor]:
+        """As the schemas in csrc/bindings.cpp take them; csrc/cpu/edits.cpp reads them."""
+        return [getattr(self, field.name) for field in fields(self)]
+
+    def changes(self, b: int) -> bool:
+        """Whether sequence ``b`` has any, so that its greatest logit may be another one."""
+        neutral = self.repetitions[b] == 1 and self.frequencies[b] == 0 and self.presences[b] == 0
+        return not neutral or bool((self.ids[b] >= 0).any())
+
+
+@dataclass(frozen=True, eq=False)
+class DraftSampling:
+    """How the drafts of B sequences are drawn: edit_logits, filter_logits, then gumbel_argmax at the draft's position.
+
+    A sequence of temperature 0 takes the greatest of its exit's logits, edited.
     """
 
     temperatures: Tensor  # fp32 [B]
@@ -208,11 +236,22 @@ class DraftSampling:
     min_ps: Tensor  # fp32 [B]
     seeds: Tensor  # int64 [B]
     samples: Tensor  # int64 [B]
+    edits: LogitEdits | None = None
 
     @property
     def flat(self) -> list[Tensor]:
-        """As the schema in csrc/bindings.cpp takes them."""
-        return [getattr(self, field.name) for field in fields(self)]
+        """As the schema in csrc/bindings.cpp takes them: 6 tensors, and those of the edits."""
+        own = [self.temperatures, self.top_ks, self.top_ps, self.min_ps, self.seeds, self.samples]
+        return own + (self.edits.flat if self.edits else [])
+
+    @classmethod
+    def of_flat(cls, flat: list[Tensor]) -> DraftSampling:
+        temperatures, top_ks, top_ps, min_ps, seeds, samples, *edits = flat
+        return cls(temperatures, top_ks, top_ps, min_ps, seeds, samples, LogitEdits(*edits) if edits else None)
+
+    def changes(self, b: int) -> bool:
+        """Whether sequence ``b`` may take another token than the greatest of its exit's logits."""
+        return bool(self.temperatures[b] != 0) or (self.edits is not None and self.edits.changes(b))
 
 
 @dataclass(frozen=True, eq=False)
@@ -220,13 +259,14 @@ class JudgeSampling:
     """How the tokens after J judged rows are chosen: drawn, as drafts are, each row with its own settings.
 
     Drafts of ``rejecting`` sequences are judged by the rejection rule: ``draft_scores`` are what they were drawn from,
-    sequence by sequence.
+    sequence by sequence. ``edits`` are the sequences', their drafts not being counted.
     """
 
-    draws: DraftSampling  # of J rows
+    draws: DraftSampling  # of J rows, without edits
     positions: Tensor  # int64 [J]: of the tokens to be chosen
     rejecting: tuple[bool, ...]  # B
     draft_scores: Tensor  # fp32 [R, V]: of the drafts of rejecting sequences
+    edits: LogitEdits | None = None  # of B sequences
 
 
 @dataclass(frozen=True, eq=False)
@@ -245,10 +285,6 @@ class DraftStops:
     def flat(self) -> list[Tensor]:
         """As the schema in csrc/bindings.cpp takes them."""
         return [self.edges, self.acceptance, self.least]
-
-    def of(self, sequences: list[int], max_drafts: int) -> DraftStops:
-        """Those of some sequences, which draft this many tokens at most."""
-        return DraftStops(self.edges, self.acceptance[sequences], self.least[sequences, :max_drafts].contiguous())
 
 
 class Drafted(NamedTuple):

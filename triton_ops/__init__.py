@@ -8,6 +8,7 @@ this folder.
 
 from .accept_draft import accept_draft
 from .down_residual import down_residual
+from .edit_logits import edit_logits
 from .elementwise import embed_tokens, exp, gelu, inverse_sqrt, linear, log, silu, tanh
 from .errors import check_error, error_of, raise_noted
 from .norm_gate_up_act import norm_gate_up_act
@@ -28,6 +29,7 @@ __all__ = [
     "check_error",
     "down_residual",
     "draft_pass",
+    "edit_logits",
     "embed_tokens",
     "error_of",
     "exp",

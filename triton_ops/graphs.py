@@ -11,6 +11,7 @@ import warnings
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import replace
 from threading import RLock
 from typing import Any
 
@@ -24,12 +25,14 @@ from layerskip_kernels.operands import (
     DraftRows,
     DraftSampling,
     JudgeSampling,
+    LogitEdits,
     ModelSizes,
     ModelWeights,
     PendingRows,
 )
 
 from .contract import CHUNK
+from .edit_logits import columns_of_ids, with_room
 from .launch import blocks
 from .paged_attention import ScratchMemory
 from .steps import Adapter, DraftPass, Drawing, Llama, PagedCache, VerifyPass, head_of
@@ -141,7 +144,8 @@ class KeptPasses:
         counts = rows.num_drafts.tolist()
         weight, size, ids = head_of(weights, sizes, head)
         width = table_width(rows.block_table.size(1), cache.hidden.size(1))
-        drawing, others = Drawing.of(sampling), sampling.flat if sampling else []
+        edits = with_room(sampling.edits) if sampling and sampling.edits else None
+        drawing, others = Drawing.of(sampling, edits), replace(sampling, edits=edits).flat if sampling else []
 
         def make() -> tuple[StaticInputs, Recorded]:
             inputs = StaticInputs(len(counts), len(counts), width, cache.k.device, others)
@@ -153,9 +157,12 @@ class KeptPasses:
             def adapted() -> Adapter | None:
                 return Adapter(onward, pages()) if onward is not None and pages is not None else None
 
-            draft = DraftPass(llama, paged(), counts, max_drafts, weight, size, drawing, keep_scores, adapted())
             device_ids = None if ids is None else ids.to(inputs.tokens.device)
-            settings = DraftSampling(*inputs.others) if drawing else None
+            columns = columns_of_ids(device_ids, sizes.vocab_size) if device_ids is not None else None
+            draft = DraftPass(
+                llama, paged(), counts, max_drafts, weight, size, drawing, keep_scores, adapted(), columns
+            )  # fmt: skip
+            settings = DraftSampling.of_flat(inputs.others) if drawing else None
             return inputs, Recorded(
                 lambda: draft.run(
                     llama,
@@ -184,18 +191,26 @@ class KeptPasses:
         width = table_width(rows.block_table.size(1), cache.hidden.size(1))
 
         kept = len(rows.tokens) <= MAX_KEPT_ROWS
-        drawing, rejecting = Drawing.of(sampling.draws if sampling else None), sampling.rejecting if sampling else ()
+        edits = with_room(sampling.edits) if sampling and sampling.edits else None
+        drawing, rejecting = (
+            Drawing.of(sampling.draws if sampling else None, edits),
+            sampling.rejecting if sampling else (),
+        )
         others = [*sampling.draws.flat, sampling.positions, sampling.draft_scores] if sampling else []
+        others += edits.flat if edits else []
 
         def make() -> tuple[StaticInputs, Recorded]:
             inputs = StaticInputs(len(rows.tokens), len(num_drafts), width, cache.k.device, others)
             scratch = self._shared(cache.k).scratch if kept else ScratchMemory()
             llama, paged = Llama(weights, sizes), _weak_cache(cache, inputs, scratch)
             verify = VerifyPass(llama, paged(), *kind, drawing, rejecting)
-            draws = DraftSampling(*inputs.others[:-2]) if drawing else None
-            positions, scores = inputs.others[-2:] if drawing else (None, None)
+            draws = DraftSampling.of_flat(inputs.others[:6]) if drawing else None
+            positions, scores = inputs.others[6:8] if drawing else (None, None)
+            own_edits = LogitEdits(*inputs.others[8:]) if edits else None
             return inputs, Recorded(
-                lambda: verify.run(llama, paged(), inputs.tokens, inputs.positions, draws, positions, scores),
+                lambda: verify.run(
+                    llama, paged(), inputs.tokens, inputs.positions, draws, positions, scores, own_edits
+                ),
                 inputs.tokens.is_cuda,
             )
 

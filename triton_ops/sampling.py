@@ -8,12 +8,14 @@ draft's next token, accept_draft) takes the best of those. Moves a row of scores
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from layerskip_kernels.operands import DraftSampling
+from layerskip_kernels.operands import DraftSampling, LogitEdits
 
 from .contract import exp
 from .errors import BAD_SCORES, check_error, new_error
@@ -22,7 +24,7 @@ from .launch import OPTIONS, blocks
 from .norm_head_argmax import Candidates, take_targets
 from .random import TOKEN_STREAM, noise_of, noise_of_ids
 
-__all__ = ["Chooser", "filter_logits", "gumbel_argmax"]
+__all__ = ["Chooser", "Drawing", "filter_logits", "gumbel_argmax"]
 
 
 @triton.jit
@@ -133,6 +135,27 @@ class Chooser:
             num_warps=4,
             **OPTIONS,
         )
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """What decides the launches that draw tokens: whether any row is cut by top-k, or by top-p, and how many tokens'
+    logits of each sequence may be edited."""
+
+    top_k: bool
+    top_p: bool
+    edits: int = 0
+
+    @classmethod
+    def of(cls, sampling: DraftSampling | None, edits: LogitEdits | None) -> Drawing | None:
+        """Reads the settings, which are on the host."""
+        if sampling is None:
+            return None
+        listed = 0 if edits is None else edits.ids.size(1)
+        return cls(bool((sampling.top_ks > 0).any()), bool((sampling.top_ps < 1).any()), listed)
+
+    def chooser(self, num_rows: int, size: int, device: torch.device) -> Chooser:
+        return Chooser(num_rows, size, self.top_k, self.top_p, device)
 
 
 def filter_logits(scores: Tensor, temperatures: Tensor, top_ks: Tensor, top_ps: Tensor, min_ps: Tensor) -> Tensor:

@@ -16,12 +16,14 @@ from layerskip_kernels.operands import (
     DraftHead,
     DraftRows,
     DraftSampling,
+    LogitEdits,
     ModelSizes,
     ModelWeights,
     PendingRows,
 )
 
 from .accept_draft import accept_candidates
+from .edit_logits import Preceding, edit_rows
 from .errors import error_of
 from .integer_rows import forms_of
 from .join_rows import join_rows
@@ -31,7 +33,7 @@ from .norm_qkv_rope_append import qkv_rope_append
 from .out_residual import linear_residual
 from .paged_attention import ScratchMemory, attend
 from .rejection_sample import Rejection
-from .sampling import Chooser
+from .sampling import Drawing
 from .transfer import to_device
 from .workspace import BufferSizes, Move, int32
 
@@ -152,24 +154,6 @@ def run_layers(weights: ModelWeights, sizes: ModelSizes, cache: CacheTensors, ro
     raise_rows(llama, paged, move, rows.tokens, rows.positions, stop)
 
 
-@dataclass(frozen=True)
-class Drawing:
-    """What decides the launches that draw tokens: whether any row is cut by top-k, or by top-p."""
-
-    top_k: bool
-    top_p: bool
-
-    @classmethod
-    def of(cls, sampling: DraftSampling | None) -> Drawing | None:
-        """Reads the settings, which are on the host."""
-        if sampling is None:
-            return None
-        return cls(bool((sampling.top_ks > 0).any()), bool((sampling.top_ps < 1).any()))
-
-    def chooser(self, num_rows: int, size: int, device: torch.device) -> Chooser:
-        return Chooser(num_rows, size, self.top_k, self.top_p, device)
-
-
 @dataclass(frozen=True, eq=False)
 class Adapter:
     """An exit adapter's layers with their pages (AdapterLayers); rows at the exit are at depth 1."""
@@ -185,7 +169,9 @@ class DraftPass:
     def __init__(
         self, llama: Llama, cache: PagedCache, num_drafts: list[int], max_drafts: int, head: Tensor, head_size: int,
         drawing: Drawing | None = None, keep_scores: bool = False, adapter: Adapter | None = None,
+        columns: Tensor | None = None,
     ) -> None:  # fmt: skip
+        """columns int32 [V]: where each token stands in the head's rows, for edits (None: token n is column n)."""
         sizes = llama.buffer_sizes(cache, head)
         adapter_sizes = adapter.llama.buffer_sizes(adapter.cache, head) if adapter else sizes
         self.moves: list[tuple[Move, Move | None]] = []
@@ -204,6 +190,12 @@ class DraftPass:
         self.drafts = torch.full((len(num_drafts), max_drafts), -1, dtype=torch.int64, device=sizes.device)
         self.chooser = drawing.chooser(len(num_drafts), head_size, sizes.device) if drawing else None
         self.logits = torch.empty(len(num_drafts), head_size, device=sizes.device) if drawing else None
+        self.columns, count = columns, len(num_drafts)
+        firsts = torch.arange(0, count * max_drafts, max_drafts, dtype=torch.int32, device=sizes.device)
+        self.preceding = [
+            Preceding(firsts, torch.full((count,), i, dtype=torch.int32, device=sizes.device), i)
+            for i in range(len(self.moves) if drawing and drawing.edits else 0)
+        ]
         kept = len(num_drafts) if keep_scores else 0
         # Tokens outside a draft vocabulary are never written.
         self.scores = torch.full((kept, max_drafts, llama.sizes.vocab_size), -torch.inf, device=sizes.device)
@@ -227,6 +219,11 @@ class DraftPass:
             )  # fmt: skip
             candidates = self.candidates
             if self.chooser is not None and self.logits is not None and sampling is not None:
+                if sampling.edits is not None:
+                    edit_rows(
+                        self.logits, move.sequence_of_row, move.sequence_of_row, positions, self.drafts,
+                        self.preceding[i], sampling.edits, llama.sizes.vocab_size, self.columns, position_step=i + 1,
+                    )  # fmt: skip
                 self.chooser.run(
                     self.logits, self.logits, move.sequence_of_row, sampling, positions, error, position_step=i + 1,
                     ids=draft_ids, kept=self.scores if len(self.scores) else None, kept_row=i,
@@ -251,6 +248,7 @@ class VerifyPass:
         first_judged: list[int] = []
         rejecting_rows: list[int] = []  # among the judged
         draft_places: list[int] = []  # among the tokens
+        judged_of: list[tuple[int, int, int]] = []  # the sequence, where its drafts begin, how many are before the row
         for b, drafts in enumerate(num_drafts):
             first_judged.append(len(judged_rows))
             if judged[b] and any(rejecting[b : b + 1]):
@@ -259,10 +257,12 @@ class VerifyPass:
             if judged[b]:
                 rows = range(starts[b + 1] - drafts - 1, starts[b + 1])
                 judged_rows += [self.move.place[given] for given in rows]
+                judged_of += [(b, starts[b + 1] - drafts, i) for i in range(drafts + 1)]
         self.judged_rows, self.first_judged, self.ends, self.num_drafts, self.judged, *of_drawing = to_device(
             device, int32(judged_rows), int32(first_judged), int32(starts[1:]),
             torch.tensor(num_drafts, dtype=torch.int64), torch.tensor(judged, dtype=torch.bool),
             int32(list(range(len(judged_rows)))), int32(rejecting_rows), int32(draft_places),
+            *(int32(list(column)) for column in zip(*judged_of, strict=True)),
         )  # fmt: skip
         self.num_accepted, self.next_tokens = torch.empty_like(self.num_drafts), torch.empty_like(self.num_drafts)
         self.most_drafts = max(num_drafts, default=0)
@@ -271,14 +271,15 @@ class VerifyPass:
         self.targets = torch.empty(len(judged_rows), dtype=torch.int64, device=device)
         self.logits = torch.empty(len(judged_rows), vocab_size, device=device)
         self.chooser = drawing.chooser(len(judged_rows), vocab_size, device) if drawing else None
-        self.rows, rejecting_row, draft_place = of_drawing
+        self.rows, rejecting_row, draft_place, *of_judged = of_drawing
+        self.edited = None if not of_judged else (of_judged[0], Preceding(of_judged[1], of_judged[2], self.most_drafts))
         self.rejection = Rejection(rejecting_row, draft_place, vocab_size) if rejecting_rows else None
         self.scores = torch.empty_like(self.logits if drawing else self.logits[:0])
 
     def run(
         self, llama: Llama, cache: PagedCache, tokens: Tensor, positions: Tensor,
         sampling: DraftSampling | None = None, chosen_positions: Tensor | None = None,
-        draft_scores: Tensor | None = None,
+        draft_scores: Tensor | None = None, edits: LogitEdits | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         raise_rows(llama, cache, self.move, tokens, positions, len(llama.weights.layers))
         if len(self.judged_rows):  # chunks of prompts alone need no token
@@ -288,7 +289,7 @@ class VerifyPass:
             )  # fmt: skip
         candidates: Candidates | None = self.candidates
         if sampling is not None and chosen_positions is not None and len(self.judged_rows):
-            self._draw(tokens, sampling, chosen_positions, draft_scores, error_of(cache.k))
+            self._draw(tokens, sampling, chosen_positions, draft_scores, edits, error_of(cache.k))
             candidates = None
         accept_candidates(
             tokens=tokens, ends=self.ends, first_judged=self.first_judged, num_drafts=self.num_drafts,
@@ -298,13 +299,18 @@ class VerifyPass:
         return self.num_accepted, self.next_tokens, self.logits
 
     def _draw(
-        self, tokens: Tensor, sampling: DraftSampling, positions: Tensor, draft_scores: Tensor | None, error: Tensor
+        self, tokens: Tensor, sampling: DraftSampling, positions: Tensor, draft_scores: Tensor | None,
+        edits: LogitEdits | None, error: Tensor,
     ) -> None:  # fmt: skip
         """The targets, drawn from the logits; those that judge a draft by the rejection rule, by it."""
         chooser, rejection = self.chooser, self.rejection
         assert chooser is not None
-        kept = self.scores.view(len(self.scores), 1, -1) if rejection is not None else None
-        chooser.run(self.logits, self.scores, self.rows, sampling, positions, error, kept=kept)
+        kept, logits = self.scores.view(len(self.scores), 1, -1) if rejection is not None else None, self.logits
+        if edits is not None and self.edited is not None:
+            sequences, preceding = self.edited
+            logits = self.scores.copy_(self.logits)  # which are the model's own to those who ask for them
+            edit_rows(logits, sequences, self.rows, positions, tokens, preceding, edits, logits.size(1))
+        chooser.run(logits, self.scores, self.rows, sampling, positions, error, kept=kept)
         take_targets(chooser.candidates, self.rows, self.targets, error)
         if rejection is not None and draft_scores is not None:
             rejection.run(

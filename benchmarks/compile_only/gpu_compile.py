@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from layerskip_kernels.model_config import ModelConfig
-from layerskip_kernels.operands import DraftSampling, LayerWeights, ModelSizes, ModelWeights
+from layerskip_kernels.operands import DraftSampling, LayerWeights, LogitEdits, ModelSizes, ModelWeights
 from layerskip_kernels.triton_ops import steps
 from layerskip_kernels.triton_ops.graphs import table_width
 from layerskip_kernels.triton_ops.packing import num_steps
@@ -194,8 +194,8 @@ def record(config: ModelConfig, numbers: str, step: Step) -> list[Launch]:
 
 
 def record_sampling(config: ModelConfig, rows: int) -> list[Launch]:
-    """The launches that draw tokens of so many rows, every filter on, out of the whole vocabulary and out of a smaller
-    one, and that judge drafts by the rejection rule. Raises RuntimeError if they wait for the device."""
+    """The launches that edit logits and draw tokens of so many rows, with every filter, out of all tokens and out of a
+    few, and that judge drafts by the rejection rule. Raises RuntimeError if they wait for the device."""
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(*shape, dtype=dtype, device="meta")
@@ -207,10 +207,13 @@ def record_sampling(config: ModelConfig, rows: int) -> list[Launch]:
     chooser = steps.Drawing(top_k=True, top_p=True).chooser(rows, size, torch.device("meta"))
     rejection, kept = steps.Rejection(indices, indices, size), empty(rows, 1, size)
     ids = empty(size, dtype=torch.int64)
+    listed = [empty(rows, 64, dtype=dtype) for dtype in (torch.int64, torch.float32, torch.int64, torch.bool)]
+    edits, before = LogitEdits(reals, reals, reals, numbers, *listed), steps.Preceding(indices, indices, 4)
     launches: list[Launch] = []
     with recording(launches), StaysOnDevice():
         for known in (None, ids):
-            logits = empty(rows, size)
+            logits, columns = empty(rows, size), None if known is None else empty(size, dtype=torch.int32)
+            steps.edit_rows(logits, indices, indices, numbers, numbers, before, edits, size, columns, 3)
             chooser.run(logits, logits, indices, sampling, numbers, error, 3, ids=known, kept=kept, kept_row=2)
         steps.take_targets(chooser.candidates, indices, numbers, error)
         scores = kept.view(rows, size)

@@ -7,6 +7,7 @@
 #include <optional>
 
 #include "checks.h"
+#include "edits.h"
 #include "layers.h"
 #include "operands.h"
 #include "ops.h"
@@ -18,17 +19,21 @@ namespace {
 
 constexpr int64_t kMassPiece = 4096;  // columns whose probabilities one thread sums at a time
 
-// A sequence that drafts, and the row that it drafts from.
+// A sequence that drafts, the row that it drafts from, and what it drafted before.
 struct Drafting {
   int64_t sequence, token, position;
+  const int64_t* drafted;
+  int64_t num_drafted;
 };
 
-// DraftSampling.flat: the settings of each sequence. Temperature 0: the exit's greatest logit.
+// DraftSampling.flat: the settings of each sequence. Temperature 0: the greatest of the exit's logits, edited.
 class DraftSampling {
  public:
-  DraftSampling(TensorList settings, int64_t sequences) : draws_(!settings.empty()) {
+  DraftSampling(TensorList settings, int64_t sequences, int64_t vocab_size)
+      : draws_(!settings.empty()), edits_(settings.slice(std::min<size_t>(6, settings.size())), sequences, vocab_size) {
     if (!draws_) return;
-    TORCH_CHECK_VALUE(settings.size() == 6, "sampling must hold 6 tensors or none, got ", settings.size());
+    TORCH_CHECK_VALUE(settings.size() >= 6, "sampling must hold 6 tensors, those of edits or none, got ",
+                      settings.size());
     CheckTensor("temperatures", settings[0], at::kFloat, {sequences});
     CheckTensor("top_ks", settings[1], at::kLong, {sequences});
     CheckTensor("top_ps", settings[2], at::kDouble, {sequences});
@@ -46,7 +51,10 @@ class DraftSampling {
   }
 
   bool draws() const { return draws_; }
-  bool draws(int64_t b) const { return draws_ && temperatures_[b] != 0.0f; }
+  bool noisy(int64_t b) const { return draws_ && temperatures_[b] != 0.0f; }
+  // Whether sequence b may take another token than the greatest of its exit's logits.
+  bool changes(int64_t b) const { return noisy(b) || edits_.Changes(b); }
+  const LogitEdits& edits() const { return edits_; }
   Filters filters(int64_t b) const { return {temperatures_[b], top_ks_[b], top_ps_[b], min_ps_[b]}; }
   NoiseKey key(int64_t b, int64_t position) const {
     return {static_cast<uint64_t>(seeds_[b]), static_cast<uint32_t>(position), Stream::kToken,
@@ -55,6 +63,7 @@ class DraftSampling {
 
  private:
   bool draws_;
+  LogitEdits edits_;
   const float *temperatures_ = nullptr, *min_ps_ = nullptr;
   const int64_t *top_ks_ = nullptr, *seeds_ = nullptr, *samples_ = nullptr;
   const double* top_ps_ = nullptr;
@@ -160,7 +169,7 @@ class DraftCycle {
     team.ForEach(Count(), 1, [&](int64_t r, int64_t) {
       const double total = static_cast<double>(totals_[r].load());
       if (total > 0.0) confidences[r] = static_cast<float>(static_cast<double>(kMassOne) / total);
-      tokens[r] = sampling_.draws(drafting_[r].sequence) ? Drawn(r, team.rank) : IdOf(head_->tokens[r]);
+      tokens[r] = sampling_.changes(drafting_[r].sequence) ? Drawn(r, team.rank) : IdOf(head_->tokens[r]);
       if (tokens[r] < 0) all_chosen_ = false;
     });
   }
@@ -177,16 +186,22 @@ class DraftCycle {
 
   // The token drawn for row r, or -1. Noise goes by token ids, so scores are spread over all of them.
   int64_t Drawn(int64_t r, int64_t thread) {
-    const int64_t b = drafting_[r].sequence, size = draft_head_.size, vocab_size = model_.vocab_size;
+    const auto& [b, token, position, drafted, num_drafted] = drafting_[r];
+    const int64_t size = draft_head_.size, vocab_size = model_.vocab_size;
+    float* logits = buffers_.logits + r * size;
+    if (sampling_.edits().Changes(b))
+      sampling_.edits().Apply({logits, size, draft_head_.ids}, b, position + 1, drafted, num_drafted);
     SamplingScratch& scratch = buffers_.scratch[thread];
     float* scores = kept_scores_.empty() ? buffers_.scores + r * vocab_size : kept_scores_[b];
     float* filtered = draft_head_.ids == nullptr ? scores : buffers_.filtered + r * size;
-    if (!FilterRow(buffers_.logits + r * size, size, sampling_.filters(b), scratch, filtered)) return -1;
+    if (!FilterRow(logits, size, sampling_.filters(b), scratch, filtered)) return -1;
     if (draft_head_.ids != nullptr) {
       std::fill_n(scores, vocab_size, kNever);
       for (int64_t i = 0; i < size; ++i) scores[draft_head_.ids[i]] = filtered[i];
     }
-    return Draw(scores, vocab_size, sampling_.key(b, drafting_[r].position + 1));
+    if (sampling_.noisy(b)) return Draw(scores, vocab_size, sampling_.key(b, position + 1));
+    const Maximum greatest = model_.kernels->argmax(scores, vocab_size);
+    return IsChoice(greatest) ? greatest.index : -1;
   }
 
   const ModelView& model_;
@@ -231,7 +246,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> draft_pass(
   const std::optional<AdapterView> adapted =
       CheckedAdapter({adapter, adapter_k, adapter_v, adapter_ints}, hidden_cache, block_table, cache, floats);
   const DraftHead head = CheckedDraftHead(model, draft_head, draft_ids, k_cache.scalar_type());
-  const DraftSampling settings(sampling, sequences);
+  const DraftSampling settings(sampling, sequences, model.vocab_size);
   DraftStops stop_rule(stops, sequences, max_drafts);
 
   Tensor drafts = at::full({sequences, max_drafts}, -1, at::kLong);
@@ -244,7 +259,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> draft_pass(
   DraftBuffers buffers(sequences, head.size, model.vocab_size, settings.draws());
   std::vector<Drafting> drafting;
   for (int64_t b = 0; b < sequences; ++b)
-    if (wanted[b] > 0) drafting.push_back({b, tokens.const_data_ptr<int64_t>()[b], position[b]});
+    if (wanted[b] > 0)
+      drafting.push_back({b, tokens.const_data_ptr<int64_t>()[b], position[b], draft + b * max_drafts, 0});
   for (int64_t i = 0; !drafting.empty(); ++i) {
     std::vector<float*> kept;
     for (int64_t b = 0; keep_scores && b < sequences; ++b)
@@ -259,7 +275,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> draft_pass(
       confidence[b * max_drafts + i] = cycle.confidences[r];
       drafted[b] = i + 1;
       if (stop_rule.GoesOn(b, i, cycle.confidences[r]) && i + 1 < wanted[b])
-        going_on.push_back({b, cycle.tokens[r], drafting[r].position + 1});
+        going_on.push_back({b, cycle.tokens[r], drafting[r].position + 1, drafting[r].drafted, i + 1});
     }
     drafting = std::move(going_on);
   }

@@ -51,6 +51,8 @@ std::tuple<Tensor, Tensor> accept_draft(const Tensor& tokens, const Tensor& targ
 
 Tensor philox(const Tensor& counters, int64_t seed);
 Tensor gumbel(const Tensor& words);
+Tensor edit_logits(const Tensor& logits, const Tensor& sequences, const Tensor& positions, const Tensor& preceding,
+                   TensorList edits);
 Tensor filter_logits(const Tensor& scores, const Tensor& temperatures, const Tensor& top_ks, const Tensor& top_ps,
                      const Tensor& min_ps);
 Tensor gumbel_argmax(const Tensor& scores, const Tensor& positions, const Tensor& seeds, const Tensor& samples,

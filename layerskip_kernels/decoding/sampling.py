@@ -18,7 +18,7 @@ from torch import Tensor
 from layerskip_kernels.config import GenerationConfig
 from layerskip_kernels.decoding.types import Draft
 from layerskip_kernels.model.model import Model
-from layerskip_kernels.operands import DraftSampling, JudgeSampling
+from layerskip_kernels.operands import DraftSampling, JudgeSampling, LogitEdits
 from layerskip_kernels.ops import Backend
 from layerskip_kernels.ops.reference import MASS_ONE
 
@@ -26,8 +26,10 @@ __all__ = [
     "Sampler",
     "TokenLogprobs",
     "choose_tokens",
+    "draft_sampling",
     "judge_drafts",
     "judge_sampling",
+    "logit_edits",
     "make_sampler",
     "top_logprobs",
 ]
@@ -45,9 +47,7 @@ class Sampler:
     seed: int
     sample: int
     prompt_length: int
-    end_ids: Tensor
-    bias_ids: Tensor
-    biases: Tensor
+    end_ids: frozenset[int]
 
     @property
     def draws(self) -> bool:
@@ -59,28 +59,27 @@ class Sampler:
         """Whether drafts are judged by the classical rejection rule."""
         return self.draws and self.config.acceptance == "rejection"
 
-    def processes(self, tokens: Sequence[int]) -> bool:
-        """Whether ``process`` may change the logits of what follows ``tokens``, or of anything after it."""
-        c = self.config
-        penalises = c.repetition_penalty != 1 or bool(c.frequency_penalty or c.presence_penalty)
-        return bool(c.logit_bias) or penalises or len(tokens) - self.prompt_length < c.min_new_tokens
+    @property
+    def _counts(self) -> bool:
+        """Whether it matters how often a token was generated."""
+        return bool(self.config.frequency_penalty or self.config.presence_penalty)
 
-    def process(self, logits: Tensor, tokens: Sequence[int]) -> Tensor:
-        """Bias, penalties and the ban on ending early: logits fp32 [V] after ``tokens`` -> fp32 [V], a copy."""
-        c, scores = self.config, logits.clone()
-        scores[self.bias_ids] += self.biases
-        if c.repetition_penalty != 1:
-            seen = torch.tensor(sorted(set(tokens)))
-            met = scores[seen]
-            scores[seen] = torch.where(met < 0, met * c.repetition_penalty, met / c.repetition_penalty)
-        if c.frequency_penalty or c.presence_penalty:
-            counts = Counter(tokens[self.prompt_length :])
-            generated = torch.tensor(list(counts), dtype=torch.int64)
-            times = torch.tensor(list(counts.values()), dtype=torch.float32)
-            scores[generated] = (scores[generated] - c.frequency_penalty * times) - c.presence_penalty
-        if len(tokens) - self.prompt_length < c.min_new_tokens:
-            scores[self.end_ids] = -torch.inf
-        return scores
+    def edits(self, tokens: Sequence[int]) -> bool:
+        """Whether logits of what follows ``tokens`` may be edited: by bias, penalties or a least length."""
+        c = self.config
+        too_short = len(tokens) - self.prompt_length < c.min_new_tokens
+        return bool(c.logit_bias) or c.repetition_penalty != 1 or self._counts or too_short
+
+    def listed(self, tokens: Sequence[int]) -> dict[int, int]:
+        """The tokens that may be edited in what follows ``tokens``, and how often each was generated; -1: not seen."""
+        listed = dict.fromkeys(self.config.logit_bias, -1)
+        if len(tokens) - self.prompt_length < self.config.min_new_tokens:
+            listed |= dict.fromkeys(self.end_ids, -1)
+        if self.config.repetition_penalty != 1:
+            listed |= dict.fromkeys(tokens, 0)
+        if self._counts:
+            listed.update(Counter(tokens[self.prompt_length :]))
+        return listed
 
 
 def make_sampler(model: Model, config: GenerationConfig, prompt_length: int, sample: int = 0) -> Sampler | None:
@@ -106,9 +105,7 @@ def make_sampler(model: Model, config: GenerationConfig, prompt_length: int, sam
         seed,
         sample,
         prompt_length,
-        torch.tensor(sorted(end_token_ids(model, config)), dtype=torch.int64),
-        torch.tensor(list(config.logit_bias), dtype=torch.int64),
-        torch.tensor(list(config.logit_bias.values()), dtype=torch.float32),
+        frozenset(end_token_ids(model, config)),
     )
 
 
@@ -150,30 +147,86 @@ def _check_stop_strings(model: Model, config: GenerationConfig) -> None:
 
 
 def choose_tokens(
-    ops: Backend, logits: Tensor, samplers: Sequence[Sampler], histories: Sequence[Sequence[int]]
-) -> tuple[Tensor, Tensor]:
-    """Draw a token of each row of logits fp32 [T, V], whose tokens before it are ``histories[row]``.
+    ops: Backend, logits: Tensor, samplers: Sequence[Sampler], positions: Sequence[int]
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Draw a token of each row of edited logits fp32 [T, V], for its position.
 
-    Returns tokens int64 [T] and the scores fp32 [T, V] that they were drawn from: processed, divided by the
-    temperature, filtered. Raises RuntimeError where nothing can be chosen (NaN, or every token excluded).
+    Returns tokens int64 [T] and the scores fp32 [T, V] that they were drawn from: divided by the temperature,
+    filtered. Raises RuntimeError where nothing can be chosen (NaN, or every token excluded).
     """
     configs = [sampler.config for sampler in samplers]
-    processed = [s.process(row, history) for row, s, history in zip(logits, samplers, histories, strict=True)]
     scores = ops.filter_logits(
-        torch.stack(processed),
+        logits,
         torch.tensor([c.temperature for c in configs], dtype=torch.float32),
         torch.tensor([c.top_k for c in configs]),
         torch.tensor([c.top_p for c in configs], dtype=torch.float64),
         torch.tensor([c.min_p for c in configs], dtype=torch.float32),
     )
     noisy = torch.tensor([sampler.draws for sampler in samplers])
-    return ops.gumbel_argmax(scores, *_places(samplers, histories), noisy), scores
+    return ops.gumbel_argmax(scores, *_places(samplers, positions), noisy), scores
 
 
-def draft_sampling(samplers: Sequence[Sampler | None]) -> DraftSampling | None:
-    """How drafts are drawn by samplers that process nothing; None where all of them take the greatest logit."""
-    if not any(sampler is not None and sampler.draws for sampler in samplers):
+def logit_edits(samplers: Sequence[Sampler | None], histories: Sequence[Sequence[int]]) -> LogitEdits | None:
+    """The edits of what follows each history, and of what is drafted after it; None where there are none."""
+    pairs = enumerate(zip(samplers, histories, strict=True))
+    listed = {b: s.listed(tokens) for b, (s, tokens) in pairs if s is not None and s.edits(tokens)}
+    if not listed:
         return None
+    count, width = len(samplers), max(map(len, listed.values()))
+    edits = LogitEdits(
+        repetitions=torch.ones(count),
+        frequencies=torch.zeros(count),
+        presences=torch.zeros(count),
+        least_positions=torch.zeros(count, dtype=torch.int64),
+        ids=torch.full((count, width), -1),
+        biases=torch.full((count, width), -0.0),
+        counts=torch.full((count, width), -1),
+        ends=torch.zeros(count, width, dtype=torch.bool),
+    )
+    for b, tokens in listed.items():
+        sampler = samplers[b]
+        assert sampler is not None
+        c, those = sampler.config, slice(len(tokens))
+        edits.repetitions[b] = c.repetition_penalty
+        edits.frequencies[b], edits.presences[b] = c.frequency_penalty, c.presence_penalty
+        edits.least_positions[b] = sampler.prompt_length + c.min_new_tokens
+        edits.ids[b, those] = torch.tensor(list(tokens))
+        edits.biases[b, : len(c.logit_bias)] = torch.tensor(list(c.logit_bias.values()), dtype=torch.float32)
+        edits.counts[b, those] = torch.tensor(list(tokens.values()))
+        edits.ends[b, those] = torch.tensor([token in sampler.end_ids for token in tokens])
+    return edits
+
+
+def draft_sampling(samplers: Sequence[Sampler | None], histories: Sequence[Sequence[int]]) -> DraftSampling | None:
+    """How what follows the histories is drafted; None where all take the greatest logit."""
+    edits = logit_edits(samplers, histories)
+    return replace(_draws(samplers), edits=edits) if edits is not None or _any_draws(samplers) else None
+
+
+def judge_sampling(
+    ops: Backend, draft: Draft, samplers: Sequence[Sampler | None], vocab_size: int
+) -> JudgeSampling | None:  # fmt: skip
+    """How a draft is judged; None where all samplers take the greatest logit."""
+    judged = [b for b, waiting in enumerate(draft.num_waiting) if not waiting]
+    rows = [(b, i) for b in judged for i in range(draft.counts[b] + 1)]
+    edits = logit_edits([samplers[b] if b in judged else None for b in range(len(samplers))],
+                        [sequence.tokens for sequence in draft.sequences])  # fmt: skip
+    row_samplers = [samplers[b] for b, _ in rows]
+    if edits is None and not _any_draws(row_samplers):
+        return None
+    positions = torch.tensor([len(draft.sequences[b].tokens) + i for b, i in rows])
+    rejecting = tuple(sampler is not None and sampler.rejects for sampler in samplers)
+    scores = [draft.scores_of(b, vocab_size) for b in judged if rejecting[b] and draft.counts[b]]
+    draft_scores = torch.cat(ops.to_device(*scores)) if scores else torch.empty(0, vocab_size)
+    return JudgeSampling(_draws(row_samplers), positions, rejecting, draft_scores, edits)
+
+
+def _any_draws(samplers: Sequence[Sampler | None]) -> bool:
+    return any(sampler is not None and sampler.draws for sampler in samplers)
+
+
+def _draws(samplers: Sequence[Sampler | None]) -> DraftSampling:
+    """How they draw from edited logits."""
     settings = [
         (0.0, 0, 1.0, 0.0, 0, 0) if s is None or not s.draws
         else (s.config.temperature, s.config.top_k, s.config.top_p, s.config.min_p, s.seed, s.sample)
@@ -181,29 +234,12 @@ def draft_sampling(samplers: Sequence[Sampler | None]) -> DraftSampling | None:
     ]  # fmt: skip
     dtypes = torch.float32, torch.int64, torch.float64, torch.float32, torch.int64, torch.int64
     columns = zip(*settings, strict=True)
-    return DraftSampling(*(torch.tensor(column, dtype=dtype) for column, dtype in zip(columns, dtypes, strict=True)))
+    return DraftSampling.of_flat([torch.tensor(c, dtype=dtype) for c, dtype in zip(columns, dtypes, strict=True)])
 
 
-def judge_sampling(
-    ops: Backend, draft: Draft, samplers: Sequence[Sampler | None], vocab_size: int
-) -> JudgeSampling | None:  # fmt: skip
-    """How samplers that process nothing judge a draft; None where all of them take the greatest logit."""
-    judged = [b for b, waiting in enumerate(draft.num_waiting) if not waiting]
-    rows = [(b, i) for b in judged for i in range(draft.counts[b] + 1)]
-    draws = draft_sampling([samplers[b] for b, _ in rows])
-    if draws is None:
-        return None
-    positions = torch.tensor([len(draft.sequences[b].tokens) + i for b, i in rows])
-    rejecting = tuple(sampler is not None and sampler.rejects for sampler in samplers)
-    scores = [draft.scores_of(b, vocab_size) for b in judged if rejecting[b] and draft.counts[b]]
-    draft_scores = torch.cat(ops.to_device(*scores)) if scores else torch.empty(0, vocab_size)
-    return JudgeSampling(draws, positions, rejecting, draft_scores)
-
-
-def _places(samplers: Sequence[Sampler], histories: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor, Tensor]:
+def _places(samplers: Sequence[Sampler], positions: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
     """What selects each row's noise: the position of the token to be chosen, the seed and the sample."""
-    positions = torch.tensor([len(history) for history in histories])
-    return positions, torch.tensor([s.seed for s in samplers]), torch.tensor([s.sample for s in samplers])
+    return torch.tensor(positions), torch.tensor([s.seed for s in samplers]), torch.tensor([s.sample for s in samplers])
 
 
 def judge_drafts(
@@ -229,8 +265,9 @@ def judge_drafts(
         return
     rows = [row for j in judged for row in range(j.first_row, j.first_row + len(j.drafts) + 1)]
     row_samplers = [j.sampler for j in judged for _ in range(len(j.drafts) + 1)]
-    histories = [[*j.tokens, *j.drafts[:i]] for j in judged for i in range(len(j.drafts) + 1)]
-    chosen, scores = choose_tokens(ops, logits[rows], row_samplers, histories)
+    positions = [len(j.tokens) + i for j in judged for i in range(len(j.drafts) + 1)]
+    edited = _edited(ops, logits[rows], judged, positions)
+    chosen, scores = choose_tokens(ops, edited, row_samplers, positions)
     start = 0
     for j in judged:
         targets, theirs = chosen[start : start + len(j.drafts) + 1], slice(start, start + len(j.drafts))
@@ -238,7 +275,7 @@ def judge_drafts(
         drafts = torch.tensor(j.drafts, dtype=torch.int64)
         if j.sampler.rejects and j.drafts:
             draft_scores = draft.scores_of(j.b, logits.size(1))
-            places = _places(row_samplers[theirs], histories[theirs])
+            places = _places(row_samplers[theirs], positions[theirs])
             targets[:-1] = ops.rejection_sample(draft_scores, scores[theirs], drafts, *places)
         agreed = int((targets[:-1] == drafts).long().cumprod(0).sum())
         num_accepted[j.b], next_tokens[j.b] = agreed, targets[agreed]
@@ -252,6 +289,22 @@ class _Judged(NamedTuple):
     drafts: list[int]
     tokens: list[int]
     first_row: int
+
+
+def _edited(ops: Backend, logits: Tensor, judged: Sequence[_Judged], positions: Sequence[int]) -> Tensor:
+    """The logits [T, V] after each sequence's tokens and after each of its drafts, edited."""
+    edits = logit_edits([j.sampler for j in judged], [j.tokens for j in judged])
+    if edits is None:
+        return logits
+    sequences = [n for n, j in enumerate(judged) for _ in range(len(j.drafts) + 1)]
+    most = max(len(j.drafts) for j in judged)
+    preceding = [j.drafts[:i] + [-1] * (most - i) for j in judged for i in range(len(j.drafts) + 1)]
+    numbers = (
+        torch.tensor(sequences),
+        torch.tensor(positions),
+        torch.tensor(preceding, dtype=torch.int64).view(len(sequences), most),
+    )
+    return ops.edit_logits(logits, *numbers, edits)
 
 
 # ---- log-probabilities ----

@@ -11,14 +11,12 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
-from torch import Tensor
 
 from layerskip_kernels.decoding.kv_cache import PagedKVCache
-from layerskip_kernels.decoding.sampling import Sampler, choose_tokens, draft_sampling, judge_drafts, judge_sampling
+from layerskip_kernels.decoding.sampling import Sampler, draft_sampling, judge_drafts, judge_sampling
 from layerskip_kernels.decoding.types import CachedSequence, Draft, Verdict
 from layerskip_kernels.model.model import Model
 from layerskip_kernels.operands import DraftRows, DraftStops, PendingRows
-from layerskip_kernels.ops.adapting import adapt_rows
 
 __all__ = ["draft_step", "prefill", "verify_step"]
 
@@ -55,9 +53,9 @@ def draft_step(
 
     ``num_speculations``: how many, for all sequences or one number for each (0: that one does not draft).
     ``samplers`` (None: greedy): how each sequence's tokens are drawn; verify_step needs the same. ``stops`` (None: no
-    such): where each sequence stops before its count; where a backend has no confidences, or a sampler processes
-    logits, nothing stops. The drafts' K and V of those layers (and of the exit adapter's) and their hidden states at
-    the exit stay in the cache for verify_step. Raises ValueError for an exit layer outside 1..L-1 or another than the
+    such): where each sequence stops before its count; where a backend has no confidences, nothing stops. The drafts'
+    K and V of those layers (and of the exit adapter's) and their hidden states at the exit stay in the cache for
+    verify_step. Raises ValueError for an exit layer outside 1..L-1 or another than the
     exit adapter's, for a count below 1 (or 0 in a list), for a sequence not prefilled or without positions left;
     CacheFull when pages run short.
     """
@@ -97,7 +95,7 @@ def verify_step(model: Model, cache: PagedKVCache, draft: Draft, samplers: Sampl
     cache.check_model(model)
     sequences = draft.sequences
     samplers = samplers or [None] * len(sequences)
-    in_pass = model.ops.draws_in_verification and not any(_processing(sequences, samplers))
+    in_pass = model.ops.draws_in_verification
     with rollback_on_error(cache, sequences):
         append_rows(cache, draft)
         rows = pending_rows(model, cache, draft)
@@ -128,38 +126,6 @@ def _draft(
     samplers: Samplers,
     stops: DraftStops | None,
 ) -> Draft:
-    """All drafts in one call of the backend; but samplers that process logits take calls for each token."""
-    processing, stops = _processing(sequences, samplers), stops if model.ops.drafts_adapt else None
-    if not any(processing):
-        return _draft_in_one_call(model, cache, sequences, exit_layer, counts, samplers, stops)
-    parts = []
-    for one_by_one in (False, True):
-        group = [b for b, count in enumerate(counts) if count and processing[b] == one_by_one]
-        if group:
-            theirs = [sequences[b] for b in group], exit_layer, [counts[b] for b in group], [samplers[b] for b in group]
-            if one_by_one:
-                parts.append(_draft_one_by_one(model, cache, *theirs))
-            else:
-                rule = stops and stops.of(group, max(theirs[2]))
-                parts.append(_draft_in_one_call(model, cache, *theirs, rule))
-    return Draft.joined(sequences, parts)
-
-
-def _processing(sequences: Sequence[CachedSequence], samplers: Samplers) -> list[bool]:
-    """Of which sequences the sampler may change the logits, so that what follows is drawn on the host."""
-    pairs = zip(sequences, samplers, strict=True)
-    return [sampler is not None and sampler.processes(sequence.tokens) for sequence, sampler in pairs]
-
-
-def _draft_in_one_call(
-    model: Model,
-    cache: PagedKVCache,
-    sequences: Sequence[CachedSequence],
-    exit_layer: int,
-    counts: Sequence[int],
-    samplers: Samplers,
-    stops: DraftStops | None,
-) -> Draft:
     ids = [s.id for s in sequences]
     tokens, positions, block_table = model.ops.to_device(
         torch.tensor([s.tokens[-1] for s in sequences]),
@@ -168,9 +134,10 @@ def _draft_in_one_call(
     )
     rows = DraftRows(tokens=tokens, positions=positions, num_drafts=torch.tensor(counts), block_table=block_table)
     rejecting = [b for b, sampler in enumerate(samplers) if sampler is not None and sampler.rejects]
+    sampling = draft_sampling(samplers, [s.tokens for s in sequences])
     drafted = model.ops.draft_pass(
-        model.draft_weights, model.sizes, cache.tensors, rows, model.draft_head, exit_layer, max(counts),
-        draft_sampling(samplers), stops, bool(rejecting), cache.adapter_layers(model),
+        model.draft_weights, model.sizes, cache.tensors, rows, model.draft_head, exit_layer, max(counts), sampling,
+        stops if model.ops.drafts_adapt else None, bool(rejecting), cache.adapter_layers(model),
     )  # fmt: skip
     scores = {b: drafted.scores[b, : int(drafted.counts[b])] for b in rejecting}
     confidences = {}
@@ -178,73 +145,6 @@ def _draft_in_one_call(
         kept = zip(drafted.confidences.tolist(), drafted.counts.tolist(), strict=True)
         confidences = {b: row[:count] for b, (row, count) in enumerate(kept)}
     return Draft(tuple(sequences), drafted.tokens, drafted.counts, (0,) * len(sequences), scores, confidences)
-
-
-def _draft_one_by_one(
-    model: Model,
-    cache: PagedKVCache,
-    sequences: Sequence[CachedSequence],
-    exit_layer: int,
-    counts: Sequence[int],
-    samplers: Samplers,
-) -> Draft:
-    """One draft of each sequence at a time, as samplers need it that depend on the drafts before."""
-    tokens = torch.full((len(sequences), max(counts)), -1)
-    scores: dict[int, list[Tensor]] = {}
-    histories = [list(sequence.tokens) for sequence in sequences]
-    for i in range(max(counts)):
-        rows = [b for b, count in enumerate(counts) if count > i]
-        drawing = [(r, b, sampler) for r, b in enumerate(rows) if (sampler := samplers[b]) is not None]
-        tokens[rows, i], logits = _exit_logits(
-            model, cache, [sequences[b] for b in rows], [histories[b] for b in rows], exit_layer, bool(drawing)
-        )
-        if logits is not None:
-            logit_rows, drawn, their_samplers = map(list, zip(*drawing, strict=True))
-            tokens[drawn, i], drawn_from = choose_tokens(
-                model.ops, logits[logit_rows], their_samplers, [histories[b] for b in drawn]
-            )
-            for b, row in zip(drawn, drawn_from, strict=True):
-                scores.setdefault(b, []).append(row)
-        for b in rows:
-            histories[b].append(int(tokens[b, i]))
-    stacked = {b: torch.stack(rows) for b, rows in scores.items()}
-    return Draft(tuple(sequences), tokens, torch.tensor(counts), (0,) * len(sequences), stacked)
-
-
-def _exit_logits(
-    model: Model,
-    cache: PagedKVCache,
-    sequences: Sequence[CachedSequence],
-    histories: Sequence[Sequence[int]],
-    exit_layer: int,
-    wanted: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """Each history's last row through the first layers: its best token [T] and, if ``wanted``, logits fp32 [T, V].
-
-    Tokens outside a draft vocabulary are -inf.
-    """
-    count = len(sequences)
-    rows = PendingRows(
-        tokens=torch.tensor([history[-1] for history in histories]),
-        positions=torch.tensor([len(history) - 1 for history in histories]),
-        depths=torch.zeros(count, dtype=torch.int32),
-        query_start_loc=torch.arange(count + 1, dtype=torch.int32),
-        block_table=torch.from_numpy(cache.pool.block_table([s.id for s in sequences])),
-    )
-    model.ops.run_layers(model.weights, model.sizes, cache.tensors, rows, exit_layer)
-    hidden = adapt_rows(model.ops, cache.hidden, cache.adapter_layers(model), rows)
-    weights, sizes, head = model.weights, model.sizes, model.draft_head
-    weight, size = (weights.lm_head, sizes.vocab_size) if head is None else (head.weight, len(head.ids))
-    found = model.ops.norm_head_argmax(hidden, model.draft_weights.final_norm, weight, size, *sizes.head)
-    tokens, *copied = model.ops.to_host(cache.k, *(found if wanted else found[:1]))
-    logits = copied[0] if copied else None
-    if head is None:
-        return tokens, logits
-    if logits is not None:
-        everywhere = torch.full((count, sizes.vocab_size), -torch.inf)
-        everywhere[:, head.ids] = logits
-        logits = everywhere
-    return head.ids[tokens], logits
 
 
 def _draft_counts(num_speculations: int | Sequence[int], num_sequences: int) -> list[int]:

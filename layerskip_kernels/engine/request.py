@@ -187,8 +187,7 @@ class Request:
         """What it may draft where that is chosen by what it costs."""
         is_open = self.leaves_drafting_open and not isinstance(self.config.num_speculations, int)
         most = MOST_SPECULATIONS if is_open else self.max_speculations
-        processes = self.sampler is not None and self.sampler.processes(self.tokens)
-        stops = self.model.ops.drafts_adapt and not processes
+        stops = self.model.ops.drafts_adapt
         drawn = self.sampler is not None and self.sampler.draws
         return DraftRequest(self.exits or (1,), most, self._at_most(most), self.history, stops, drawn)
 

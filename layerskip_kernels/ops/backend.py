@@ -17,6 +17,7 @@
 | ``accept_draft`` | drafts and targets -> accepted counts [B], next tokens [B] |
 | ``philox`` | counters [N, 4] -> random words [N, 4]: rule 7 |
 | ``gumbel`` | words [N] -> noise [N] |
+| ``edit_logits`` | logits [T, V] -> with bias, penalties and a least length |
 | ``filter_logits`` | scores [T, V] -> divided by temperature, cut to top-k, top-p, min-p |
 | ``gumbel_argmax`` | scores [T, V] -> tokens [T] drawn from them |
 | ``rejection_sample`` | draft scores, scores [T, V], drafts [T] -> tokens [T] |
@@ -44,6 +45,7 @@ from layerskip_kernels.operands import (
     DraftSampling,
     DraftStops,
     JudgeSampling,
+    LogitEdits,
     ModelSizes,
     ModelWeights,
     PendingRows,
@@ -184,6 +186,9 @@ class Backend(Protocol):
     # Random numbers, and what is chosen by them.
     def philox(self, counters: Tensor, seed: int) -> Tensor: ...
     def gumbel(self, words: Tensor) -> Tensor: ...
+    def edit_logits(
+        self, logits: Tensor, sequences: Tensor, positions: Tensor, preceding: Tensor, edits: LogitEdits
+    ) -> Tensor: ...
     def filter_logits(
         self, scores: Tensor, temperatures: Tensor, top_ks: Tensor, top_ps: Tensor, min_ps: Tensor
     ) -> Tensor: ...

@@ -19,6 +19,7 @@ from layerskip_kernels.operands import (
     DraftSampling,
     DraftStops,
     JudgeSampling,
+    LogitEdits,
     ModelSizes,
     ModelWeights,
     PendingRows,
@@ -182,6 +183,11 @@ class CpuOps(HostMemory):
 
     def gumbel(self, words: Tensor) -> Tensor:
         return _cpp.gumbel(words)
+
+    def edit_logits(
+        self, logits: Tensor, sequences: Tensor, positions: Tensor, preceding: Tensor, edits: LogitEdits
+    ) -> Tensor:
+        return _cpp.edit_logits(logits, sequences, positions, preceding, edits.flat)
 
     def filter_logits(
         self, scores: Tensor, temperatures: Tensor, top_ks: Tensor, top_ps: Tensor, min_ps: Tensor

@@ -201,6 +201,13 @@ def gumbel(words: Tensor) -> Tensor:
 
 
 @_fake
+def edit_logits(
+    logits: Tensor, sequences: Tensor, positions: Tensor, preceding: Tensor, edits: list[Tensor]
+) -> Tensor:  # fmt: skip
+    return torch.empty_like(logits)
+
+
+@_fake
 def filter_logits(scores: Tensor, temperatures: Tensor, top_ks: Tensor, top_ps: Tensor, min_ps: Tensor) -> Tensor:
     return torch.empty_like(scores)
 

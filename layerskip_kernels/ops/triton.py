@@ -28,6 +28,7 @@ from layerskip_kernels.operands import (
     DraftSampling,
     DraftStops,
     JudgeSampling,
+    LogitEdits,
     ModelSizes,
     ModelWeights,
     PendingRows,
@@ -231,6 +232,16 @@ class TritonOps:
 
     def gumbel(self, words: Tensor) -> Tensor:
         return self._there("gumbel", words)
+
+    def edit_logits(
+        self, logits: Tensor, sequences: Tensor, positions: Tensor, preceding: Tensor, edits: LogitEdits
+    ) -> Tensor:
+        if logits.device != self.device:
+            return self._host.edit_logits(logits, sequences, positions, preceding, edits)
+        sequences, positions, preceding = self.to_device(sequences, positions, preceding)
+        placed = LogitEdits(*self.to_device(*edits.flat))
+        with self._current():
+            return triton_ops.edit_logits(logits, sequences, positions, preceding, placed)
 
     def filter_logits(
         self, scores: Tensor, temperatures: Tensor, top_ks: Tensor, top_ps: Tensor, min_ps: Tensor

@@ -14,14 +14,14 @@ from layerskip_kernels import (
     Draft,
     GenerationConfig,
     PagedKVCache,
-    Sampler,
     draft_step,
     generate,
     make_sampler,
     prefill,
     verify_step,
 )
-from layerskip_kernels.decoding.sampling import choose_tokens, top_logprobs
+from layerskip_kernels.decoding.early_exit import early_exit_step
+from layerskip_kernels.decoding.sampling import choose_tokens, logit_edits, top_logprobs
 from support.generations import KEEP, same_bits, sampled
 from support.models import cache_for, random_tokens, tiny_model
 
@@ -113,50 +113,49 @@ def test_greedy_beside_sampled():
         assert gained == generate(model, [prompt], alone)[0].token_ids[: len(gained)]
 
 
-@pytest.mark.parametrize("vocab", [None, range(0, 101, 2)], ids=["all tokens", "a draft vocabulary"])
-@pytest.mark.parametrize("acceptance", ["exact", "rejection"])
-@pytest.mark.parametrize("name", ["temperature", "filters"])
-def test_drafts_of_one_call_are_those_of_one_call_per_token(dtype, name, acceptance, vocab, monkeypatch):
-    model = tiny_model(dtype).with_draft_vocab(vocab)
+@pytest.mark.parametrize("name", [*SETTINGS, "greedy with penalties"])
+def test_drafts_are_what_early_exit_decodes(dtype, name):
+    """Each draft counts those before it: a call that drafts five against a step of its own for each."""
+    model, exit_layer, prompts = tiny_model(dtype), 2, [random_tokens(n, seed=n) for n in (3, 12, 30)]
+    settings = SETTINGS.get(name, dict(logit_bias={3: 2.0}, min_new_tokens=4, **PENALTIES))
+    config = GenerationConfig(seed=9, **settings)
+    cache = cache_for(model, 200, page_size=7)
+    sequences = [cache.add_sequence(prompt) for prompt in prompts]
+    samplers = [make_sampler(model, config, 3), make_sampler(model, config, 12, sample=1), None]
+    cache.commit(prefill(model, cache, sequences, samplers))
+    draft = draft_step(model, cache, sequences, exit_layer, [5, 4, 3], samplers)
+    found, histories = [draft.of(b) for b in range(3)], [list(s.tokens) for s in sequences]
+    assert draft.confidences.keys() == {0, 1, 2}
+    cache.rollback(sequences)
+    alone = cache_for(model, 200, page_size=7)
+    exits = [alone.add_sequence(history) for history in histories]
+    for _ in range(5):
+        alone.commit(early_exit_step(model, alone, exits, exit_layer, [0] * 3, samplers))
+    for sequence, history, drafts in zip(exits, histories, found, strict=True):
+        assert sequence.tokens[len(history) :][: len(drafts)] == drafts
+
+
+@pytest.mark.parametrize("name", ["penalties", "all"])
+def test_drafts_of_samplers_that_edit_logits_take_one_call(name, monkeypatch):
+    """Beside those that do not, and what they draft is kept for the rejection rule."""
+    model, calls = tiny_model().with_draft_vocab(range(0, 101, 2)), []
+    ops = type(model.ops)
+    monkeypatch.setattr(ops, "run_layers", lambda *_: calls.append("run_layers"))
+    monkeypatch.setattr(ops, "draft_pass", lambda *a, run=ops.draft_pass: (calls.append("draft_pass"), run(*a))[1])
+    config = GenerationConfig(seed=9, acceptance="rejection", **SETTINGS[name])
     prompts = [random_tokens(n, seed=n) for n in (3, 12, 30)]
-    config = GenerationConfig(seed=9, acceptance=acceptance, **SETTINGS[name])
-    found = []
-    for one_by_one in (False, True):
-        if one_by_one:
-            monkeypatch.setattr(Sampler, "processes", lambda *_: True)
-        cache = cache_for(model, 200, page_size=7)
-        sequences = [cache.add_sequence(prompt) for prompt in prompts]
-        samplers = [make_sampler(model, config, 3), make_sampler(model, config, 12, sample=1), None]
-        cache.commit(prefill(model, cache, sequences, samplers))
-        draft = draft_step(model, cache, sequences, 2, [4, 2, 3], samplers)
-        assert bool(draft.confidences) is not one_by_one or draft.confidences.keys() == {2}
-        found.append((draft.tokens, verify_step(model, cache, draft, samplers), draft.scores))
-    (tokens, verdict, scores), (slow_tokens, slow_verdict, slow_scores) = found
-    assert torch.equal(tokens, slow_tokens)
-    assert torch.equal(verdict.num_accepted, slow_verdict.num_accepted)
-    assert torch.equal(verdict.next_tokens, slow_verdict.next_tokens)
-    assert torch.equal(verdict.logits, slow_verdict.logits)
-    assert scores.keys() == ({0, 1} if acceptance == "rejection" else set())
-    assert all(torch.equal(scores[b], slow_scores[b]) for b in scores)
-
-
-def test_samplers_that_process_logits_beside_those_that_do_not(monkeypatch):
-    """Only the former draft token by token."""
-    model, prompts = tiny_model(), [random_tokens(n, seed=n) for n in (3, 12, 30)]
-    config = GenerationConfig(seed=9, temperature=1.0)
     cache = cache_for(model, 200, page_size=7)
     sequences = [cache.add_sequence(prompt) for prompt in prompts]
     samplers = [
-        make_sampler(model, config, 3),
-        make_sampler(model, replace(config, repetition_penalty=1.5), 12),
-        make_sampler(model, replace(config, min_new_tokens=1), 30),
+        make_sampler(model, replace(config, **SETTINGS["temperature"]), 3),
+        make_sampler(model, config, 12),
+        None,
     ]
     cache.commit(prefill(model, cache, sequences, samplers))
-    moves = []
-    ops = type(model.ops)
-    monkeypatch.setattr(ops, "run_layers", lambda *a, run=ops.run_layers: (moves.append(len(a[4].tokens)), run(*a)))
     draft = draft_step(model, cache, sequences, 2, [4, 2, 3], samplers)
-    assert moves == [1, 1] and draft.counts == [4, 2, 3]
+    assert calls == ["draft_pass"] and draft.counts == [4, 2, 3]
+    assert [len(draft.scores[b]) for b in (0, 1)] == [4, 2]
+    assert all(row[token].isfinite() for b in (0, 1) for row, token in zip(draft.scores[b], draft.of(b), strict=True))
 
 
 def test_greedy_with_processors_speculates_exactly():
@@ -213,12 +212,19 @@ def test_samples_of_greedy_decoding_are_alike():
 # ---- processors, against Transformers ----
 
 
-def processed(model, logits, tokens, prompt_length, **settings):
+def processed(model, logits, tokens, prompt_length, drafted=0, **settings):
+    """Logits after ``tokens``, of which the last ``drafted`` are not in the edits."""
+    known, preceding = tokens[: len(tokens) - drafted], torch.tensor(tokens[len(tokens) - drafted :], dtype=torch.int64)
     sampler = make_sampler(model, GenerationConfig(seed=0, **settings), prompt_length)
-    return sampler.process(logits, tokens)
+    edits = logit_edits([None, sampler], [[1], known])
+    rows = torch.tensor([1]), torch.tensor([len(tokens)]), preceding[None]
+    edited = model.ops.edit_logits(logits[None], *rows, edits)[0]
+    assert torch.equal(model.ops.edit_logits(logits[None], rows[0] * 0, *rows[1:], edits)[0], logits)
+    return edited
 
 
-def test_processors_equal_those_of_transformers():
+@pytest.mark.parametrize("drafted", [0, 3, 10])
+def test_processors_equal_those_of_transformers(drafted):
     model, tokens = tiny_model(eos_token_ids=(4, 9)), random_tokens(40)
     logits = torch.randn(101, generator=torch.Generator().manual_seed(0)) * 5
     ids, bias = torch.tensor([tokens]), {3: 2.5, 100: -7.0, tokens[0]: 1.0}
@@ -230,16 +236,19 @@ def test_processors_equal_those_of_transformers():
     ours = {"logit_bias": bias, "repetition_penalty": 1.7, "min_new_tokens": 12}
     chained = logits[None]
     for name, processor in by_transformers.items():
-        assert torch.equal(processed(model, logits, tokens, 30, **{name: ours[name]}), processor(ids, logits[None])[0])
+        assert torch.equal(
+            processed(model, logits, tokens, 30, drafted, **{name: ours[name]}), processor(ids, logits[None])[0]
+        )
         chained = processor(ids, chained)
-    assert torch.equal(processed(model, logits, tokens, 30, **ours), chained[0])
+    assert torch.equal(processed(model, logits, tokens, 30, drafted, **ours), chained[0])
     assert (chained[0] != logits).sum() > 20
 
 
-def test_presence_and_frequency_count_what_was_generated():
+@pytest.mark.parametrize("drafted", [0, 1, 2, 3])
+def test_presence_and_frequency_count_what_was_generated(drafted):
     """As OpenAI defines them: mu[j] - c[j] * frequency - (c[j] > 0) * presence; the prompt does not count."""
     model, logits = tiny_model(), torch.arange(101.0)
-    scores = processed(model, logits, [5, 6, 6, 7, 7, 7], 3, presence_penalty=0.5, frequency_penalty=0.25)
+    scores = processed(model, logits, [5, 6, 6, 7, 7, 7], 3, drafted, presence_penalty=0.5, frequency_penalty=0.25)
     expected = logits.clone()
     expected[7] -= 3 * 0.25 + 0.5
     assert torch.equal(scores, expected)
@@ -373,7 +382,7 @@ def test_a_logit_that_overflows_is_an_error():
     model = tiny_model()
     sampler = make_sampler(model, GenerationConfig(temperature=1e-4, seed=0), 0)
     with pytest.raises(RuntimeError, match="The logits overflowed"):
-        choose_tokens(model.ops, torch.full((1, 101), 3e38), [sampler], [[]])
+        choose_tokens(model.ops, torch.full((1, 101), 3e38), [sampler], [0])
 
 
 def test_settings_are_copied():

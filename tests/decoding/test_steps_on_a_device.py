@@ -95,18 +95,29 @@ def test_sampled_drafts(two_devices, settings):
     assert same_bits(device, cpu)
 
 
-def test_samplers_that_process_logits(two_devices):
-    """Beside one that does not: logits of both come to the host."""
+EDITING = {
+    "sampled": dict(temperature=0.8, top_k=50, acceptance="rejection", repetition_penalty=1.5, logit_bias={8: -3.0}),
+    "greedy": dict(presence_penalty=0.3, frequency_penalty=0.2, min_new_tokens=6, eos_token_ids=(2, 60)),
+}
+
+
+@pytest.mark.parametrize("vocab", [None, range(1, 101)], ids=["all tokens", "a draft vocabulary"])
+@pytest.mark.parametrize("name", EDITING)
+def test_samplers_that_edit_logits(two_devices, name, vocab):
+    """Beside one that does not, eagerly, captured and replayed; each draft counts those before it."""
 
     def run(model):
         cache, sequences = prefilled(model)
-        configs = [dict(repetition_penalty=1.5), dict(acceptance="rejection")]
-        samplers = [make_sampler(model, GenerationConfig(temperature=0.8, seed=3, **c), 5) for c in configs]
-        found = []
-        for _ in range(2):
-            verdict = verify_step(model, cache, draft_step(model, cache, sequences, 1, [1, 2], samplers), samplers)
+        model = model.with_draft_vocab(vocab)
+        other = GenerationConfig(temperature=0.8, seed=3, acceptance="rejection")
+        samplers = [make_sampler(model, GenerationConfig(seed=3, **EDITING[name]), 4), make_sampler(model, other, 2)]
+        found, accepted = [], 0
+        for _ in range(3):
+            verdict = verify_step(model, cache, draft_step(model, cache, sequences, 1, [3, 1], samplers), samplers)
             cache.commit(verdict)
-            found += [verdict.draft.tokens, verdict.num_accepted, verdict.next_tokens]
+            accepted += verdict.accepted[0]
+            found += [verdict.draft.tokens, verdict.num_accepted, verdict.next_tokens, verdict.logits]
+        assert accepted > 0
         return found
 
     device, cpu = on_both(run, TWO_LAYERS)
@@ -197,12 +208,15 @@ def test_copies_and_waits_of_a_greedy_cycle(two_devices):
     assert on_device(verdict.logits) and not on_device(verdict.next_tokens)
 
 
+@pytest.mark.parametrize("penalty", [0.0, 0.5])
 @pytest.mark.parametrize("acceptance", ["exact", "rejection"])
-def test_a_sampled_cycle_copies_no_logits(two_devices, acceptance):
+def test_a_sampled_cycle_copies_no_logits(two_devices, acceptance, penalty):
     """The counts, tokens and the error word come to the host, in one copy, as in a greedy cycle."""
     model = agreeing_model(backend="triton", **TWO_LAYERS)
     cache, sequences = prefilled(model)
-    config = GenerationConfig(temperature=0.8, top_p=0.95, seed=3, acceptance=acceptance)
+    config = GenerationConfig(
+        temperature=0.8, top_p=0.95, seed=3, acceptance=acceptance, presence_penalty=penalty
+    )  # fmt: skip
     samplers, rejecting = [make_sampler(model, config, 5), None], acceptance == "rejection"
     for cycle in range(3):
         with two_devices.watched() as seen:
@@ -210,6 +224,7 @@ def test_a_sampled_cycle_copies_no_logits(two_devices, acceptance):
         cache.rollback(sequences)
         assert seen.to_host() == [Copy(False, (4 * 16,), False)]
         assert not any(copy.blocking for copy in seen.copies)
+        assert seen.launches.count("_edit_kernel") == 2 * bool(penalty)
         assert seen.launches.count("_choose_kernel") == 2 and ("_settle_kernel" in seen.launches) == rejecting
         if cycle == 2:
             assert seen.waits == 1

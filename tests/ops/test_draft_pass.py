@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from layerskip_kernels.operands import AdapterLayers, CacheTensors, DraftRows, DraftSampling, DraftStops
+from layerskip_kernels.operands import AdapterLayers, CacheTensors, DraftRows, DraftSampling, DraftStops, LogitEdits
 from layerskip_kernels.ops import reference
 from support.exit_adapters import random_adapter
 from support.models import random_tokens, threads, tiny_model
@@ -58,6 +58,20 @@ def sampling(temperatures=(0.7, 1.0, 0.0, 1.5), top_ks=(0, 0, 0, 20), top_ps=(1.
     )
 
 
+def edits():
+    """A list that is full, none, one token, and penalties alone."""
+    return LogitEdits(
+        repetitions=torch.tensor([1.7, 1.0, 1.0, 0.6]),
+        frequencies=torch.tensor([0.0, 0.0, 0.5, -0.4]),
+        presences=torch.tensor([0.3, 0.0, 0.0, 0.25]),
+        least_positions=torch.tensor([4, 0, 0, 90]),
+        ids=torch.tensor([[3, 99, 51, 0], [-1] * 4, [7, -1, -1, -1], [-1] * 4]),
+        biases=torch.tensor([[2.0, -0.0, -0.0, 60.0], [-0.0] * 4, [50.0, -0.0, -0.0, -0.0], [-0.0] * 4]),
+        counts=torch.tensor([[-1, 0, 3, -1], [-1] * 4, [-1] * 4, [-1] * 4]),
+        ends=torch.tensor([[False, False, True, True], [False] * 4, [False] * 4, [False] * 4]),
+    )
+
+
 def stops(least=0.2, edges=(0.1, 0.3, 0.5)):
     acceptance = torch.linspace(0.1, 0.95, len(edges) + 1).repeat(SEQUENCES, 1)
     acceptance[3] = 0.8  # whatever the confidence
@@ -72,7 +86,9 @@ def assert_same(one, other):
 @pytest.mark.parametrize("vocab", [None, range(0, 101, 3)], ids=["all tokens", "a draft vocabulary"])
 @pytest.mark.parametrize("arguments", [
     {}, dict(sampling=sampling()), dict(stops=stops()), dict(sampling=sampling(), stops=stops(), keep_scores=True),
-], ids=["greedy", "sampled", "stops", "all"])  # fmt: skip
+    dict(sampling=replace(sampling(temperatures=(0.0,) * 4), edits=edits())),
+    dict(sampling=replace(sampling(), edits=edits()), stops=stops(), keep_scores=True),
+], ids=["greedy", "sampled", "stops", "all", "edits", "all with edits"])  # fmt: skip
 def test_same_bits_as_the_reference(dtype, isa, vocab, arguments):
     cpu, slow = (draft(tiny_model(dtype, name).with_draft_vocab(vocab), **arguments) for name in ("cpu", "reference"))
     assert_same(cpu, slow)

@@ -21,7 +21,7 @@ SCHEMA_TYPES = {
 
 
 def test_the_list_is_complete():
-    assert len(registered()) == 29
+    assert len(registered()) == 30
 
 
 @pytest.mark.parametrize("name", registered())

@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from layerskip_kernels import triton_ops
+from layerskip_kernels.operands import LogitEdits
 from layerskip_kernels.ops import reference
+from layerskip_kernels.ops.cpu import CpuOps
 from support.models import GPU
 from support.triton_arguments import DEVICE, assert_equal, on_device
 
@@ -83,6 +85,31 @@ def test_equal_scores_over_several_blocks():
     assert_equal(triton_ops.filter_logits(*on_device(rows, *settings)), expected)
     arguments = (expected[1:2], *places(1), torch.tensor([True]))
     assert_equal(triton_ops.gumbel_argmax(*on_device(*arguments)), reference.gumbel_argmax(*arguments))
+
+
+@pytest.mark.parametrize("most", [0, 1, 5])
+@pytest.mark.parametrize("listed", [1, 300])
+def test_edits(listed, most):
+    """Lists of several blocks, some of them not full; drafts that are listed, that are not, and that recur."""
+    generator, rows, size = torch.Generator().manual_seed(listed), 5, 997
+    logits = rows_of_logits(rows, size)
+    ids = torch.stack([torch.randperm(size, generator=generator)[:listed] for _ in range(3)])
+    ids[1, listed // 2 :] = -1
+    counts = torch.randint(-1, 4, ids.shape, generator=generator)
+    biases = torch.randn(ids.shape, generator=generator).where(counts % 2 > 0, -0.0)
+    penalties = torch.tensor([[1.7, 1.0, 0.3], [0.3, 0.0, -0.7], [0.9, 0.0, 0.1]])
+    ends = torch.rand(ids.shape, generator=generator) < 0.3
+    edits = LogitEdits(*penalties, torch.tensor([8, 0, 6]), ids, biases, counts, ends)
+    preceding = torch.randint(size, (rows, most), generator=generator)
+    preceding[:, ::2] = ids[0, 0]
+    preceding[:, 3:] = preceding[:, 1:2]
+    for row in range(rows):
+        preceding[row, row + 1 :] = -1
+    arguments = logits, torch.tensor([0, 1, 2, 0, 2]), torch.arange(5, 10), preceding
+    expected = reference.edit_logits(*arguments, edits)
+    assert not torch.equal(expected, logits)
+    assert_equal(triton_ops.edit_logits(*on_device(*arguments), LogitEdits(*on_device(*edits.flat))), expected)
+    assert_equal(CpuOps().edit_logits(*arguments, edits), expected)
 
 
 @pytest.mark.parametrize("vocab_size", [3, 1030])

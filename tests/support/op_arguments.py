@@ -126,6 +126,16 @@ def arguments(name, quantised=None):
             return torch.arange(12).view(3, 4), 5
         case "gumbel":
             return (torch.arange(5),)
+        case "edit_logits":
+            edits = [torch.ones(2), *torch.rand(2, 2), torch.tensor([4, 0]), torch.tensor([[2, 6, 5], [1, -1, -1]]),
+                     torch.rand(2, 3), torch.tensor([[-1, 0, 2], [-1] * 3]), torch.rand(2, 3) > 0.5]  # fmt: skip
+            return (
+                torch.randn(3, 7),
+                torch.tensor([0, 0, 1]),
+                torch.arange(3),
+                torch.tensor([[-1, -1], [2, 3], [5, 1]]),
+                edits,
+            )
         case "filter_logits":
             return torch.rand(2, 7), torch.ones(2), torch.tensor([3, 0]), torch.ones(2).double(), torch.zeros(2)
         case "gumbel_argmax":
@@ -140,6 +150,8 @@ def arguments(name, quantised=None):
             sampling = [
                 torch.ones(1), torch.tensor([5]), torch.ones(1).double(), torch.zeros(1), *[torch.tensor([1])] * 2
             ]  # fmt: skip
+            listed = torch.tensor([[4, 9]]), torch.rand(1, 2), torch.tensor([[0, 3]]), torch.tensor([[False, True]])
+            sampling += [torch.full((1,), 1.5), torch.rand(1), torch.rand(1), torch.tensor([2]), *listed]
             stops = [torch.tensor([0.5]), torch.ones(1, 2), torch.zeros(1, 3)]
             drawn = weights.flat, *cache, *one, table, head.weight, head.ids, sampling, stops, 2, 3, True, *sizes
             return *drawn, *adapter_arguments(model, cache)

@@ -47,6 +47,7 @@ from layerskip_kernels.ops.reference.layers import (
 )
 from layerskip_kernels.ops.reference.sampling import (
     MASS_ONE,
+    edit_logits,
     filter_logits,
     gumbel,
     gumbel_argmax,
@@ -67,6 +68,7 @@ __all__ = [
     "dot",
     "down_residual",
     "draft_pass",
+    "edit_logits",
     "embed_tokens",
     "exp",
     "filter_logits",
@@ -129,6 +131,7 @@ class ReferenceOps(HostMemory):
     accept_draft = staticmethod(accept_draft)
     philox = staticmethod(philox)
     gumbel = staticmethod(gumbel)
+    edit_logits = staticmethod(edit_logits)
     filter_logits = staticmethod(filter_logits)
     gumbel_argmax = staticmethod(gumbel_argmax)
     rejection_sample = staticmethod(rejection_sample)

@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor
 
+from layerskip_kernels.operands import LogitEdits
 from layerskip_kernels.ops.reference.arithmetic import _log_of, _log_parts, exp, log
 
 PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -57,6 +58,38 @@ def _noise(vocab_size: int, position: int, seed: int, stream: int, sample: int) 
 def _masses(scores: Tensor) -> Tensor:
     """exp(scores - their maximum) as integers, int64: sums of them are exact, so no order has to be fixed."""
     return (exp(scores - scores.max()) * MASS_ONE).to(torch.int64)
+
+
+def edit_logits(
+    logits: Tensor, sequences: Tensor, positions: Tensor, preceding: Tensor, edits: LogitEdits
+) -> Tensor:  # fmt: skip
+    """Add biases, then apply the penalties, then exclude what ends a text too early: fp32 [T, V] -> fp32 [T, V].
+
+    Row r is that of the token at positions[r] of sequence sequences[r], both int64 [T]; preceding int64 [T, D]: tokens
+    generated before it that the edits do not count (drafts), -1 beyond them. A token's score s becomes
+
+        s + bias;  if it was seen, s < 0 ? s * repetition : s / repetition;
+        if it was generated n times, (s - frequency * n) - presence;  if it ends the text too early, -inf
+    """
+    rows = zip(logits, sequences.tolist(), positions, preceding, strict=True)
+    return torch.stack([_edit_row(row.clone(), b, position, before, edits) for row, b, position, before in rows])
+
+
+def _edit_row(row: Tensor, b: int, position: Tensor, preceding: Tensor, edits: LogitEdits) -> Tensor:
+    drafted, listed = preceding[preceding >= 0], edits.ids[b] >= 0
+    new = drafted[~torch.isin(drafted, edits.ids[b])].unique()
+    ids = torch.cat([edits.ids[b, listed], new])
+    biases = torch.cat([edits.biases[b, listed], torch.full(new.shape, -0.0)])
+    counts = torch.cat([edits.counts[b, listed], torch.full_like(new, -1)])
+    ends = torch.cat([edits.ends[b, listed], torch.zeros_like(new, dtype=torch.bool)])
+    times = (ids[:, None] == drafted).sum(1)
+    seen, generated = (counts >= 0) | (times > 0), counts.clamp(min=0) + times
+    s, repetition = row[ids] + biases, edits.repetitions[b]
+    s = torch.where(seen, torch.where(s < 0, s * repetition, s / repetition), s)
+    penalised = (s - edits.frequencies[b] * generated.float()) - edits.presences[b]
+    s = torch.where(generated > 0, penalised, s)
+    row[ids] = torch.where(ends & (position < edits.least_positions[b]), -torch.inf, s)
+    return row
 
 
 def filter_logits(scores: Tensor, temperatures: Tensor, top_ks: Tensor, top_ps: Tensor, min_ps: Tensor) -> Tensor:

@@ -27,7 +27,14 @@ from layerskip_kernels.ops.reference.layers import (
     out_residual,
     paged_attention,
 )
-from layerskip_kernels.ops.reference.sampling import MASS_ONE, _masses, filter_logits, gumbel_argmax, rejection_sample
+from layerskip_kernels.ops.reference.sampling import (
+    MASS_ONE,
+    _masses,
+    edit_logits,
+    filter_logits,
+    gumbel_argmax,
+    rejection_sample,
+)
 
 
 def run_layers(
@@ -115,10 +122,10 @@ def draft_pass(
         chosen, logits = norm_head_argmax(hidden, weights.final_norm, head_weight, len(ids), *sizes.head)
         tokens[drafting] = ids[chosen]
         for b, row, position in zip(drafting.tolist(), logits, positions.tolist(), strict=True):
-            if sampling is not None and sampling.temperatures[b] != 0:
+            if sampling is not None and sampling.changes(b):
                 everywhere = torch.full((sizes.vocab_size,), -torch.inf)
                 everywhere[ids] = row
-                tokens[b], drawn_from = _draw(everywhere, sampling, b, position + 1)
+                tokens[b], drawn_from = _draw(everywhere, sampling, b, position + 1, drafts[b, :i])
                 if keep_scores:
                     scores[b, i] = drawn_from
             confidences[b, i] = confidence(row)
@@ -155,13 +162,20 @@ def confidence(logits: Tensor) -> Tensor:
     return (MASS_ONE / _masses(logits).sum().double()).float()
 
 
-def _draw(logits: Tensor, sampling: DraftSampling, b: int, position: int) -> tuple[Tensor, Tensor]:
-    """A token drawn with sequence b's settings from logits fp32 [V], and the scores fp32 [V] that it was drawn from."""
-    one = slice(b, b + 1)
+def _draw(
+    logits: Tensor, sampling: DraftSampling, b: int, position: int, drafted: Tensor
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """A token drawn with sequence b's settings from logits fp32 [V], and the scores fp32 [V] that it was drawn from.
+
+    drafted int64: the drafts before it.
+    """
+    one, logits = slice(b, b + 1), logits[None]
+    if sampling.edits is not None:
+        logits = edit_logits(logits, torch.tensor([b]), torch.tensor([position]), drafted[None], sampling.edits)
     scores = filter_logits(
-        logits[None], sampling.temperatures[one], sampling.top_ks[one], sampling.top_ps[one], sampling.min_ps[one]
+        logits, sampling.temperatures[one], sampling.top_ks[one], sampling.top_ps[one], sampling.min_ps[one]
     )
-    noisy = torch.tensor([True])
+    noisy = sampling.temperatures[one] != 0
     tokens = gumbel_argmax(scores, torch.tensor([position]), sampling.seeds[one], sampling.samples[one], noisy)
     return tokens[0], scores[0]
 
@@ -207,6 +221,9 @@ def _draw_targets(
 ) -> Tensor:  # fmt: skip
     """What is drawn from the logits of each judged row, or made of its draft by the rejection rule: int64 [J]."""
     draws = sampling.draws
+    if sampling.edits is not None:
+        sequences, preceding = _drafts_before(rows, num_drafts, judged)
+        logits = edit_logits(logits, sequences, sampling.positions, preceding, sampling.edits)
     scores = filter_logits(logits, draws.temperatures, draws.top_ks, draws.top_ps, draws.min_ps)
     noisy = draws.temperatures != 0
     targets = gumbel_argmax(scores, sampling.positions, draws.seeds, draws.samples, noisy)
@@ -223,6 +240,16 @@ def _draw_targets(
                 draws.seeds[theirs], draws.samples[theirs],
             )  # fmt: skip
     return targets
+
+
+def _drafts_before(rows: PendingRows, num_drafts: Tensor, judged: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each judged row its sequence, int64 [J], and the drafts up to it, int64 [J, most drafts], -1 beyond them."""
+    sequences = torch.repeat_interleave(judged_rows(num_drafts, judged))
+    nth = torch.cat([torch.arange(int(count) + 1) for count in num_drafts[judged]])
+    drafts = torch.arange(int(num_drafts.max()))
+    places = (rows.query_start_loc[1:] - num_drafts)[sequences, None] + drafts
+    before = drafts < nth[:, None]
+    return sequences, torch.where(before, rows.tokens[torch.where(before, places, 0)], -1)
 
 
 def judged_rows(num_drafts: Tensor, judged: Tensor) -> Tensor:
