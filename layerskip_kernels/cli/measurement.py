@@ -9,6 +9,7 @@ from typing import Any
 
 from layerskip_kernels.cli.interrupts import raise_on_interrupt
 from layerskip_kernels.cli.options import (
+    BLOCK_WEIGHTS,
     DTYPES,
     TEXT_BYTES,
     add_command,
@@ -76,24 +77,53 @@ def _add_roofline(commands: Any) -> None:
 
 
 def _add_quantise(commands: Any) -> None:
-    quantise = add_command(commands, "quantise", _quantise, "write a model as a quantised .gguf file")
-    quantise.add_argument("model", metavar="MODEL", help="a directory, a .gguf file, a name or a hub id")
-    quantise.add_argument("file", type=output_path, metavar="OUT.gguf")
+    quantise = add_command(
+        commands, "quantise", _quantise, "write a model as a quantised .gguf file, or an exit adapter in another type"
+    )
     quantise.add_argument(
-        "--type", default="q4_k_m", choices=FILE_TYPES,
-        help="the mixture of types that llama.cpp makes by this name (default: q4_k_m)",
+        "model", metavar="MODEL", help="a directory, a .gguf file, a name or a hub id; or an exit adapter's"
+    )
+    quantise.add_argument("file", metavar="OUT.gguf", help="where it goes; an exit adapter goes into a folder")
+    quantise.add_argument(
+        "--type", choices=(*FILE_TYPES, "q4_k", "q5_k"), metavar="TYPE",
+        help=f"of a model, the mixture that llama.cpp makes by this name: {', '.join(FILE_TYPES)} (default: q4_k_m); "
+        f"of an exit adapter: {', '.join(BLOCK_WEIGHTS)} (default: q8_0)",
     )  # fmt: skip
 
 
 def _quantise(args: argparse.Namespace) -> int:
+    from layerskip_kernels.model.exit_adapter import ADAPTER_FILE
     from layerskip_kernels.model.gguf_write import write_gguf
     from layerskip_kernels.model.loading import read_checkpoint
+    from layerskip_kernels.model.sources import locate_exit_adapter
 
-    path = Path(args.file)
+    adapter = locate_exit_adapter(args.model)
+    if adapter.name == ADAPTER_FILE or (adapter / ADAPTER_FILE).exists():
+        return _quantise_adapter(adapter, Path(args.file), args.type or "q8_0")
+    path, kind = Path(args.file), args.type or "q4_k_m"
     if path.suffix.lower() != ".gguf":
         raise ValueError(f"the file must end in .gguf, got {path}")
-    write_gguf(read_checkpoint(args.model, on_demand=True), path, args.type)
+    if kind not in FILE_TYPES:
+        raise ValueError(f"--type must be one of {', '.join(FILE_TYPES)} for a model, got {kind}")
+    if not path.parent.is_dir():
+        raise ValueError(f"the folder {str(path.parent)!r} does not exist; make it first")
+    write_gguf(read_checkpoint(args.model, on_demand=True), path, kind)
     print(f"{path}: {path.stat().st_size / 1e6:.0f} MB")
+    return 0
+
+
+def _quantise_adapter(adapter: Path, folder: Path, weights: str) -> int:
+    """The adapter in another type, and the defaults that lie beside it."""
+    from shutil import copyfile
+
+    from layerskip_kernels.model.defaults import FILE
+    from layerskip_kernels.model.exit_adapter import quantise_exit_adapter
+
+    path = quantise_exit_adapter(adapter, folder, weights)
+    beside = (adapter if adapter.is_dir() else adapter.parent) / FILE
+    if beside.exists() and beside.parent.resolve() != folder.resolve():
+        copyfile(beside, folder / FILE)
+    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
     return 0
 
 

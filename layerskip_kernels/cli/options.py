@@ -20,14 +20,15 @@ if TYPE_CHECKING:
     from layerskip_kernels.model.model import Model
 
 __all__ = [
-    "BACKENDS", "DTYPES", "TEXT_BYTES", "Parser", "add_command", "add_exit_option", "add_generation_options",
-    "add_json_options", "add_model_options", "add_prompt_options", "add_sampling_options", "add_step_options",
-    "add_threads_option", "counted", "fractions", "generation_config", "identity", "load", "named_prompts",
-    "output_path", "positive", "positives", "prompts_of", "read_text", "report",
+    "BACKENDS", "BLOCK_WEIGHTS", "DTYPES", "TEXT_BYTES", "Parser", "add_command", "add_exit_option",
+    "add_generation_options", "add_json_options", "add_model_options", "add_prompt_options", "add_sampling_options",
+    "add_step_options", "add_threads_option", "counted", "fractions", "generation_config", "identity", "load",
+    "named_prompts", "output_path", "positive", "positives", "prompts_of", "read_text", "report",
 ]  # fmt: skip
 
 # quantise.WEIGHT_TYPES, which take torch to import.
-WEIGHTS = ("16bit", "int8", "int15", "q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q4_k", "q5_k", "q6_k")
+BLOCK_WEIGHTS = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q4_k", "q5_k", "q6_k")
+WEIGHTS = ("16bit", "int8", "int15", *BLOCK_WEIGHTS)
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 PROMPT_BYTES, TEXT_BYTES = 64 << 20, 1 << 30  # of a file of prompts, and of one of texts, at most
 MAX_THREADS = max(64, 4 * (os.cpu_count() or 1))

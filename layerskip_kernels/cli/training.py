@@ -10,6 +10,7 @@ from typing import Any, get_args
 
 from layerskip_kernels.cli.interrupts import raise_on_interrupt
 from layerskip_kernels.cli.options import (
+    BLOCK_WEIGHTS,
     add_command,
     add_exit_option,
     add_generation_options,
@@ -61,6 +62,12 @@ def add_commands(commands: Any) -> None:
     )
     adapt.add_argument("--passes", type=positive, default=4, metavar="N", help="over the texts, at most (4)")
     adapt.add_argument("--pilot-steps", type=positive, default=60, metavar="N", help="of each candidate's trial (60)")
+    adapt.add_argument(
+        "--adapter-weights",
+        choices=BLOCK_WEIGHTS,
+        metavar="TYPE",
+        help=f"what the adapter is written as: {', '.join(BLOCK_WEIGHTS)} (default: the model's dtype)",
+    )
     adapt.add_argument("--start-from", metavar="PATH", help="an adapter of this model to go on from")
     add_threads_option(adapt)
     parse = add_command(commands, "parse-data", _parse_data, "write the data of the semantic-parsing task")
@@ -120,7 +127,10 @@ def _adapt(args: argparse.Namespace) -> int:
     )
     torch.manual_seed(settings.seed)
     start_from = None if args.start_from is None else Path(args.start_from)
-    found = adapt(model, args.model, Path(args.folder), settings, [text for _, text in prompts], given, start_from)
+    found = adapt(
+        model, args.model, Path(args.folder), settings, [text for _, text in prompts], given, start_from,
+        args.adapter_weights,
+    )  # fmt: skip
     print(
         f"exit {found['exit_layer']}, {found['acceptance']:.1%} of held-out drafts right; try: layerskip sweep "
         f"{'' if args.model is None else f'--model {args.model} '}--exit-adapter {args.folder}"

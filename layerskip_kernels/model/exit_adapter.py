@@ -14,7 +14,7 @@ changes a norm is not noticed; a text is exact with any adapter.)
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from layerskip_kernels.errors import shown
 from layerskip_kernels.model.files import whole
+from layerskip_kernels.model.quantise import quantise
 from layerskip_kernels.model.safetensors_file import (
     DTYPE_CODES,
     TensorEntry,
@@ -31,14 +32,16 @@ from layerskip_kernels.model.safetensors_file import (
     read_tensor,
     write_safetensors,
 )
-from layerskip_kernels.model.tensor_names import check_names, layer_shapes
+from layerskip_kernels.model.tensor_names import check_finite, check_names, layer_shapes
 from layerskip_kernels.model.weight_files import TensorsOnDemand, check_entries
 from layerskip_kernels.model_config import ModelConfig
 from layerskip_kernels.operands import DraftHead, LayerWeights, ModelSizes, ModelWeights
+from layerskip_kernels.ops.reference import BLOCK_TYPES, block_type, dequantise
 
 __all__ = [
-    "ADAPTER_FILE", "HEAD", "HEAD_IDS", "ExitAdapter", "adapter_shapes", "exit_sizes", "model_norms",
-    "num_adapter_layers", "read_exit_adapter", "write_exit_adapter",
+    "ADAPTER_FILE", "HEAD", "HEAD_IDS", "ExitAdapter", "adapter_shapes", "check_adapter_weights", "exit_sizes",
+    "model_norms", "num_adapter_layers", "quantise_exit_adapter", "quantised_adapter", "read_exit_adapter",
+    "write_exit_adapter",
 ]  # fmt: skip
 
 ADAPTER_FILE = "exit_adapter.safetensors"
@@ -48,6 +51,7 @@ LAYER_NAME = re.compile(r"layers\.(\d{1,3})\..+")
 NORMS_NAME = "model_norms"
 NORM_TOLERANCE = 2**-7  # one unit in the last place of bfloat16: float16 rounds first
 FORMAT = "1"
+QUANTISED_ROWS = 1024  # at a time: it takes several times their memory
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,12 +119,56 @@ def write_exit_adapter(
 
     ``tensors``: `adapter_shapes`, and HEAD_IDS with a head; ``weights``: the model's.
     """
-    tensors = {NORMS_NAME: model_norms(weights), **tensors}
+    said = {"format": FORMAT, "exit_layer": str(exit_layer), "model": model_name}
+    return _write(folder, {NORMS_NAME: model_norms(weights), **tensors}, said)
+
+
+def _write(folder: Path, tensors: dict[str, Tensor], said: dict[str, str]) -> Path:
     shapes = {name: (DTYPE_CODES[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items()}
-    metadata = {"format": FORMAT, "exit_layer": str(exit_layer), "model": model_name}
     with whole(folder / ADAPTER_FILE) as unfinished:
-        write_safetensors(unfinished, shapes, tensors.items(), metadata)
+        write_safetensors(unfinished, shapes, tensors.items(), said)
     return folder / ADAPTER_FILE
+
+
+def check_adapter_weights(shapes: Mapping[str, Sequence[int]], weights: str) -> None:
+    """Raise ValueError unless ``weights`` is a type of ops.reference.BLOCK_TYPES that the matrices among these fit."""
+    if weights not in BLOCK_TYPES:
+        raise ValueError(f"an exit adapter's weights must be one of {', '.join(BLOCK_TYPES)}, got {shown(weights)}")
+    size = BLOCK_TYPES[weights].size
+    for name, shape in shapes.items():
+        if len(shape) == 2 and shape[1] % size:
+            raise ValueError(
+                f"{name} has rows of {shape[1]} numbers, which are no whole blocks of {size}, those of {weights}; "
+                "choose a type of smaller blocks (q8_0 has 32), or leave the adapter in 16 bits"
+            )
+
+
+def quantised_adapter(tensors: dict[str, Tensor], weights: str) -> dict[str, Tensor]:
+    """An adapter's tensors with its matrices, the head's too, as another type. Raises as `check_adapter_weights`."""
+    check_adapter_weights({name: tensor.shape for name, tensor in tensors.items()}, weights)
+    return {
+        name: torch.cat([quantise(rows, weights) for rows in tensor.split(QUANTISED_ROWS)]) if tensor.dim() == 2
+        else tensor
+        for name, tensor in tensors.items()
+    }  # fmt: skip
+
+
+def quantise_exit_adapter(source: Path, folder: Path, weights: str) -> Path:
+    """Write the adapter of a file or folder into ``folder`` with its matrices as another type; returns where.
+
+    Raises as `read_exit_adapter` and `quantised_adapter` do, before anything is written.
+    """
+    _, entries, said = _opened(source)
+    tensors = {}
+    for name, entry in entries.items():
+        stored = read_tensor(entry)
+        in_blocks = stored.dtype == torch.uint8
+        tensors[name] = dequantise(stored, stored.size(1) * block_type(stored).size) if in_blocks else stored
+        if tensors[name].is_floating_point():
+            check_finite(entry, tensors[name], tensors[name])
+    quantised = quantised_adapter(tensors, weights)
+    folder.mkdir(exist_ok=True)
+    return _write(folder, quantised, said)
 
 
 def read_exit_adapter(
@@ -131,13 +179,7 @@ def read_exit_adapter(
     Numbers come in ``dtype``, quantised matrices as they are, HEAD_IDS int64. Raises FileNotFoundError, or ValueError
     naming the file: another model's adapter, no adapter at all, a missing, unknown, misshapen or damaged tensor.
     """
-    path = path / ADAPTER_FILE if path.is_dir() else path
-    if not path.exists():
-        raise FileNotFoundError(f"{path} is missing; an exit adapter is a file named {ADAPTER_FILE}, or its folder")
-    entries = read_header(path)
-    said = read_metadata(path)
-    if said.get("format") != FORMAT:
-        raise ValueError(f"{path} is not an exit adapter of format {FORMAT}: its metadata says {shown(said)}")
+    path, entries, said = _opened(path)
     _check_model(path, entries.pop(NORMS_NAME, None), said.get("model"), model_name, weights)
     exit_layer = said.get("exit_layer", "")
     if not re.fullmatch(r"\d{1,4}", exit_layer) or not 1 <= int(exit_layer) < config.num_layers:
@@ -151,6 +193,17 @@ def read_exit_adapter(
     check_entries(entries, shapes)
     tensors = TensorsOnDemand(entries, shapes, dtype, keep_quantised=True)
     return int(exit_layer), {name: tensors.pop(name) for name in shapes} | ({} if ids is None else {HEAD_IDS: ids})
+
+
+def _opened(path: Path) -> tuple[Path, dict[str, TensorEntry], dict[str, str]]:
+    """The file of an adapter, its tensors and what its metadata says. Raises as `read_exit_adapter` does."""
+    path = path / ADAPTER_FILE if path.is_dir() else path
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is missing; an exit adapter is a file named {ADAPTER_FILE}, or its folder")
+    entries, said = read_header(path), read_metadata(path)
+    if said.get("format") != FORMAT:
+        raise ValueError(f"{path} is not an exit adapter of format {FORMAT}: its metadata says {shown(said)}")
+    return path, entries, said
 
 
 def _read_ids(entry: TensorEntry, vocab_size: int) -> Tensor:

@@ -18,8 +18,10 @@ from layerskip_kernels.model.defaults import DraftDefaults, write_defaults
 from layerskip_kernels.model.exit_adapter import (
     HEAD_IDS,
     adapter_shapes,
+    check_adapter_weights,
     model_norms,
     num_adapter_layers,
+    quantised_adapter,
     read_exit_adapter,
     write_exit_adapter,
 )
@@ -56,15 +58,19 @@ def adapt(
     prompts: Sequence[str] = (),
     given: Sequence[str] = (),
     start_from: Path | None = None,
+    weights: str | None = None,
 ) -> dict[str, Any]:
     """Train an adapter for ``model``, or go on with the training that ``output`` holds; returns what came of it.
 
     ``prompts``: what the model is to continue, beside prompts that it draws itself; ``given``: texts to judge as well.
     ``source``: what ``load_model`` loaded, read again for the layers that the adapter starts as; ``start_from``: an
-    adapter to start as instead, whose exit, layers and words stay. The adapter, its ``layerskip.json`` and what was
+    adapter to start as instead, whose exit, layers and words stay; ``weights``: what its matrices are written as, one
+    of ops.reference.BLOCK_TYPES (None: the model's dtype). The adapter, its ``layerskip.json`` and what was
     found (``adapt.json``) go into ``output``, all else into ``output / "training"``. Raises ValueError where ``output``
     holds a training of something else, and for exits that the model does not have.
     """
+    if weights is not None:  # refused before anything is trained
+        check_adapter_weights(adapter_shapes(model.config, max(settings.adapter_layers), 1), weights)
     output.mkdir(parents=True, exist_ok=True)
     start = words = None
     if start_from is not None:
@@ -105,7 +111,7 @@ def adapt(
     vocab = sorted(words[: chosen.num_words])
     training = AdapterTraining(own, texts, states, vocab, chosen.exit_layer, chosen.num_layers, settings)
     training.run(kept / "state.safetensors")
-    return _export(model, training, chosen, vocab, output)
+    return _export(model, training, chosen, vocab, output, weights)
 
 
 def default_exits(num_layers: int) -> tuple[int, ...]:
@@ -184,11 +190,12 @@ def _table(candidates: Sequence[Candidate], chosen: Candidate) -> str:
 
 
 def _export(
-    model: Model, training: AdapterTraining, chosen: Candidate, vocab: Sequence[int], output: Path
+    model: Model, training: AdapterTraining, chosen: Candidate, vocab: Sequence[int], output: Path, weights: str | None
 ) -> dict[str, Any]:
     """Write the best adapter with its defaults, and say what it does on held-out texts."""
     tensors = {name: tensor.to(model.dtype) for name, tensor in training.best.items()}
     ordered = {name: tensors[name] for name in adapter_shapes(model.config, chosen.num_layers, len(vocab))}
+    ordered = ordered if weights is None else quantised_adapter(ordered, weights)
     ordered[HEAD_IDS] = torch.tensor(vocab, dtype=torch.int32)
     write_exit_adapter(output, chosen.exit_layer, ordered, model.name, model.weights)
     write_defaults(output, DraftDefaults(chosen.exit_layer))

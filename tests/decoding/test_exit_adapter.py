@@ -254,21 +254,44 @@ def test_an_engine_writes_the_texts_of_plain_decoding(backend):
     assert all_free(engine)
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
-def test_a_quantised_model_and_a_quantised_adapter(backend):
-    plain, _, _ = models(backend)
-    plain = Model.from_checkpoint(own_checkpoint(torch.bfloat16, **sizes_for(backend)), backend, "q4_0")
-    tensors = {name: quantise(t, "q8_0") if t.dim() == 2 else t for name, t in random_adapter(plain).items()}
-    results = []
-    for adapter in (tensors, random_adapter(plain)):
-        adapted = plain.with_exit_adapter(EXIT, adapter)
-        cache = cache_for(adapted, 30)
+@pytest.mark.parametrize(
+    ("backend", "weights", "num_layers", "of_model"),
+    [
+        ("cpu", "q4_0", 1, None),
+        ("cpu", "q8_0", 0, None),
+        ("cpu", "q8_0", 2, "q4_1"),
+        ("cpu", "int8", 1, None),
+        ("triton", "q8_0", 1, None),
+    ],
+    ids=str,
+)
+def test_a_quantised_adapter(backend, weights, num_layers, of_model):
+    """Layers and head, under a model of 16 bits and a quantised one: drafts, K and V are the reference's, the text is
+    the model's."""
+    sizes = {**sizes_for(backend), "hidden_size": 32, "intermediate_size": 32}
+    found = {}
+    for name in ("reference", backend):
+        plain = Model.from_checkpoint(own_checkpoint(torch.bfloat16, **sizes), name, of_model)
+        written = random_adapter(plain, num_layers, lm_head=lm_head(torch.bfloat16, **sizes), every=2)
+        quantised = {n: quantise(t, weights) if t.dim() == 2 else t for n, t in written.items()}
+        adapted = plain.with_exit_adapter(EXIT, quantised)
+        cache, accepted, made = cache_for(adapted, 50, page_size=7), 0, []
         sequence = cache.add_sequence(random_tokens(6))
         cache.commit(prefill(adapted, cache, [sequence]))
-        cache.commit(verify_step(adapted, cache, draft_step(adapted, cache, [sequence], EXIT, 3)))
+        for _ in range(2):
+            draft = draft_step(adapted, cache, [sequence], EXIT, 3)
+            verdict = verify_step(adapted, cache, draft)
+            made.append(draft.of(0))
+            accepted += int(verdict.num_accepted[0])
+            cache.commit(verdict)
         assert sequence.tokens[6:] == greedy(plain, sequence.tokens[:6], len(sequence.tokens) - 6)
-        results.append(all_kv(cache, sequence)[0][-1])
-    assert not torch.equal(results[0][:6], results[1][:6])  # Q8_0 rounded the adapter's weights
+        assert accepted > 0
+        found[name] = made, *all_kv(cache, sequence)
+        few = adapted.draft_ids.tolist()[1:9:2]
+        some = adapted.with_draft_vocab(few)
+        assert set(draft_step(some, cache, [sequence], EXIT, 2).of(0)) <= set(few)
+    (made, k, v), (expected, expected_k, expected_v) = found[backend], found["reference"]
+    assert made == expected and torch.equal(k, expected_k) and torch.equal(v, expected_v)
 
 
 def test_positions_grow_for_the_adapter_too():

@@ -8,8 +8,10 @@ import torch
 from safetensors.torch import save_file
 
 from layerskip_kernels import GenerationConfig, generate, load_model
+from layerskip_kernels.cli.main import main
 from layerskip_kernels.model import sources
-from layerskip_kernels.model.exit_adapter import write_exit_adapter
+from layerskip_kernels.model.exit_adapter import quantised_adapter, write_exit_adapter
+from layerskip_kernels.ops.reference import is_quantised
 from support.checkpoint_files import HF_CONFIG, random_tensors, write_directory
 from support.commands import error_of
 from support.exit_adapters import random_adapter
@@ -104,6 +106,46 @@ def test_a_head_of_its_own_is_read_with_its_words(source, with_head):
     (with_head / "layerskip.json").write_text('{"exit_layer": 2, "draft_vocab": [4, 5]}')
     with pytest.raises(ValueError, match=r"draft_vocab must be among the \d+ tokens of the exit adapter's own head"):
         load_model(source, exit_adapter=with_head)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_an_adapter_is_quantised_by_a_command(source, with_head, tmp_path, capsys, backend):
+    """Its layers and its head, from numbers and from blocks; the file is smaller, exit, words and defaults stay."""
+    (with_head / "layerskip.json").write_text('{"exit_layer": 2, "num_speculations": 3}')
+    for to, options in (("q8", []), ("q4", ["--type", "q4_0"])):
+        assert main(["quantise", str(with_head), str(tmp_path / to), *options]) == 0
+    assert "exit_adapter.safetensors: 0.0 MB" in capsys.readouterr().out
+    assert main(["quantise", str(tmp_path / "q8"), str(tmp_path / "twice"), "--type", "q8_0"]) == 0
+    capsys.readouterr()
+    sizes = [
+        (path / "exit_adapter.safetensors").stat().st_size for path in (with_head, tmp_path / "q8", tmp_path / "q4")
+    ]
+    assert sizes[0] > 1.5 * sizes[1] > 1.5 * sizes[2]
+    plain, written = load_model(source, backend=backend), adapter_with_head(load_model(source))
+    for to, weights in (("q8", "q8_0"), ("q4", "q4_0"), ("twice", "q8_0")):
+        model = load_model(source, backend=backend, exit_adapter=tmp_path / to)
+        words = written["head.ids"].long()
+        expected = plain.with_exit_adapter(2, quantised_adapter({**written, "head.ids": words}, weights))
+        assert is_quantised(model.draft_head.weight) and torch.equal(model.draft_ids, words)
+        if to != "twice":  # its numbers are rounded once more
+            for one, other in zip(model.exit_adapter.tensors, expected.exit_adapter.tensors, strict=True):
+                assert torch.equal(one, other)
+            assert torch.equal(model.draft_head.weight, expected.draft_head.weight)
+        assert model.draft_settings(GenerationConfig()) == (2, 3)
+        config = GenerationConfig(max_new_tokens=6)
+        [found], [alone] = generate(model, [[5, 6, 7]], config), generate(plain, [[5, 6, 7]], config.plain())
+        assert found.drafted > 0 and found.token_ids == alone.token_ids
+
+
+def test_types_that_an_adapter_cannot_have_are_refused_before_anything_is_written(source, adapter, tmp_path, capsys):
+    out = tmp_path / "out"
+    error = error_of(["quantise", str(adapter), str(out), "--type", "q6_k"], capsys)
+    assert "has rows of 64 numbers, which are no whole blocks of 256, those of q6_k; choose a type of smaller" in error
+    error = error_of(["quantise", str(adapter), str(out), "--type", "q4_k_m"], capsys)
+    assert "an exit adapter's weights must be one of q4_0, q4_1" in error
+    error = error_of(["quantise", str(source), str(out) + ".gguf", "--type", "q4_k"], capsys)
+    assert "--type must be one of q8_0, " in error
+    assert not out.exists()
 
 
 def test_words_that_are_no_ascending_ids_are_refused_by_name(source, with_head):

@@ -9,6 +9,7 @@ import torch
 
 from layerskip_kernels import GenerationConfig, Model, draft_step, generate, load_model, prefill
 from layerskip_kernels.cli.main import main
+from layerskip_kernels.ops.reference import is_quantised
 from layerskip_kernels.training import adapter_training, written_texts
 from layerskip_kernels.training.adapt import adapt, default_exits
 from layerskip_kernels.training.adapter_choice import StepCosts
@@ -237,4 +238,10 @@ def test_the_command(code_model, tmp_path, capsys):
     )
     assert main(["adapt", str(tmp_path / "adapter"), *options.split()]) == 0
     assert "layerskip sweep --model layerskip-tiny-code --exit-adapter" in capsys.readouterr().out
-    assert load_model("layerskip-tiny-code", exit_adapter=tmp_path / "adapter").exit_adapter.exit_layer == 2
+    model = load_model("layerskip-tiny-code", exit_adapter=tmp_path / "adapter")
+    assert model.exit_adapter.exit_layer == 2 and not is_quantised(model.draft_head.weight)
+    again = [*options.split(), "--adapter-weights", "q8_0"]  # nothing is trained anew
+    assert main(["adapt", str(tmp_path / "adapter"), *again]) == 0
+    quantised = load_model("layerskip-tiny-code", exit_adapter=tmp_path / "adapter")
+    assert is_quantised(quantised.draft_head.weight) and torch.equal(quantised.draft_ids, model.draft_ids)
+    assert all(is_quantised(w) for w in (quantised.exit_adapter.weights.layers[1].wq,))
