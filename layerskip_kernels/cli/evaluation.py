@@ -140,6 +140,11 @@ def _lens(args: argparse.Namespace) -> int:
         f"{model.name}: the {found['tokens']} tokens generated need {found['mean_layer']:.2f} of "
         f"{found['num_layers']} layers on average ({counted(found['prompts'], 'prompt')})"
     )
+    if adapter := found.get("adapter"):
+        text += (
+            f"; its exit adapter after layer {adapter['exit_layer']} says {adapter['agreement']:.1%} of them, the "
+            f"layer alone {found['agreement'][adapter['exit_layer'] - 1]:.1%}"
+        )
     report(args, {**found, "machine": facts}, text)
     html = args.html or (None if args.plot or args.histogram or args.json or args.output else "lens.html")
     if html:

@@ -14,8 +14,10 @@ from torch import Tensor
 
 from layerskip_kernels.decoding.kv_cache import CachedSequence, PagedKVCache
 from layerskip_kernels.decoding.steps import prefill
+from layerskip_kernels.model.exit_adapter import ExitAdapter
 from layerskip_kernels.model.model import Model
 from layerskip_kernels.operands import PendingRows
+from layerskip_kernels.ops.adapting import adapt_rows
 
 __all__ = ["ExitRows", "each_exit"]
 
@@ -27,20 +29,23 @@ class ExitRows:
     """What layer ``layer`` (1..L) says after some positions of a text, of which the first is ``position``.
 
     tokens int64 [n]: its best token; logits fp32 [n, V]; both on the host. A draft vocabulary does not restrict them.
+    ``adapted``: the exit adapter after that layer says it, by its own head if it has one; logits outside are -inf.
     """
 
     layer: int
     position: int
     tokens: Tensor
     logits: Tensor
+    adapted: bool = False
 
 
 def each_exit(
-    model: Model, token_ids: Sequence[int], start: int = 0, exits: Sequence[int] | None = None
+    model: Model, token_ids: Sequence[int], start: int = 0, exits: Sequence[int] | None = None, adapter: bool = False
 ) -> Iterator[ExitRows]:
     """What each layer says after each of ``token_ids[start:]``: runs of rows, each from the first layer to the last.
 
-    ``exits``: the layers that are asked, in 1..L (None: all). Raises ValueError for another one, for an empty text, one
+    ``exits``: the layers that are asked, in 1..L (None: all). ``adapter``: the model's exit adapter, if it has one, is
+    asked as well, after the bare layer at its exit. Raises ValueError for another one, for an empty text, one
     that is too long for the model, and ``start`` outside it.
     """
     num_layers = model.config.num_layers
@@ -49,6 +54,7 @@ def each_exit(
         raise ValueError(f"exits must be layers in 1..{num_layers}, got {list(exits)}")
     if not 0 <= start < len(token_ids):
         raise ValueError(f"start must be in 0..{len(token_ids) - 1}, the positions of the text, got {start}")
+    model = model if adapter else model.with_exit_adapter(None)
     cache = PagedKVCache.with_room_for(model, [len(token_ids)])
     cache.check_prompt(token_ids)
     sequence = cache.add_sequence(token_ids[: start or 1])
@@ -69,10 +75,10 @@ def _through_layers(
     table = torch.from_numpy(cache.pool.block_table([sequence.id]))
     page_of = table[0, positions // cache.pool.page_size].long()
     page, offset = model.ops.to_device(page_of, positions % cache.pool.page_size)
-    weights, sizes = model.weights, model.sizes
+    weights, sizes, adapter = model.weights, model.sizes, model.exit_adapter
     start_loc = torch.tensor([0, count], dtype=torch.int32)
     depth = 0
-    for layer in sorted({*exits, model.config.num_layers}):
+    for layer in sorted({*exits, model.config.num_layers, *([adapter.exit_layer] if adapter else [])}):
         depths = torch.full((count,), depth, dtype=torch.int32)
         rows = PendingRows(tokens, positions, depths, start_loc, table)
         model.ops.run_layers(weights, sizes, cache.tensors, rows, layer)
@@ -82,5 +88,23 @@ def _through_layers(
             best, logits = model.ops.norm_head_argmax(
                 cache.hidden[page, offset], weights.final_norm, weights.lm_head, sizes.vocab_size, *sizes.head
             )
-            yield ExitRows(layer, start, *model.ops.to_host(cache.k, best, logits))
+            best, logits = model.ops.to_host(cache.k, best, logits)
+            yield ExitRows(layer, start, best, logits)
+        if adapter and layer == adapter.exit_layer:
+            yield ExitRows(layer, start, *_adapter_says(model, cache, adapter, rows), adapted=True)
     cache.pool.commit([sequence.id], [stop])
+
+
+def _adapter_says(model: Model, cache: PagedKVCache, adapter: ExitAdapter, rows: PendingRows) -> tuple[Tensor, Tensor]:
+    """Of rows at its exit: each one's best token int64 [T], and logits fp32 [T, V], -inf outside a head of its own; on
+    the host. Writes the adapter's K and V."""
+    hidden = adapt_rows(model.ops, cache.hidden, cache.adapter_layers(model), rows)
+    weights, sizes, head = adapter.draft_weights, model.sizes, adapter.head
+    weight, size = (weights.lm_head, sizes.vocab_size) if head is None else (head.weight, len(head.ids))
+    found = model.ops.norm_head_argmax(hidden, weights.final_norm, weight, size, *sizes.head)
+    tokens, logits = model.ops.to_host(cache.k, *found)
+    if head is None:
+        return tokens, logits
+    everywhere = torch.full((len(tokens), sizes.vocab_size), -torch.inf)
+    everywhere[:, head.ids] = logits
+    return head.ids[tokens], everywhere

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from html import escape
 
+from torch import Tensor
+
 from layerskip_kernels.evaluation.lens import Lens, token_text
 from layerskip_kernels.evaluation.lens_plot import cell_colour, depth_colour, ink
 from layerskip_kernels.model.model import Model
@@ -64,7 +66,7 @@ token that the layer would say (<code>·</code>: a blank, <code>↵</code>: the 
 <span><span class="sample"></span> from here on it no longer changes</span>
 </div>
 <div class="table"><table>
-<thead><tr><th scope="col">final token</th>{_layer_titles(num_layers)}</tr></thead>
+<thead><tr><th scope="col">final token</th>{_layer_titles(lens)}</tr></thead>
 <tbody>
 {_rows(model, lens)}
 </tbody></table></div>
@@ -92,8 +94,12 @@ def _text(model: Model, lens: Lens) -> str:
     return "".join(spans)
 
 
-def _layer_titles(num_layers: int) -> str:
-    return "".join(f'<th scope="col">{layer}</th>' for layer in range(1, num_layers + 1))
+def _layer_titles(lens: Lens) -> str:
+    """The layers, and an exit adapter after the one that it follows."""
+    titles = [str(layer) for layer in range(1, lens.guesses.size(1) + 1)]
+    if lens.adapter is not None:
+        titles.insert(lens.adapter.exit_layer, f"{lens.adapter.exit_layer} + adapter")
+    return "".join(f'<th scope="col">{title}</th>' for title in titles)
 
 
 def _rows(model: Model, lens: Lens) -> str:
@@ -106,17 +112,25 @@ def _row(model: Model, lens: Lens, t: int) -> str:
     for layer, (guess, probability) in enumerate(
         zip(lens.guesses[t].tolist(), lens.probabilities[t].tolist(), strict=True), 1
     ):
-        colour = cell_colour(guess == final, probability)
-        settled = ' class="settled"' if layer == needed else ""
-        title = escape(f"layer {layer}: {_likeliest(model, lens, t, layer)}")
-        style = f"background:{colour};color:{ink(colour)}"
-        cells.append(f'<td{settled} style="{style}" title="{title}">{escape(token_text(model, guess))}</td>')
+        title = f"layer {layer}: " + _likeliest(
+            model, lens.alternatives[t, layer - 1], lens.alternative_probabilities[t, layer - 1]
+        )
+        cells.append(_cell(model, guess, final, probability, title, layer == needed))
+    if (adapter := lens.adapter) is not None:
+        likeliest = _likeliest(model, adapter.alternatives[t], adapter.alternative_probabilities[t])
+        title = f"layer {adapter.exit_layer} and the exit adapter: {likeliest}"
+        cell = _cell(model, int(adapter.guesses[t]), final, float(adapter.probabilities[t]), title)
+        cells.insert(adapter.exit_layer, cell)
     return f'<tr><th scope="row">{escape(token_text(model, final))}</th>{"".join(cells)}</tr>'
 
 
-def _likeliest(model: Model, lens: Lens, t: int, layer: int) -> str:
-    tokens, probabilities = (
-        values[t, layer - 1].tolist() for values in (lens.alternatives, lens.alternative_probabilities)
-    )
-    pairs = zip(tokens, probabilities, strict=True)
+def _cell(model: Model, guess: int, final: int, probability: float, title: str, settled: bool = False) -> str:
+    colour, outlined = cell_colour(guess == final, probability), ' class="settled"' if settled else ""
+    style = f"background:{colour};color:{ink(colour)}"
+    return f'<td{outlined} style="{style}" title="{escape(title)}">{escape(token_text(model, guess))}</td>'
+
+
+def _likeliest(model: Model, tokens: Tensor, probabilities: Tensor) -> str:
+    """The likeliest tokens [3] in words."""
+    pairs = zip(tokens.tolist(), probabilities.tolist(), strict=True)
     return ", ".join(f"{token_text(model, token)} {probability:.1%}" for token, probability in pairs)

@@ -80,29 +80,34 @@ def perplexities(model: Model, texts: Sequence[Text], exits: Sequence[int] | Non
     """Of each exit in ``exits`` and of the last layer (None: of all layers), over the judged tokens of some texts.
 
     ``tokens``: how many; ``exits``: for each ``exit_layer`` its ``perplexity`` (exp of the mean negative
-    log-likelihood) and its ``agreement``, the part of the tokens for which it says what the last layer says.
+    log-likelihood) and its ``agreement``, the part of the tokens for which it says what the last layer says;
+    ``adapter``: the same of the model's exit adapter, if it has one and all exits or its own are asked. Its
+    ``perplexity`` is None where its head has not all the words of the texts.
     """
     last = model.config.num_layers
     asked = range(1, last + 1) if exits is None else sorted({*exits, last})
-    losses: dict[int, list[Tensor]] = {layer: [] for layer in asked}
-    said: dict[int, list[Tensor]] = {layer: [] for layer in asked}
+    adapter = model.exit_adapter if model.exit_adapter and model.exit_adapter.exit_layer in asked else None
+    places = [(layer, False) for layer in asked] + ([(adapter.exit_layer, True)] if adapter else [])
+    losses: dict[tuple[int, bool], list[Tensor]] = {place: [] for place in places}
+    said: dict[tuple[int, bool], list[Tensor]] = {place: [] for place in places}
     for tokens, start in tqdm(texts, desc="perplexity", unit="text"):
         targets = torch.tensor(tokens)
-        for rows in each_exit(model, tokens[:-1], start - 1, asked):
+        for rows in each_exit(model, tokens[:-1], start - 1, asked, adapter is not None):
             following = targets[rows.position + 1 : rows.position + 1 + len(rows.tokens)]
             log_probabilities = rows.logits.double().log_softmax(-1)
-            losses[rows.layer].append(-log_probabilities.gather(1, following[:, None])[:, 0])
-            said[rows.layer].append(rows.tokens)
-    final = torch.cat(said[last])
+            losses[rows.layer, rows.adapted].append(-log_probabilities.gather(1, following[:, None])[:, 0])
+            said[rows.layer, rows.adapted].append(rows.tokens)
+    final = torch.cat(said[last, False])
     results = [
         {
-            "exit_layer": layer,
-            "perplexity": math.exp(torch.cat(losses[layer]).mean().item()),
-            "agreement": (torch.cat(said[layer]) == final).double().mean().item(),
+            "exit_layer": place[0],
+            "perplexity": math.exp(loss) if math.isfinite(loss := torch.cat(losses[place]).mean().item()) else None,
+            "agreement": (torch.cat(said[place]) == final).double().mean().item(),
         }
-        for layer in asked
+        for place in places
     ]
-    return {"tokens": len(final), "exits": results}
+    found = {"tokens": len(final), "exits": results[: len(asked)]}
+    return {**found, "adapter": results[-1]} if adapter else found
 
 
 # ---- pass@1 ----
@@ -145,9 +150,9 @@ def as_text(report: dict[str, Any]) -> str:
     """The report for people."""
     found = report["perplexity"]
     lines = [f"{report['model']}, {found['tokens']} tokens judged", f"{'exit':>6}{'perplexity':>14}{'agreement':>12}"]
-    for row in found["exits"]:
-        shown = f"{row['perplexity']:.2f}" if row["perplexity"] < 1e6 else f"{row['perplexity']:.2g}"
-        lines.append(f"{row['exit_layer']:>6}{shown:>14}{row['agreement']:>12.1%}")
+    lines += [_line(row, str(row["exit_layer"])) for row in found["exits"]]
+    if adapter := found.get("adapter"):
+        lines.append(_line(adapter, f"{adapter['exit_layer']} +") + "  (with the exit adapter)")
     lines.append("agreement: the part of the tokens for which an exit says what the last layer says")
     if solved := report.get("pass_at_1"):
         outcomes = ", ".join(f"{reason} {count}" for reason, count in solved["outcomes"].items())
@@ -156,3 +161,9 @@ def as_text(report: dict[str, Any]) -> str:
             f"{solved['pass_at_1']:.1%} ({outcomes})"
         )
     return "\n".join(lines)
+
+
+def _line(row: dict[str, Any], name: str) -> str:
+    perplexity = row["perplexity"]
+    shown = "-" if perplexity is None else f"{perplexity:.2f}" if perplexity < 1e6 else f"{perplexity:.2g}"
+    return f"{name:>6}{shown:>14}{row['agreement']:>12.1%}"

@@ -89,10 +89,21 @@ def prefilled(model: Model, prompt: list[int], room: int) -> tuple[PagedKVCache,
 def step_candidates(
     model: Model, cache: PagedKVCache, sequence: CachedSequence, exit_layer: int, num_speculations: int
 ) -> dict[str, Candidate]:
-    """The baseline and the two steps, each undone after it was timed, so that all stand at the same position."""
+    """The baseline and the two steps, each undone after it was timed, so that all stand at the same position.
+
+    The baseline is the model without its exit adapter, in a cache of its own.
+    """
+    plain, plain_cache, plain_sequence = model, cache, sequence
+    if model.exit_adapter is not None:
+        plain = model.with_exit_adapter(None)
+        plain_cache, plain_sequence = prefilled(plain, sequence.tokens[: cache.length(sequence)], 1)
 
     def undo() -> None:
         cache.rollback([sequence])
+        plain_cache.rollback([plain_sequence])
+
+    def decode() -> Verdict:
+        return verify_step(plain, plain_cache, Draft.none([plain_sequence]))
 
     def draft() -> Draft:
         draft = draft_step(model, cache, [sequence], exit_layer, num_speculations)
@@ -103,7 +114,7 @@ def step_candidates(
         return verify_step(model, cache, draft)
 
     return {
-        "autoregressive": Candidate(lambda: verify(Draft.none([sequence])), restore=undo),
+        "autoregressive": Candidate(decode, restore=undo),
         "draft_step": Candidate(draft, restore=undo),
         "verify_step": Candidate(verify, prepare=lambda: (draft(),), restore=undo),
     }

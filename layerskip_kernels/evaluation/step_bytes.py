@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from layerskip_kernels.model.model import Model
+from layerskip_kernels.operands import LayerWeights
 
 __all__ = ["ceiling", "draft_bytes", "head_bytes", "layer_bytes", "verify_bytes"]
 
@@ -12,9 +15,13 @@ def layer_bytes(model: Model, layers: int = 1, positions: int = 0) -> int:
 
     Once for all rows of the pass. Layers of a quantised model may differ in size.
     """
+    return _bytes(model, model.weights.layers[:layers], positions)
+
+
+def _bytes(model: Model, layers: Sequence[LayerWeights], positions: int) -> int:
     c = model.config
     kv = model.dtype.itemsize * 2 * positions * c.num_kv_heads * c.head_dim
-    return sum(layer.nbytes for layer in model.weights.layers[:layers]) + layers * kv
+    return sum(layer.nbytes + kv for layer in layers)
 
 
 def head_bytes(model: Model, drafting: bool = False) -> int:
@@ -25,8 +32,11 @@ def head_bytes(model: Model, drafting: bool = False) -> int:
 
 
 def draft_bytes(model: Model, exit_layer: int, num_drafts: int, length: int, num_sequences: int = 1) -> int:
-    """Weights and KV read by draft_step after ``length`` known tokens: a pass and a head for each draft."""
-    passes = sum(layer_bytes(model, exit_layer, num_sequences * (length + i)) for i in range(num_drafts))
+    """Weights and KV read by draft_step after ``length`` known tokens: a pass, through the exit adapter as well, and a
+    head for each draft."""
+    adapter = () if model.exit_adapter is None else model.exit_adapter.weights.layers[1:]
+    layers = (*model.weights.layers[:exit_layer], *adapter)
+    passes = sum(_bytes(model, layers, num_sequences * (length + i)) for i in range(num_drafts))
     return passes + num_drafts * head_bytes(model, drafting=True)
 
 

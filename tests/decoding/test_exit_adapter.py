@@ -12,6 +12,7 @@ from layerskip_kernels import (
     Model,
     PagedKVCache,
     draft_step,
+    generate,
     make_sampler,
     prefill,
     verify_step,
@@ -310,6 +311,31 @@ def test_memory_counts_the_adapters_layers():
     cache = PagedKVCache.with_memory(adapted, 1 << 20)
     page = sum(t.nbytes for t in (cache.all_k, cache.all_v, cache.hidden)) // cache.pool.num_pages
     assert cache.pool.num_pages == (1 << 20) // page < PagedKVCache.with_memory(plain, 1 << 20).pool.num_pages
+
+
+@pytest.mark.parametrize("strategy", ["autoregressive", "early_exit", "self_speculative"])
+def test_generations_that_draft_nothing_leave_the_adapter_alone(strategy, monkeypatch):
+    """Their cache has no room for its K and V; one that is given is filled as ever."""
+    plain, adapted, _ = models()
+    seen = []
+
+    def noted(cache, model):
+        seen.append(model.num_adapter_layers)
+        return adapter_layers(cache, model)
+
+    adapter_layers = PagedKVCache.adapter_layers
+    monkeypatch.setattr(PagedKVCache, "adapter_layers", noted)
+    exit_layer = None if strategy == "autoregressive" else EXIT
+    config = GenerationConfig(strategy, max_new_tokens=6, exit_layer=exit_layer, **KEEP)
+    [found], [expected] = (generate(model, [random_tokens(5)], config) for model in (adapted, plain))
+    assert found.token_ids == expected.token_ids and torch.equal(found.logits, expected.logits)
+    if strategy == "early_exit":
+        return  # verifies nothing
+    assert set(seen) == {0} if strategy == "autoregressive" else set(seen) == {0, 1}
+    cache = cache_for(adapted, 40)
+    del seen[:]
+    [again] = generate(adapted, [random_tokens(5)], config, cache=cache)
+    assert again.token_ids == expected.token_ids and set(seen) == {1}
 
 
 def test_another_exit_is_refused():

@@ -6,7 +6,8 @@ import torch
 from layerskip_kernels import GenerationConfig, Model, draft_step, generate, prefill
 from layerskip_kernels.decoding import exits
 from layerskip_kernels.decoding.exits import each_exit
-from support.models import cache_for, random_tokens, tiny_model
+from support.exit_adapters import own_checkpoint, random_adapter
+from support.models import SMALL, cache_for, random_tokens, tiny_model
 
 PROMPT = random_tokens(9)
 
@@ -51,6 +52,40 @@ def test_exit_e_says_what_draft_step_drafts_there(exit_layer):
         drafted.append(draft_step(model, cache, [sequence], exit_layer, 1).of(0)[0])
     assert said.tolist() == drafted
     assert said.tolist() != columns(model, text)[3][0].tolist()  # or this would show nothing
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference", "triton"])
+@pytest.mark.parametrize(("num_layers", "every"), [(1, 0), (2, 2), (0, 1)])
+def test_an_adapter_says_what_draft_step_drafts_through_it(backend, num_layers, every, monkeypatch):
+    """After positions whose K and V of the adapter come from a prefill, from the run before, and from the same run."""
+    if backend == "triton" and every != 2:
+        pytest.skip("one of them, interpreted")
+    sizes = SMALL if backend == "triton" else {}
+    plain = Model.from_checkpoint(own_checkpoint(torch.bfloat16, **sizes), backend)
+    tensors = own_checkpoint(torch.bfloat16, **sizes).tensors
+    lm_head = tensors.get("lm_head.weight", tensors["model.embed_tokens.weight"]) if every else None
+    model = plain.with_exit_adapter(2, random_adapter(plain, num_layers, lm_head=lm_head, every=every or 1))
+    text, start = random_tokens(9, seed=3), 4
+    monkeypatch.setattr(exits, "EXIT_ROWS", 3)
+    rows = list(each_exit(model, text, start, adapter=True))
+    layers = [(1, False), (2, False), (2, True), (3, False)]
+    assert [(run.layer, run.adapted) for run in rows] == layers * 2
+    bare = list(each_exit(model, text, start))
+    assert [run.layer for run in bare] == [1, 2, 3] * 2
+    for run, other in zip([run for run in rows if not run.adapted], bare, strict=True):
+        assert torch.equal(run.tokens, other.tokens) and torch.equal(run.logits, other.logits)
+    said = torch.cat([run.tokens for run in rows if run.adapted])
+    logits = torch.cat([run.logits for run in rows if run.adapted])
+    words = range(101) if model.draft_ids is None else model.draft_ids
+    others = sorted({*range(101)} - {int(word) for word in words})
+    assert torch.equal(logits.argmax(-1), said) and (logits[:, others] == -torch.inf).all()
+    assert logits[:, list(words)].isfinite().all()
+    for at in range(start, len(text), 2):
+        cache = cache_for(model, len(text) + 1)
+        sequence = cache.add_sequence(text[:at])
+        cache.commit(prefill(model, cache, [sequence]))
+        sequence.tokens[:] = text[: at + 1]
+        assert draft_step(model, cache, [sequence], 2, 1).of(0) == [said[at - start]]
 
 
 @pytest.mark.parametrize("start", [0, 1, 5, 12])

@@ -17,6 +17,7 @@ from layerskip_kernels.evaluation.facts import machine_facts
 from layerskip_kernels.evaluation.limits import FMA, READ
 from layerskip_kernels.evaluation.step_bytes import ceiling, draft_bytes, head_bytes, layer_bytes, verify_bytes
 from layerskip_kernels.evaluation.timing import Candidate, Timing, interleave, num_copies, rotating
+from support.exit_adapters import random_adapter
 from support.models import tiny_model
 
 ROOT = Path(__file__).parents[2]
@@ -97,6 +98,29 @@ def test_bench_reports_what_was_asked_for(quick_limits, weights):
     assert "autoregressive" in step_bench.as_text(report)
 
 
+def test_the_baseline_is_the_model_without_its_exit_adapter(monkeypatch):
+    """Plain decoding that filled an adapter's K and V would make the cycle look faster than it is."""
+    plain = tiny_model()
+    model = plain.with_exit_adapter(2, random_adapter(plain))
+    cache, sequence = step_bench.prefilled(model, [1, 2, 3], 4)
+    steps, seen = step_bench.step_candidates(model, cache, sequence, 2, 2), []
+
+    def noting(step):
+        def noted(model, *others):
+            seen.append(model.num_adapter_layers)
+            return step(model, *others)
+
+        return noted
+
+    for name in ("verify_step", "draft_step"):
+        monkeypatch.setattr(step_bench, name, noting(getattr(step_bench, name)))
+    verdicts = [steps["autoregressive"].run(), steps["verify_step"].run(*steps["verify_step"].prepare())]
+    assert seen == [0, 1, 1] and verdicts[0].new_tokens(0) == verdicts[1].new_tokens(0)[:1]
+    for step in steps.values():
+        step.restore()
+    assert cache.pool.length(sequence.id) == cache.length(sequence) == 3
+
+
 def test_bytes_are_those_of_the_packed_weights_and_the_kv():
     model, small = tiny_model(), tiny_model(weights="int8")
     packed = sum(weight.nbytes for weight in model.weights.flat) - sum(
@@ -107,6 +131,9 @@ def test_bytes_are_those_of_the_packed_weights_and_the_kv():
     assert verify_bytes(model, 4, 7) == packed + kv
     assert layer_bytes(small) < 0.9 * layer_bytes(model)  # rows of 50 are filled up to 64
     assert draft_bytes(model, 1, 2, 0) == 2 * layer_bytes(model) + 144 + 2 * head_bytes(model)
+    adapted = model.with_exit_adapter(1, random_adapter(model, 2))
+    added = sum(layer.nbytes + 2 * 5 * 2 * 18 * 2 for layer in adapted.exit_adapter.weights.layers[1:])
+    assert draft_bytes(adapted, 1, 1, 5) == draft_bytes(model, 1, 1, 5) + added
     listed = model.with_draft_vocab(range(16))
     assert head_bytes(listed, drafting=True) == 50 * 2 * (1 + 16) < head_bytes(listed)
 

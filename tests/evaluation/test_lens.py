@@ -7,14 +7,16 @@ from html.parser import HTMLParser
 import pytest
 import torch
 
-from layerskip_kernels import GenerationConfig, generate
+from layerskip_kernels import GenerationConfig, Model, generate
 from layerskip_kernels.cli.main import main
+from layerskip_kernels.decoding.exits import each_exit
 from layerskip_kernels.evaluation import lens
 from layerskip_kernels.evaluation.equality import BitsDiffer
 from layerskip_kernels.evaluation.lens import Lens, look, summary, token_text
 from layerskip_kernels.evaluation.lens_page import lens_page
 from layerskip_kernels.evaluation.lens_plot import cell_colour, draw_layers_needed, draw_lens, ink
 from support.commands import error_of
+from support.exit_adapters import random_adapter
 from support.models import tiny_model
 from support.tokenizers import Words
 
@@ -58,6 +60,35 @@ def test_look_shows_what_is_generated():
     assert torch.equal(seen.probabilities[:, -1], odds.amax(-1))
     assert torch.equal(seen.alternative_probabilities[:, -1], odds.topk(3).values)
     assert torch.equal(seen.alternatives[:, -1], odds.topk(3).indices)
+
+
+def adapted_model() -> Model:
+    """Its adapter's head has every second token."""
+    plain = tiny_model()
+    rows = torch.randn(plain.config.vocab_size, plain.config.hidden_size, generator=torch.Generator().manual_seed(2))
+    return plain.with_exit_adapter(2, random_adapter(plain, lm_head=rows, every=2))
+
+
+def test_an_exit_adapter_stands_beside_the_layer_that_it_follows():
+    model = adapted_model()
+    seen, bare = look(model, "p", [1, 2, 3], 6), look(tiny_model(), "p", [1, 2, 3], 6)
+    assert bare.adapter is None and torch.equal(seen.guesses, bare.guesses)
+    text = [1, 2, 3, *seen.token_ids[:-1]]
+    [said] = [rows for rows in each_exit(model, text, 2, adapter=True) if rows.adapted]
+    assert seen.adapter.exit_layer == 2 and torch.equal(seen.adapter.guesses, said.tokens)
+    assert not torch.equal(seen.adapter.guesses, seen.guesses[:, 1])
+    odds = said.logits.softmax(-1)
+    assert torch.equal(seen.adapter.probabilities, odds.amax(-1))
+    assert torch.equal(seen.adapter.alternatives, odds.topk(3).indices)
+    found = summary(model, [seen, seen])
+    right = (seen.adapter.guesses == seen.guesses[:, -1]).double().mean().item()
+    assert found["adapter"] == {"exit_layer": 2, "agreement": pytest.approx(right)}
+    assert "adapter" not in summary(tiny_model(), [bare])
+    page = lens_page(replace(model, tokenizer=Awkward()), seen)
+    assert '<th scope="col">2</th><th scope="col">2 + adapter</th><th scope="col">3</th>' in page
+    cells, shown = Page(page).cells, replace(model, tokenizer=Awkward())
+    assert cells[2::4] == [token_text(shown, token) for token in seen.adapter.guesses.tolist()]
+    assert cells[3::4] == [token_text(shown, token) for token in seen.token_ids]
 
 
 def test_look_notices_a_last_layer_that_says_something_else(monkeypatch):
@@ -125,6 +156,10 @@ def test_colours_tell_the_final_token_from_others_and_can_be_read():
 def test_the_pictures(tmp_path, ending):
     pytest.importorskip("matplotlib")
     model = replace(tiny_model(), tokenizer=Awkward(), name="$m_1$")
+    adapted = replace(adapted_model(), tokenizer=Awkward())
+    draw_layers_needed(summary(adapted, [look(adapted, "q", [4], 5)]), tmp_path / f"adapted.{ending}")
+    if ending == "svg":
+        assert "with the exit adapter" in (tmp_path / "adapted.svg").read_text()
     lenses = [look(model, "$p^2", [1, 2, 3], 5), look(model, "q", [4], 5)]
     first, again, histogram = (tmp_path / f"{name}.{ending}" for name in ("first", "again", "histogram"))
     draw_lens(model, lenses[0], first)
@@ -147,6 +182,14 @@ def test_the_page_comes_by_default(tiny, capsys, monkeypatch, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["lens.html"]
     assert "the 4 tokens generated need" in capsys.readouterr().out
     assert len(Page((tmp_path / "lens.html").read_text(encoding="utf-8")).cells) == 4 * 3
+
+
+def test_the_command_names_the_adapter(monkeypatch, capsys):
+    adapted = replace(adapted_model(), tokenizer=Words())
+    monkeypatch.setattr("layerskip_kernels.load_model", lambda *_: adapted)
+    assert main(["lens", "--prompt", "a b c", "--max-new-tokens", "4", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["adapter"] == summary(adapted, [look(adapted, "", "a b c", 4)])["adapter"]
 
 
 def test_a_data_set_gives_the_mean_and_a_histogram(tiny, capsys, tmp_path):

@@ -11,8 +11,9 @@ from layerskip_kernels import Draft, Generation, Model, load_model, prefill, ver
 from layerskip_kernels.cli.main import main
 from layerskip_kernels.evaluation import quality
 from layerskip_kernels.evaluation.prompts import human_eval_solutions
-from layerskip_kernels.evaluation.quality import completion, pass_at_1, perplexities, solution_texts, texts_of
+from layerskip_kernels.evaluation.quality import as_text, completion, pass_at_1, perplexities, solution_texts, texts_of
 from support.commands import error_of
+from support.exit_adapters import cut_model, own_checkpoint, random_adapter
 from support.models import cache_for, random_tokens, tiny_model
 from support.tokenizers import Letters
 
@@ -60,6 +61,28 @@ def test_some_exits_and_the_last_layer():
     model = tiny_model()
     every = {row["exit_layer"]: row for row in perplexities(model, TEXTS)["exits"]}
     assert perplexities(model, TEXTS, [1])["exits"] == [every[1], every[3]]
+
+
+def test_an_exit_adapter_is_judged_beside_the_exits():
+    """As the model that it makes of the first layers; where its head lacks words of the texts, without a perplexity."""
+    found = own_checkpoint(torch.bfloat16)
+    plain = Model.from_checkpoint(own_checkpoint(torch.bfloat16))
+    every = {**random_adapter(plain, 1), "head.weight": found.tensors["lm_head.weight"]}
+    words = torch.arange(plain.config.vocab_size)
+    model = plain.with_exit_adapter(2, {**every, "head.ids": words})
+    judged, expected = perplexities(model, TEXTS), perplexities(plain, TEXTS)
+    assert judged["exits"] == expected["exits"] and "adapter" not in expected
+    cut = perplexities(cut_model(own_checkpoint(torch.bfloat16), 2, every), TEXTS)["exits"][-1]
+    assert judged["adapter"]["exit_layer"] == 2
+    assert judged["adapter"]["perplexity"] == cut["perplexity"] != judged["exits"][1]["perplexity"]
+    assert 0 < judged["adapter"]["agreement"] < 1
+    assert perplexities(model, TEXTS, [2])["adapter"] == judged["adapter"]
+    assert "adapter" not in perplexities(model, TEXTS, [1])
+    few = {**every, "head.weight": every["head.weight"][::2].contiguous(), "head.ids": words[::2]}
+    restricted = perplexities(plain.with_exit_adapter(2, few), TEXTS)
+    assert restricted["adapter"]["perplexity"] is None and restricted["adapter"]["agreement"] > 0
+    shown = as_text({"model": "m", "perplexity": restricted})
+    assert "2 +             -" in shown and "(with the exit adapter)" in shown
 
 
 def test_given_texts_are_cut_into_pieces(tiny, monkeypatch):
