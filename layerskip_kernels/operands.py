@@ -23,7 +23,7 @@ __all__ = [
 
 @dataclass(frozen=True, eq=False)
 class LayerWeights:
-    """One layer; what the model does not have is None.
+    """One layer; what the model does not have is None. A layer without attention has empty matrices there.
 
     A norm stands before what it is named after, a ``post_norm`` between that and the residual sum. ``q_norm`` and
     ``k_norm`` hold one head's weights, or those of all heads, which are then normed as one.
@@ -46,6 +46,16 @@ class LayerWeights:
     mlp_post_norm: Tensor | None = None  # [D]
     gate_up_bias: Tensor | None = None  # [2 F]
     down_bias: Tensor | None = None  # [D]
+
+    @property
+    def attends(self) -> bool:
+        """Whether it has attention, so K and V; else it is its MLP alone."""
+        return self.wq.numel() > 0
+
+    @property
+    def first_norm(self) -> Tensor | None:
+        """The norm that a row passes first."""
+        return self.attn_norm if self.attends else self.mlp_norm
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -138,9 +148,10 @@ class CacheTensors(NamedTuple):
 
 
 class AdapterLayers(NamedTuple):
-    """The layers of an exit adapter as run_layers takes them, and their pages in the cache: A + 1 layers of each.
+    """The A + 1 layers of an exit adapter as run_layers takes them, and their pages in the cache.
 
-    The first stands for the ``exit_layer`` layers that a row has passed. It is never run: rows start at depth 1.
+    The first stands for the ``exit_layer`` layers that a row has passed. It is never run: rows start at depth 1. An
+    adapter without attention has pages of that one alone.
     """
 
     weights: ModelWeights

@@ -98,7 +98,7 @@ def raise_rows(
     weights, sizes = llama.weights, llama.sizes
     joined = 0
     for level, until in zip(move.levels, [*(le.depth for le in move.levels[1:]), stop], strict=True):
-        first_norm = weights.final_norm if level.depth == stop else weights.layers[level.depth].attn_norm
+        first_norm = weights.final_norm if level.depth == stop else weights.layers[level.depth].first_norm
         join_rows(
             tokens=tokens, positions=positions, order=move.order, sequence_of_row=move.sequence_of_row,
             block_table=cache.block_table, embedding=weights.embedding, hidden_cache=cache.hidden,
@@ -110,24 +110,27 @@ def raise_rows(
         )  # fmt: skip
         joined = level.num_rows
         for layer in range(level.depth, until):
-            w, k_pages, v_pages = weights.layers[layer], cache.k[layer], cache.v[layer]
-            cos, sin = weights.rope(sizes.ropes[layer])
-            qkv_rope_append(
-                x=move.x, wq=w.wq, wk=w.wk, wv=w.wv, qkv_bias=w.qkv_bias, cos=cos, sin=sin,
-                positions=move.positions, slots=move.slots, q=move.q, k_pages=k_pages, v_pages=v_pages, num_rows=joined,
-                q_norm=w.q_norm, k_norm=w.k_norm, raw_k=move.k, eps=sizes.eps, norm_offset=sizes.norm_offset,
-            )  # fmt: skip
-            attend(
-                q=move.q, k_pages=k_pages, v_pages=v_pages, block_table=cache.block_table, rows=level.rows,
-                starts=level.starts, positions=move.positions, scale=sizes.scale, scratch=move.scratch,
-                out=move.attention.numbers, window=sizes.windows[layer], cap=sizes.score_cap,
-            )  # fmt: skip
-            linear_residual(
-                x=move.attention, weight=w.wo, bias=w.out_bias, hidden=move.hidden, num_rows=joined,
-                arrivals=move.arrivals, next_norm=w.mlp_norm, next_x=move.x, post_norm=w.attn_post_norm,
-                projected=move.projected, multiplier=sizes.residual_multiplier,
-                eps=sizes.eps, norm_offset=sizes.norm_offset,
-            )  # fmt: skip
+            w = weights.layers[layer]
+            if w.attends:
+                k_pages, v_pages = cache.k[layer], cache.v[layer]
+                cos, sin = weights.rope(sizes.ropes[layer])
+                qkv_rope_append(
+                    x=move.x, wq=w.wq, wk=w.wk, wv=w.wv, qkv_bias=w.qkv_bias, cos=cos, sin=sin,
+                    positions=move.positions, slots=move.slots, q=move.q, k_pages=k_pages, v_pages=v_pages,
+                    num_rows=joined, q_norm=w.q_norm, k_norm=w.k_norm, raw_k=move.k, eps=sizes.eps,
+                    norm_offset=sizes.norm_offset,
+                )  # fmt: skip
+                attend(
+                    q=move.q, k_pages=k_pages, v_pages=v_pages, block_table=cache.block_table, rows=level.rows,
+                    starts=level.starts, positions=move.positions, scale=sizes.scale, scratch=move.scratch,
+                    out=move.attention.numbers, window=sizes.windows[layer], cap=sizes.score_cap,
+                )  # fmt: skip
+                linear_residual(
+                    x=move.attention, weight=w.wo, bias=w.out_bias, hidden=move.hidden, num_rows=joined,
+                    arrivals=move.arrivals, next_norm=w.mlp_norm, next_x=move.x, post_norm=w.attn_post_norm,
+                    projected=move.projected, multiplier=sizes.residual_multiplier,
+                    eps=sizes.eps, norm_offset=sizes.norm_offset,
+                )  # fmt: skip
             gate_up_act(
                 x=move.x, w_gate=w.w_gate, w_up=w.w_up, hidden=move.hidden, activation=move.activation,
                 intermediate_size=sizes.intermediate_size, num_rows=joined, gate_up_bias=w.gate_up_bias,
@@ -137,7 +140,7 @@ def raise_rows(
             kept = last and keep
             linear_residual(
                 x=move.activation, weight=w.w_down, bias=w.down_bias, hidden=move.hidden, num_rows=joined,
-                arrivals=move.arrivals, next_norm=weights.final_norm if last else weights.layers[layer + 1].attn_norm,
+                arrivals=move.arrivals, next_norm=weights.final_norm if last else weights.layers[layer + 1].first_norm,
                 next_x=move.x, slots=move.slots if kept else None, hidden_cache=cache.hidden if kept else None,
                 post_norm=w.mlp_post_norm, projected=move.projected, multiplier=sizes.residual_multiplier,
                 eps=sizes.eps, norm_offset=sizes.norm_offset,

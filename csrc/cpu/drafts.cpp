@@ -149,7 +149,7 @@ class DraftCycle {
       const ModelView& layers = adapter->model;
       adapter_move_ =
           std::make_unique<Move>(layers, adapter->cache, CheckedRows(adapted, block_table, layers, adapter->cache),
-                                 num_sequences, adapter->cache.num_layers, /*keeps=*/false);
+                                 num_sequences, layers.num_layers(), /*keeps=*/false);
     }
     head_ = std::make_unique<Head>(model.final_norm, head.weight, model.sizes.hidden_size, head.size, model.logits,
                                    count, buffers.logits);
@@ -239,8 +239,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> draft_pass(
                     max_drafts);
   CheckRange("num_drafts", wanted, sequences, 0, max_drafts + 1);
   const CacheView cache = CheckedCache(k_cache, v_cache, hidden_cache, block_table, sequences);
-  CheckExit(exit_layer, cache);
   const ModelView model = CheckedModel(weights, k_cache, hidden_cache, ints, floats);
+  CheckExit(exit_layer, model);
   const int64_t* position = positions.const_data_ptr<int64_t>();
   CheckRange("positions", position, sequences, 0, model.max_positions);
   const std::optional<AdapterView> adapted =

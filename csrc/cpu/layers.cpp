@@ -304,20 +304,22 @@ void Move::Run(Team& team) {
     const RowSlots rows{stage.count, rows_.positions.data(), rows_.slots.data()};
     for (int64_t layer = stage.first; layer < stage.last; ++layer) {
       const LayerWeights& w = model_.layers[layer];
-      const LayerKind& kind = model_.kinds[layer];
-      const int64_t window = model_.windows[kind.window_index];
-      const LayerPages pages{cache_.k + layer * cache_.layer_bytes, cache_.v + layer * cache_.layer_bytes,
-                             cache_.page_size};
       const auto add = [&](WeightView weight, const void* bias, int64_t inputs, const void* post_norm,
                            const float* input) {
         const LinearView linear{
             weight, bias, inputs, sizes.hidden_size, post_norm, sizes.norm, model_.residual_multiplier};
         LinearResidual(team, kernels, stage.count, input, linear, ws_.integers, ws_.projected, ws_.hidden);
       };
-      NormQkvRopeAppend(team, kernels, sizes, w, kind.rope, rows, pages, ws_);
-      PagedAttention(team, kernels, sizes, stage.attention[kind.window_index], rows, pages,
-                     {cache_.block_table, cache_.max_blocks}, {model_.scale, model_.score_cap, window}, ws_);
-      add(w.wo, w.out_bias, sizes.q_size(), w.attn_post_norm, ws_.attention);
+      if (w.attends) {
+        const LayerKind& kind = model_.kinds[layer];
+        const LayerPages pages{cache_.k + layer * cache_.layer_bytes, cache_.v + layer * cache_.layer_bytes,
+                               cache_.page_size};
+        const ScoreRules rules{model_.scale, model_.score_cap, model_.windows[kind.window_index]};
+        NormQkvRopeAppend(team, kernels, sizes, w, kind.rope, rows, pages, ws_);
+        PagedAttention(team, kernels, sizes, stage.attention[kind.window_index], rows, pages,
+                       {cache_.block_table, cache_.max_blocks}, rules, ws_);
+        add(w.wo, w.out_bias, sizes.q_size(), w.attn_post_norm, ws_.attention);
+      }
       NormGateUpAct(team, kernels, sizes, w, model_.gelu, stage.count, ws_);
       add(w.w_down, w.down_bias, sizes.intermediate_size, w.mlp_post_norm, ws_.gate);
     }

@@ -25,6 +25,7 @@ struct LayerSizes {
 // Pointers into tensors that the caller keeps alive, null where the model has none. A norm stands before what it is
 // named after, a post_norm between that and the residual sum.
 struct LayerWeights {
+  bool attends;  // false: no attention, K or V, only an MLP
   const void* attn_norm;
   WeightView wq, wk, wv;
   const void* qkv_bias;
@@ -75,12 +76,13 @@ struct ModelView {
   std::vector<LayerKind> kinds;  // of the layers
   std::vector<int64_t> windows;  // all that layers have
   IntegerSizes integers;         // of the layers
+  int64_t num_layers() const { return static_cast<int64_t>(layers.size()); }
 };
 
 struct CacheView {
   char *k, *v;   // [L, P, G, K, S] and [L, P, G, S, K]
   char* hidden;  // [P, S, D]
-  int64_t num_layers, num_pages, page_size;
+  int64_t num_pages, page_size;
   int64_t layer_bytes;         // of one layer of k or of v
   const int32_t* block_table;  // [B, max_blocks]
   int64_t max_blocks;

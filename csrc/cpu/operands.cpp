@@ -64,16 +64,22 @@ RopeTables RopeAt(const ModelTensors& tensors, int64_t table, int64_t head_dim) 
   return {tensors.cos.const_data_ptr<float>() + at, tensors.sin.const_data_ptr<float>() + at, 2 * half};
 }
 
+// A layer whose wq is empty has no attention: nothing else of it is read.
 LayerWeights CheckedLayer(const LayerTensors& layer, const LayerSizes& sizes, at::ScalarType dtype) {
   const int64_t hidden = sizes.hidden_size, inner = sizes.intermediate_size;
+  const bool attends = layer.wq.numel() > 0;
   const QkNorms norms =
       CheckQkNorms(layer.q_norm, layer.k_norm, dtype, sizes.q_size(), sizes.kv_size(), sizes.head_dim);
-  return {.attn_norm = CheckOptional("attn_norm", layer.attn_norm, dtype, hidden),
-          .wq = CheckPacked("wq", layer.wq, dtype, sizes.q_size(), hidden),
-          .wk = CheckPacked("wk", layer.wk, dtype, sizes.kv_size(), hidden),
-          .wv = CheckPacked("wv", layer.wv, dtype, sizes.kv_size(), hidden),
+  const auto attention = [&](const char* name, const Tensor& weight, int64_t n, int64_t k) {
+    return attends ? CheckPacked(name, weight, dtype, n, k) : WeightView{nullptr, WeightType::kDense};
+  };
+  return {.attends = attends,
+          .attn_norm = CheckOptional("attn_norm", layer.attn_norm, dtype, hidden),
+          .wq = attention("wq", layer.wq, sizes.q_size(), hidden),
+          .wk = attention("wk", layer.wk, sizes.kv_size(), hidden),
+          .wv = attention("wv", layer.wv, sizes.kv_size(), hidden),
           .qkv_bias = CheckOptional("qkv_bias", layer.qkv_bias, dtype, sizes.q_size() + 2 * sizes.kv_size()),
-          .wo = CheckPacked("wo", layer.wo, dtype, hidden, sizes.q_size()),
+          .wo = attention("wo", layer.wo, hidden, sizes.q_size()),
           .out_bias = CheckOptional("out_bias", layer.out_bias, dtype, hidden),
           .mlp_norm = CheckOptional("mlp_norm", layer.mlp_norm, dtype, hidden),
           .w_gate = CheckPacked("w_gate", layer.w_gate, dtype, inner, hidden),
@@ -92,9 +98,10 @@ LayerWeights CheckedLayer(const LayerTensors& layer, const LayerSizes& sizes, at
 
 ModelView CheckedModel(at::TensorList weights, const Tensor& k_cache, const Tensor& hidden_cache, at::IntArrayRef ints,
                        at::ArrayRef<double> floats) {
-  const int64_t layers = k_cache.size(0), kv_heads = k_cache.size(2), head_dim = k_cache.size(3);
+  const int64_t cached = k_cache.size(0), kv_heads = k_cache.size(2), head_dim = k_cache.size(3);
+  const int64_t layers = std::max(cached, (static_cast<int64_t>(weights.size()) - kModelTensors) / kLayerTensors);
   TORCH_CHECK_VALUE(static_cast<int64_t>(weights.size()) == kModelTensors + layers * kLayerTensors, "weights holds ",
-                    weights.size(), " tensors; the cache has ", layers, " layers, which need ",
+                    weights.size(), " tensors; ", layers, " layers (the cache has ", cached, ") need ",
                     kModelTensors + layers * kLayerTensors);
   TORCH_CHECK_VALUE(static_cast<int64_t>(ints.size()) == kInts + 2 * layers, "ints holds ", ints.size(),
                     " numbers, expected ", kInts + 2 * layers, " for ", layers, " layers");
@@ -135,6 +142,8 @@ ModelView CheckedModel(at::TensorList weights, const Tensor& k_cache, const Tens
   model.layers.reserve(layers);
   for (int64_t l = 0; l < layers; ++l) {
     model.layers.push_back(CheckedLayer(LayerOf(weights, l), sizes, dtype));
+    TORCH_CHECK_VALUE(l < cached || !model.layers.back().attends, "layer ", l, " has attention, but the cache has ",
+                      cached, " layers");
     model.kinds.push_back({RopeAt(tensors, ints[kInts + layers + l], head_dim), 0});
     const int64_t window = ints[kInts + l];
     TORCH_CHECK_VALUE(window >= 0, "the window of layer ", l, " is ", window, ", expected 0 or more");
@@ -154,14 +163,13 @@ CacheView CheckedCache(const Tensor& k_cache, const Tensor& v_cache, const Tenso
                        const Tensor& block_table, int64_t num_sequences) {
   const at::ScalarType dtype = k_cache.scalar_type();
   CheckPagesOf(k_cache, v_cache, dtype, true);
-  const int64_t layers = k_cache.size(0), pages = k_cache.size(1), page_size = k_cache.size(4);
+  const int64_t pages = k_cache.size(1), page_size = k_cache.size(4);
   CheckTensor("hidden_cache", hidden_cache, dtype, {pages, page_size, kAny});
   CheckNotEmpty("hidden_cache", hidden_cache);
   CheckTensor("block_table", block_table, at::kInt, {num_sequences, kAny});
   return {.k = static_cast<char*>(k_cache.mutable_data_ptr()),
           .v = static_cast<char*>(v_cache.mutable_data_ptr()),
           .hidden = static_cast<char*>(hidden_cache.mutable_data_ptr()),
-          .num_layers = layers,
           .num_pages = pages,
           .page_size = page_size,
           .layer_bytes = k_cache.stride(0) * k_cache.element_size(),
@@ -169,9 +177,9 @@ CacheView CheckedCache(const Tensor& k_cache, const Tensor& v_cache, const Tenso
           .max_blocks = block_table.size(1)};
 }
 
-void CheckExit(int64_t exit_layer, const CacheView& cache) {
-  TORCH_CHECK_VALUE(1 <= exit_layer && exit_layer < cache.num_layers, "exit_layer is ", exit_layer, ", expected 1..",
-                    cache.num_layers - 1);
+void CheckExit(int64_t exit_layer, const ModelView& model) {
+  TORCH_CHECK_VALUE(1 <= exit_layer && exit_layer < model.num_layers(), "exit_layer is ", exit_layer, ", expected 1..",
+                    model.num_layers() - 1);
 }
 
 PendingRows CheckedPendingRows(const Tensor& tokens, const Tensor& positions, const Tensor& depths,
@@ -200,9 +208,9 @@ SortedRows CheckedRows(const PendingRows& pending, const Tensor& block_table, co
     for (int64_t r = begin; r < end; ++r) {
       TORCH_CHECK_VALUE(r == begin || pending.positions[r] == pending.positions[r - 1] + 1, "positions of sequence ", b,
                         " must be consecutive");
-      const int64_t highest = r == begin ? cache.num_layers : pending.depths[r - 1];
+      const int64_t highest = r == begin ? model.num_layers() : pending.depths[r - 1];
       TORCH_CHECK_VALUE(0 <= pending.depths[r] && pending.depths[r] <= highest, "depths of sequence ", b,
-                        " must be a staircase: within 0..", cache.num_layers, " and never rising");
+                        " must be a staircase: within 0..", model.num_layers(), " and never rising");
       sequence[r] = static_cast<int32_t>(b);
     }
     if (begin < end) CheckPages(block_table, b, pending.positions[end - 1], cache.page_size, cache.num_pages);
@@ -247,9 +255,12 @@ std::optional<AdapterView> CheckedAdapter(const AdapterTensors& adapter, const T
   if (none) return std::nullopt;
   const CacheView pages =
       CheckedCache(*adapter.k_pages, *adapter.v_pages, hidden_cache, block_table, block_table.size(0));
-  TORCH_CHECK_VALUE(pages.num_layers >= 2 && pages.page_size == cache.page_size, "adapter_k has ", pages.num_layers,
-                    " layers of pages of ", pages.page_size, " positions, expected at least 2 of ", cache.page_size);
-  return AdapterView{CheckedModel(adapter.weights, *adapter.k_pages, hidden_cache, adapter.ints, floats), pages};
+  TORCH_CHECK_VALUE(pages.page_size == cache.page_size, "adapter_k has pages of ", pages.page_size,
+                    " positions, expected ", cache.page_size);
+  AdapterView view{CheckedModel(adapter.weights, *adapter.k_pages, hidden_cache, adapter.ints, floats), pages};
+  TORCH_CHECK_VALUE(view.model.num_layers() >= 2, "adapter has ", view.model.num_layers(),
+                    " layers, expected at least 2");
+  return view;
 }
 
 }  // namespace layerskip

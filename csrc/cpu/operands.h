@@ -15,7 +15,7 @@ ModelView CheckedModel(at::TensorList weights, const at::Tensor& k_cache, const 
 CacheView CheckedCache(const at::Tensor& k_cache, const at::Tensor& v_cache, const at::Tensor& hidden_cache,
                        const at::Tensor& block_table, int64_t num_sequences);
 
-void CheckExit(int64_t exit_layer, const CacheView& cache);
+void CheckExit(int64_t exit_layer, const ModelView& model);
 
 // The rows of a call, by sequence: rows starts[b] .. starts[b + 1] belong to sequence b.
 struct PendingRows {

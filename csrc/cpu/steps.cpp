@@ -21,7 +21,7 @@ void PassAdapter(const ModelView& model, const AdapterView& adapter, const Cache
   SortedRows lower = rows.First(below), at_exit = lower;
   at_exit.depths.assign(below, 1);
   Move to_exit(model, cache, std::move(lower), num_sequences, exit_layer);
-  Move onward(adapter.model, adapter.cache, std::move(at_exit), num_sequences, adapter.cache.num_layers,
+  Move onward(adapter.model, adapter.cache, std::move(at_exit), num_sequences, adapter.model.num_layers(),
               /*keeps=*/false);
   RunPass(VerifyKind(below), [&](Team& team) {
     to_exit.Run(team);
@@ -37,8 +37,8 @@ void run_layers(TensorList weights, Tensor k_cache, Tensor v_cache, Tensor hidde
                 int64_t stop, at::IntArrayRef ints, at::ArrayRef<double> floats) {
   const PendingRows pending = CheckedPendingRows(tokens, positions, depths, query_start_loc);
   const CacheView cache = CheckedCache(k_cache, v_cache, hidden_cache, block_table, pending.num_sequences);
-  TORCH_CHECK_VALUE(1 <= stop && stop <= cache.num_layers, "stop is ", stop, ", expected 1..", cache.num_layers);
   const ModelView model = CheckedModel(weights, k_cache, hidden_cache, ints, floats);
+  TORCH_CHECK_VALUE(1 <= stop && stop <= model.num_layers(), "stop is ", stop, ", expected 1..", model.num_layers());
   Move move(model, cache, CheckedRows(pending, block_table, model, cache), pending.num_sequences, stop);
   RunPass(VerifyKind(pending.count), [&](Team& team) { move.Run(team); });
 }
@@ -59,10 +59,10 @@ std::tuple<Tensor, Tensor, Tensor> verify_pass(TensorList weights, Tensor k_cach
   const std::optional<AdapterView> adapted =
       CheckedAdapter({adapter, adapter_k, adapter_v, adapter_ints}, hidden_cache, block_table, cache, floats);
   if (adapted.has_value()) {
-    CheckExit(exit_layer, cache);
+    CheckExit(exit_layer, model);
     PassAdapter(model, *adapted, cache, sequences, exit_layer, rows);
   }
-  Move move(model, cache, std::move(rows), sequences, cache.num_layers);
+  Move move(model, cache, std::move(rows), sequences, model.num_layers());
 
   // Judged rows, in the order given, by their index in the move.
   std::vector<int64_t> index_in_move(tokens.numel()), judged_rows;

@@ -6,7 +6,7 @@ import argparse
 import importlib.util
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from layerskip_kernels.cli.interrupts import raise_on_interrupt
 from layerskip_kernels.cli.options import (
@@ -55,10 +55,10 @@ def add_commands(commands: Any) -> None:
     )
     adapt.add_argument(
         "--adapter-layers",
-        type=positives,
+        type=adapter_kinds,
         default=[1],
         metavar="A,...",
-        help="of which it may have, 1 or 2 (1)",
+        help="of which it may have: 1, 2 or mlp, one without attention (1)",
     )
     adapt.add_argument("--passes", type=positive, default=4, metavar="N", help="over the texts, at most (4)")
     adapt.add_argument("--pilot-steps", type=positive, default=60, metavar="N", help="of each candidate's trial (60)")
@@ -84,6 +84,14 @@ def add_commands(commands: Any) -> None:
     add_model_options(score)
     add_generation_options(score)
     add_json_options(score)
+
+
+def adapter_kinds(text: str) -> list[int | Literal["mlp"]]:
+    kinds: dict[str, int | Literal["mlp"]] = {"1": 1, "2": 2, "mlp": "mlp"}
+    parts = [part.strip() for part in text.split(",")]
+    if unknown := [part for part in parts if part not in kinds]:
+        raise argparse.ArgumentTypeError(f"must be 1, 2 or mlp, with commas between, got {unknown[0]!r:.60}")
+    return [kinds[part] for part in parts]
 
 
 def _parse_data(args: argparse.Namespace) -> int:

@@ -61,9 +61,9 @@ class PagedKVCache:
 
     k [L, P, G, K, S] and v [L, P, G, S, K] in the model's dtype (S = page_size; a page of k is transposed, so
     that its positions are adjacent); hidden [P, S, D]: each pending position's hidden state at its depth. K and V of an
-    exit adapter's A layers follow in the same pages: ``all_k`` and ``all_v`` have L + A layers, which swaps, forks and
-    prefix sharing move together; ``adapter_tensors`` are its own, after one more layer that is not touched.
-    Raises CacheFull where pages run short; the call that raised has then changed nothing.
+    exit adapter's A layers, if they attend, follow in the same pages: ``all_k`` and ``all_v`` have L + A layers, which
+    swaps, forks and prefix sharing move together; ``adapter_tensors`` are its own, after one more layer that is not
+    touched. Raises CacheFull where pages run short; the call that raised has then changed nothing.
 
     ``prefix_sharing``: prompts that begin like a text in the cache, under the same salt, take its full pages
     instead of computing them; the pages of freed sequences are kept for that, until they are needed. The bits are
@@ -79,7 +79,7 @@ class PagedKVCache:
         self.model = model
         model.extend_positions(num_pages * page_size)
         empty = model.ops.empty
-        layers, own = c.num_layers + model.num_adapter_layers, c.num_layers
+        layers, own = c.num_layers + model.num_adapter_kv_layers, c.num_layers
         self.all_k = empty(layers, num_pages, c.num_kv_heads, c.head_dim, page_size, dtype=model.dtype)
         self.all_v = empty(layers, num_pages, c.num_kv_heads, page_size, c.head_dim, dtype=model.dtype)
         self.hidden = empty(num_pages, page_size, c.hidden_size, dtype=model.dtype)
@@ -109,7 +109,7 @@ class PagedKVCache:
     ) -> PagedKVCache:
         """A cache of as many pages as fit into ``num_bytes``; raises ValueError where not even one does."""
         c = model.config
-        values = 2 * (c.num_layers + model.num_adapter_layers) * c.num_kv_heads * c.head_dim + c.hidden_size
+        values = 2 * (c.num_layers + model.num_adapter_kv_layers) * c.num_kv_heads * c.head_dim + c.hidden_size
         page_bytes = values * page_size * model.dtype.itemsize
         if num_bytes < page_bytes:
             raise ValueError(f"memory must be at least {page_bytes} bytes, one page of this model, got {num_bytes}")

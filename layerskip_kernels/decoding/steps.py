@@ -102,7 +102,7 @@ def verify_step(model: Model, cache: PagedKVCache, draft: Draft, samplers: Sampl
         sampling = judge_sampling(model.ops, draft, samplers, model.config.vocab_size) if in_pass else None
         num_accepted, next_tokens, logits = model.ops.verify_pass(
             model.weights, model.sizes, cache.tensors, rows, draft.num_tokens, draft.judged, sampling,
-            cache.adapter_layers(model),
+            cache.adapter_layers(model) if model.num_adapter_kv_layers else None,
         )  # fmt: skip
         # One copy, for which the host waits once. Logits are large: only what is drawn on the host has them copied.
         wanted = [num_accepted, next_tokens, draft.tokens, *([logits] if any(samplers) and not in_pass else [])]

@@ -47,7 +47,7 @@ class StepRows:
             counts = [count for e, count in self.drafts if e == exit_layer]
             for i in range(math.ceil(max(counts))):
                 rows = sum(count > i for count in counts)
-                passes += [Pass((exit_layer + model.num_adapter_layers) * model.layer_products, rows), Pass(head, rows)]
+                passes += [Pass(exit_layer * model.layer_products + model.adapter_products, rows), Pass(head, rows)]
         return passes
 
     def verify_passes(self, model: Model) -> list[Pass]:
@@ -60,8 +60,8 @@ class StepRows:
             rows += sum(count for e, count in self.drafts if e == exit_layer)
             first = exit_layer
         passes.append(Pass((c.num_layers - first) * model.layer_products, rows))
-        if model.num_adapter_layers:  # rows that have not been drafted pass the adapter here
-            passes.append(Pass(model.num_adapter_layers * model.layer_products, len(self.drafts) + self.prompt))
+        if model.num_adapter_kv_layers:  # rows that have not been drafted pass the adapter here
+            passes.append(Pass(model.adapter_products, len(self.drafts) + self.prompt))
         judged = len(self.drafts) + sum(count for _, count in self.drafts) + self.judged
         return passes + [Pass(c.vocab_size * c.hidden_size, judged)] * (judged > 0)
 

@@ -56,7 +56,7 @@ class DraftPrices:
         c = model.config
         self._model, self._costs = model, costs
         self._num_layers, self._layer = c.num_layers, model.layer_products
-        self._adapter = model.num_adapter_layers * model.layer_products
+        self._adapter = model.adapter_products
         self._draft_head, self._head = draft_head_weights(model), c.vocab_size * c.hidden_size
 
     def plan(self, exits: tuple[int, ...], most: Floats, estimates: Estimates, shape: StepShape) -> DraftPlan | None:

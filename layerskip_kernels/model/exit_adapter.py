@@ -2,7 +2,8 @@
 
 The model stays bit for bit what it is: verification never sees the adapter. (In the family of Kangaroo, arXiv
 2404.18911, and the tuned lens, arXiv 2303.08112.) Each of the A layers is like one of the model's and has K and V of
-its own; with A = 0 the adapter is a final norm and perhaps a head.
+its own; with A = 0 the adapter is a final norm and perhaps a head. A single layer may also be an MLP without attention,
+which has neither K nor V.
 
 A file ``exit_adapter.safetensors`` holds ``norm.weight`` [D] and ``layers.0.`` .. with the Hugging Face names of a
 layer's tensors, in 16 or 32 bits or quantised; and, where drafts have a head of their own, ``head.weight`` [N, D] with
@@ -17,6 +18,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -32,22 +34,24 @@ from layerskip_kernels.model.safetensors_file import (
     read_tensor,
     write_safetensors,
 )
-from layerskip_kernels.model.tensor_names import check_finite, check_names, layer_shapes
+from layerskip_kernels.model.tensor_names import check_finite, check_names, layer_products, layer_shapes
 from layerskip_kernels.model.weight_files import TensorsOnDemand, check_entries
 from layerskip_kernels.model_config import ModelConfig
 from layerskip_kernels.operands import DraftHead, LayerWeights, ModelSizes, ModelWeights
 from layerskip_kernels.ops.reference import BLOCK_TYPES, block_type, dequantise
 
 __all__ = [
-    "ADAPTER_FILE", "HEAD", "HEAD_IDS", "ExitAdapter", "adapter_shapes", "check_adapter_weights", "exit_sizes",
-    "model_norms", "num_adapter_layers", "quantise_exit_adapter", "quantised_adapter", "read_exit_adapter",
-    "write_exit_adapter",
+    "ADAPTER_FILE", "HEAD", "HEAD_IDS", "MLP", "AdapterKind", "ExitAdapter", "adapter_depth", "adapter_kind",
+    "adapter_shapes", "check_adapter_weights", "exit_sizes", "model_norms", "num_adapter_layers",
+    "quantise_exit_adapter", "quantised_adapter", "read_exit_adapter", "write_exit_adapter",
 ]  # fmt: skip
 
 ADAPTER_FILE = "exit_adapter.safetensors"
 MOST_LAYERS = 2
+MLP: Literal["mlp"] = "mlp"  # the kind of an adapter that is one layer without attention
+AdapterKind = int | Literal["mlp"]  # A whole layers, or MLP
 HEAD, HEAD_IDS = "head.weight", "head.ids"
-LAYER_NAME = re.compile(r"layers\.(\d{1,3})\..+")
+LAYER_NAME = re.compile(r"layers\.(\d{1,3})\.(.+)")
 NORMS_NAME = "model_norms"
 NORM_TOLERANCE = 2**-7  # one unit in the last place of bfloat16: float16 rounds first
 FORMAT = "1"
@@ -75,6 +79,11 @@ class ExitAdapter:
         return max(0, len(self.weights.layers) - 1)
 
     @property
+    def num_kv_layers(self) -> int:
+        """Those that have K and V: all, or none."""
+        return sum(layer.attends for layer in self.weights.layers[1:])
+
+    @property
     def tensors(self) -> list[Tensor]:
         """Those that its K and V depend on, and its final norm."""
         return [self.weights.final_norm, *(t for layer in self.weights.layers[1:] for t in layer.tensors)]
@@ -86,20 +95,32 @@ def exit_sizes(sizes: ModelSizes, exit_layer: int, num_layers: int) -> ModelSize
     return replace(sizes, windows=(sizes.windows[last],) * count, ropes=(sizes.ropes[last],) * count)
 
 
-def adapter_shapes(config: ModelConfig, num_layers: int, num_words: int = 0) -> dict[str, tuple[int, ...]]:
-    """Name and shape of each tensor of an adapter of this many layers but HEAD_IDS; projections are [out, in].
+def adapter_shapes(config: ModelConfig, kind: AdapterKind, num_words: int = 0) -> dict[str, tuple[int, ...]]:
+    """Name and shape of each tensor of an adapter of this kind but HEAD_IDS; projections are [out, in].
 
     ``num_words``: the rows of its own head; 0: it has none.
     """
     shapes: dict[str, tuple[int, ...]] = {"norm.weight": (config.hidden_size,)}
-    for layer in range(num_layers):
-        shapes |= {f"layers.{layer}.{name}": shape for name, shape in layer_shapes(config).items()}
+    for layer in range(num_adapter_layers(kind)):
+        shapes |= {f"layers.{layer}.{name}": shape for name, shape in layer_shapes(config, kind != MLP).items()}
     return shapes | ({HEAD: (num_words, config.hidden_size)} if num_words else {})
 
 
-def num_adapter_layers(names: Iterable[str]) -> int:
-    """How many layers the tensors of an adapter are of."""
-    return 1 + max((int(match[1]) for name in names if (match := LAYER_NAME.fullmatch(name))), default=-1)
+def adapter_kind(names: Iterable[str]) -> AdapterKind:
+    """Of which kind the adapter with tensors of these names is."""
+    found = [match for name in names if (match := LAYER_NAME.fullmatch(name))]
+    count = 1 + max((int(match[1]) for match in found), default=-1)
+    return MLP if count == 1 and not any(match[2].startswith("self_attn") for match in found) else count
+
+
+def num_adapter_layers(kind: AdapterKind) -> int:
+    """A."""
+    return 1 if kind == MLP else int(kind)
+
+
+def adapter_depth(config: ModelConfig, kind: AdapterKind) -> float:
+    """How many of the model's layers the adapter's are worth, by the products in them."""
+    return num_adapter_layers(kind) * layer_products(config, kind != MLP) / layer_products(config)
 
 
 def model_norms(weights: ModelWeights) -> Tensor:
@@ -184,11 +205,11 @@ def read_exit_adapter(
     exit_layer = said.get("exit_layer", "")
     if not re.fullmatch(r"\d{1,4}", exit_layer) or not 1 <= int(exit_layer) < config.num_layers:
         raise ValueError(f"{path}: exit_layer must be in 1..{config.num_layers - 1}, got {shown(exit_layer)}")
-    num_layers = num_adapter_layers(entries)
-    if num_layers > MOST_LAYERS:
+    kind = adapter_kind(entries)
+    if (num_layers := num_adapter_layers(kind)) > MOST_LAYERS:
         raise ValueError(f"{path} has {num_layers} layers; an exit adapter has at most {MOST_LAYERS}")
     ids = _read_ids(entries.pop(HEAD_IDS), config.vocab_size) if HEAD_IDS in entries else None
-    shapes = adapter_shapes(config, num_layers, 0 if ids is None else len(ids))
+    shapes = adapter_shapes(config, kind, 0 if ids is None else len(ids))
     check_names(path, set(entries), shapes)
     check_entries(entries, shapes)
     tensors = TensorsOnDemand(entries, shapes, dtype, keep_quantised=True)

@@ -20,7 +20,14 @@ from layerskip_kernels.config import AUTO, MOST_SPECULATIONS, NUM_SPECULATIONS, 
 from layerskip_kernels.model import quantise
 from layerskip_kernels.model.checkpoint import Checkpoint
 from layerskip_kernels.model.defaults import DraftDefaults
-from layerskip_kernels.model.exit_adapter import HEAD, HEAD_IDS, ExitAdapter, exit_sizes, num_adapter_layers
+from layerskip_kernels.model.exit_adapter import (
+    HEAD,
+    HEAD_IDS,
+    ExitAdapter,
+    adapter_kind,
+    exit_sizes,
+    num_adapter_layers,
+)
 from layerskip_kernels.model.rope import rope_names, rope_tables
 from layerskip_kernels.model.tensor_names import NORMS, layer_products
 from layerskip_kernels.model.tokenizer import Tokenizer
@@ -70,9 +77,9 @@ class Model:
         return self.weights if self.exit_adapter is None else self.exit_adapter.draft_weights
 
     @property
-    def num_adapter_layers(self) -> int:
-        """Layers that only drafts pass, those of the exit adapter: their K and V follow the model's in the cache."""
-        return 0 if self.exit_adapter is None else self.exit_adapter.num_layers
+    def num_adapter_kv_layers(self) -> int:
+        """Layers of the exit adapter that have K and V, which follow the model's in the cache."""
+        return 0 if self.exit_adapter is None else self.exit_adapter.num_kv_layers
 
     @cached_property
     def sizes(self) -> ModelSizes:
@@ -100,6 +107,12 @@ class Model:
     def layer_products(self) -> int:
         """tensor_names.layer_products, counted once."""
         return layer_products(self.config)
+
+    @cached_property
+    def adapter_products(self) -> int:
+        """The same of all layers of the exit adapter."""
+        layers = () if self.exit_adapter is None else self.exit_adapter.weights.layers[1:]
+        return sum(layer_products(self.config, layer.attends) for layer in layers)
 
     @cached_property
     def identity(self) -> bytes:
@@ -239,7 +252,7 @@ class Model:
         pack_weight, place = self.ops.pack_weight, self.ops.placer()
         layers = tuple(
             _layer_weights(tensors, f"layers.{layer}.", lambda weight: place(pack_weight(weight)), place, self.config)
-            for layer in range(num_adapter_layers(tensors))
+            for layer in range(num_adapter_layers(adapter_kind(tensors)))
         )
         head = DraftHead(place(pack_weight(tensors.pop(HEAD))), tensors.pop(HEAD_IDS)) if HEAD in tensors else None
         final_norm = place(tensors.pop("norm.weight"))
@@ -305,12 +318,15 @@ def _layer_weights(
     def bias(wanted: bool, *names: str) -> Tensor | None:
         return place(torch.cat([take(f"{name}_proj.bias") for name in names])) if wanted else None
 
-    norms = {name: place(take(f"{hf_name}.weight")) for name, hf_name in NORMS[config.norm_placement].items()}
-    if config.qk_norm != "none":
+    attends = f"{prefix}self_attn.q_proj.weight" in tensors
+    places = {at: name for at, name in NORMS[config.norm_placement].items() if attends or at.startswith("mlp")}
+    norms = {at: place(take(f"{name}.weight")) for at, name in places.items()}
+    if attends and config.qk_norm != "none":
         norms |= {name: place(take(f"self_attn.{name}.weight")) for name in ("q_norm", "k_norm")}
-    qkv_bias = bias(config.qkv_bias, *(f"self_attn.{p}" for p in "qkv"))
-    out_bias = bias(config.out_bias, "self_attn.o")
-    wq, wk, wv, wo = (pack(take(f"self_attn.{p}_proj.weight")) for p in "qkvo")
+    qkv_bias = bias(attends and config.qkv_bias, *(f"self_attn.{p}" for p in "qkv"))
+    out_bias = bias(attends and config.out_bias, "self_attn.o")
+    empty = place(torch.empty(0))
+    wq, wk, wv, wo = (pack(take(f"self_attn.{p}_proj.weight")) if attends else empty for p in "qkvo")
     gate_up_bias, down_bias = bias(config.mlp_bias, "mlp.gate", "mlp.up"), bias(config.mlp_bias, "mlp.down")
     w_gate, w_up, w_down = (pack(take(f"mlp.{p}_proj.weight")) for p in ("gate", "up", "down"))
     return LayerWeights(

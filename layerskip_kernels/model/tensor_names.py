@@ -88,19 +88,26 @@ def layer_parameters(config: ModelConfig) -> int:
     return sum(map(math.prod, layer_shapes(config).values()))
 
 
-def layer_products(config: ModelConfig) -> int:
+def layer_products(config: ModelConfig, attends: bool = True) -> int:
     """Multiplications in one layer's projections, for each row: the numbers in its matrices."""
-    return sum(math.prod(shape) for shape in layer_shapes(config).values() if len(shape) == 2)
+    return sum(math.prod(shape) for shape in layer_shapes(config, attends).values() if len(shape) == 2)
 
 
-def layer_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """The Hugging Face name within a layer, and the shape, of each of its tensors."""
+def layer_shapes(config: ModelConfig, attends: bool = True) -> dict[str, tuple[int, ...]]:
+    """The Hugging Face name within a layer, and the shape, of each of its tensors.
+
+    ``attends``: False: of its MLP and the norms around it alone, which is all that some exit adapters have.
+    """
     D, F = config.hidden_size, config.intermediate_size
     q_rows, kv_rows = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     attention = {"q_proj": (q_rows, D), "k_proj": (kv_rows, D), "v_proj": (kv_rows, D), "o_proj": (D, q_rows)}
     mlp = {"gate_proj": (F, D), "up_proj": (F, D), "down_proj": (D, F)}
-    shapes: dict[str, tuple[int, ...]] = {f"{name}.weight": (D,) for name in NORMS[config.norm_placement].values()}
-    shapes |= {f"self_attn.{name}.weight": shape for name, shape in attention.items()}
+    norms = NORMS[config.norm_placement].items()
+    shapes: dict[str, tuple[int, ...]] = {
+        f"{name}.weight": (D,) for place, name in norms if attends or place.startswith("mlp")
+    }
+    if attends:
+        shapes |= {f"self_attn.{name}.weight": shape for name, shape in attention.items()}
     shapes |= {f"mlp.{name}.weight": shape for name, shape in mlp.items()}
     biased = {
         "q_proj": config.qkv_bias,
@@ -108,10 +115,10 @@ def layer_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         "v_proj": config.qkv_bias,
         "o_proj": config.out_bias,
     }
-    shapes |= {f"self_attn.{name}.bias": shape[:1] for name, shape in attention.items() if biased[name]}
+    shapes |= {f"self_attn.{name}.bias": shape[:1] for name, shape in attention.items() if attends and biased[name]}
     if config.mlp_bias:
         shapes |= {f"mlp.{name}.bias": shape[:1] for name, shape in mlp.items()}
-    if config.qk_norm != "none":
+    if attends and config.qk_norm != "none":
         whole = config.qk_norm == "whole"
         shapes["self_attn.q_norm.weight"] = (q_rows if whole else config.head_dim,)
         shapes["self_attn.k_norm.weight"] = (kv_rows if whole else config.head_dim,)

@@ -17,6 +17,10 @@ from layerskip_kernels.errors import shown
 from layerskip_kernels.model.defaults import DraftDefaults, write_defaults
 from layerskip_kernels.model.exit_adapter import (
     HEAD_IDS,
+    MLP,
+    AdapterKind,
+    adapter_depth,
+    adapter_kind,
     adapter_shapes,
     check_adapter_weights,
     model_norms,
@@ -40,10 +44,10 @@ __all__ = ["adapt", "read_choice"]
 
 @dataclass(frozen=True)
 class Candidate:
-    """An exit, a number of adapter layers and a draft vocabulary's size; what a short training promises of them."""
+    """An exit, an adapter's layers and a draft vocabulary's size; what a short training promises of them."""
 
     exit_layer: int
-    num_layers: int
+    num_layers: AdapterKind
     num_words: int
     acceptance: float
     speed_up: float
@@ -70,13 +74,13 @@ def adapt(
     holds a training of something else, and for exits that the model does not have.
     """
     if weights is not None:  # refused before anything is trained
-        check_adapter_weights(adapter_shapes(model.config, max(settings.adapter_layers), 1), weights)
+        check_adapter_weights(adapter_shapes(model.config, 1, 1), weights)
     output.mkdir(parents=True, exist_ok=True)
     start = words = None
     if start_from is not None:
         exit_layer, start = read_exit_adapter(start_from, model.config, torch.float32, model.name, model.weights)
         words = start.pop(HEAD_IDS).tolist() if HEAD_IDS in start else None
-        settings = replace(settings, exits=(exit_layer,), adapter_layers=(num_adapter_layers(start),))
+        settings = replace(settings, exits=(exit_layer,), adapter_layers=(adapter_kind(start),))
     exits = settings.exits or default_exits(model.config.num_layers)
     for exit_layer in exits:
         model.check_exit(exit_layer)
@@ -97,7 +101,8 @@ def adapt(
     at_end = (states.at(last, i) for i in range(len(texts), len(texts) + len(others)))
     texts += judged_texts(model, others, at_end, kept / "given.jsonl")
     say(f"{sum(text.num_targets for text in texts):,} tokens in {len(texts):,} texts")
-    own = OwnWeights(source, {e + n for e in exits for n in range(max(settings.adapter_layers))}, start)
+    deepest = max(map(num_adapter_layers, settings.adapter_layers))
+    own = OwnWeights(source, {e + n for e in exits for n in range(deepest)}, start)
     sizes = None if words is None else [len(words)]
     words = words or _frequent_words(texts, settings.most_words)
     choice_file = kept / "choice.json"
@@ -140,17 +145,18 @@ def _tried(
     settings: AdaptSettings,
     costs: StepCosts,
 ) -> Iterator[Candidate]:
-    """Train each exit and number of layers for a short while; with each size of draft vocabulary, what it promises."""
+    """Train each exit with each kind of layers for a short while; with each size of draft vocabulary, what it
+    promises."""
     for exit_layer in exits:
-        for num_layers in settings.adapter_layers:
-            training = AdapterTraining(own, texts, states, words, exit_layer, num_layers, settings)
+        for kind in settings.adapter_layers:
+            training = AdapterTraining(own, texts, states, words, exit_layer, kind, settings)
             for _ in range(settings.pilot_steps):
                 training.take_step(settings.pilot_steps)
             for size in sizes:
                 acceptance = training.acceptance(size)
-                gain, count = costs.speed_up(acceptance, exit_layer + num_layers, size)
-                yield Candidate(exit_layer, num_layers, size, acceptance, gain, count)
-            say(f"exit {exit_layer}, {num_layers} layers: {acceptance:.1%} of held-out drafts right after a trial")
+                gain, count = costs.speed_up(acceptance, exit_layer + adapter_depth(own.config, kind), size)
+                yield Candidate(exit_layer, kind, size, acceptance, gain, count)
+            say(f"exit {exit_layer}, layers {kind}: {acceptance:.1%} of held-out drafts right after a trial")
 
 
 def read_choice(path: Path, num_layers: int, num_words: int) -> list[Candidate]:
@@ -168,9 +174,10 @@ def _candidate(said: JsonObject, num_layers: int, num_words: int) -> Candidate:
     acceptance = said.required("acceptance")
     if type(acceptance) not in (int, float) or not 0 <= acceptance <= 1:
         said.refuse("acceptance", "a number in 0..1")
+    is_mlp = said.get("num_layers") == MLP
     return Candidate(
         exit_layer=said.integer("exit_layer", 1, num_layers - 1),
-        num_layers=said.integer("num_layers", 0, num_layers),
+        num_layers=MLP if is_mlp else said.integer("num_layers", 0, num_layers),
         num_words=said.integer("num_words", 1, num_words),
         acceptance=acceptance,
         speed_up=said.positive("speed_up"),
@@ -183,7 +190,7 @@ def _table(candidates: Sequence[Candidate], chosen: Candidate) -> str:
     for c in candidates:
         mark = "  <- chosen" if c == chosen else ""
         lines.append(
-            f"{c.exit_layer:4}  {c.num_layers:6}  {c.num_words:5}  {c.acceptance:5.1%}  {c.speed_up:.2f} with "
+            f"{c.exit_layer:4}  {c.num_layers:>6}  {c.num_words:5}  {c.acceptance:5.1%}  {c.speed_up:.2f} with "
             f"{c.num_speculations} drafts{mark}"
         )
     return "\n".join(lines)

@@ -32,7 +32,7 @@ class StepCosts:
     word: float
     call: float
 
-    def speed_up(self, acceptance: float, num_layers: int, vocab_size: int) -> tuple[float, int]:
+    def speed_up(self, acceptance: float, num_layers: float, vocab_size: int) -> tuple[float, int]:
         """Over plain decoding, and the number of drafts that gives it: drafts of ``num_layers`` layers, an adapter's
         included, each of which is accepted with this probability if those before it are."""
         draft = self.call + num_layers * self.layer + vocab_size * self.word

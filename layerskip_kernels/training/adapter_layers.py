@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, linear, scaled_dot_product_attention, silu
 
-from layerskip_kernels.model.exit_adapter import num_adapter_layers
+from layerskip_kernels.model.exit_adapter import adapter_kind, num_adapter_layers
 from layerskip_kernels.model.rope import rope_names, rope_tables
 from layerskip_kernels.model.tensor_names import NORMS
 from layerskip_kernels.model_config import ModelConfig
@@ -25,7 +25,7 @@ class AdapterInTraining(nn.Module):
     def __init__(self, config: ModelConfig, exit_layer: int, tensors: dict[str, Tensor]) -> None:
         super().__init__()
         self.config = config
-        self.num_layers = num_adapter_layers(tensors)
+        self.num_layers = num_adapter_layers(adapter_kind(tensors))
         self.weights = nn.ParameterDict(
             {name.replace(".", "/"): nn.Parameter(tensor.float().clone()) for name, tensor in tensors.items()}
         )
@@ -88,8 +88,9 @@ class AdapterInTraining(nn.Module):
         return x if name is None else self.norm(x, self._weight(f"{prefix}{name}/weight"))
 
     def _layer(self, prefix: str, x: Tensor, visible: Tensor, rope: tuple[Tensor, Tensor] | None) -> Tensor:
-        attended = self._attention(f"{prefix}self_attn/", self._normed(prefix, x, "attn_norm"), visible, rope)
-        x = x + self.config.residual_multiplier * self._normed(prefix, attended, "attn_post_norm")
+        if f"{prefix}self_attn/q_proj/weight" in self.weights:
+            attended = self._attention(f"{prefix}self_attn/", self._normed(prefix, x, "attn_norm"), visible, rope)
+            x = x + self.config.residual_multiplier * self._normed(prefix, attended, "attn_post_norm")
         h = self._normed(prefix, x, "mlp_norm")
         gate, up = self._linear(h, f"{prefix}mlp/gate_proj"), self._linear(h, f"{prefix}mlp/up_proj")
         activated = silu(gate) if self.config.activation == "silu" else gelu(gate, approximate="tanh")

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from layerskip_kernels.model.exit_adapter import MLP, AdapterKind, num_adapter_layers
 from layerskip_kernels.model.loading import read_checkpoint
 from layerskip_kernels.model.tensor_names import layer_shapes
 from layerskip_kernels.training.adapter_layers import AdapterInTraining
@@ -36,14 +37,16 @@ class OwnWeights:
             layer: {name: tensors.pop(f"model.layers.{layer}.{name}") for name in names} for layer in sorted(existing)
         }
 
-    def first_adapter(self, exit_layer: int, num_layers: int) -> Tensors:
-        """The layers after the exit, or the last one where there are no more, under the model's final norm."""
+    def first_adapter(self, exit_layer: int, kind: AdapterKind) -> Tensors:
+        """The layers after the exit, or the last one where there are no more, under the model's final norm; of the
+        kind MLP the next layer's MLP alone."""
         if self._start is not None:
             return self._start
         tensors = {"norm.weight": self.norm}
-        for n in range(num_layers):
+        names = layer_shapes(self.config, kind != MLP)
+        for n in range(num_adapter_layers(kind)):
             copied = self._layers[min(exit_layer + n, self.config.num_layers - 1)]
-            tensors |= {f"layers.{n}.{name}": tensor for name, tensor in copied.items()}
+            tensors |= {f"layers.{n}.{name}": copied[name] for name in names}
         return tensors
 
 

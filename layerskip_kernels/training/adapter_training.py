@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy
 
 from layerskip_kernels.errors import shown
 from layerskip_kernels.machine import has_bf16_units
-from layerskip_kernels.model.exit_adapter import HEAD
+from layerskip_kernels.model.exit_adapter import HEAD, AdapterKind
 from layerskip_kernels.model.files import whole
 from layerskip_kernels.model.json_file import parse_json
 from layerskip_kernels.model.safetensors_file import (
@@ -53,7 +53,7 @@ class AdaptSettings:
     num_tokens: int = 300_000
     max_new_tokens: int = 160
     exits: tuple[int, ...] = ()
-    adapter_layers: tuple[int, ...] = (1,)
+    adapter_layers: tuple[AdapterKind, ...] = (1,)
     most_words: int = 8192
     pilot_steps: int = 60
     passes: int = 4
@@ -77,7 +77,7 @@ class AdapterTraining:
         states: ExitStates,
         vocab: Sequence[int],
         exit_layer: int,
-        num_layers: int,
+        kind: AdapterKind,
         settings: AdaptSettings,
     ) -> None:
         self.exit_layer, self.settings, self._bf16 = exit_layer, settings, has_bf16_units()
@@ -87,15 +87,15 @@ class AdapterTraining:
         self._word_of[self._vocab] = torch.arange(len(vocab))
         self._held_out = [*range(HELD_OUT // 2, len(texts), HELD_OUT)] or [len(texts) - 1]
         self._trained_on = sorted({*range(len(texts))} - {*self._held_out})
-        self.layers = self._started(num_layers)
+        self.layers = self._started(kind)
         self._optimizer = torch.optim.AdamW(self.layers.parameters(), settings.learning_rate, (0.9, 0.95))
         self.step, self.acceptances = 0, [self.acceptance()]
         self.best: Tensors = self.layers.tensors(torch.float32)
 
-    def _started(self, num_layers: int) -> AdapterInTraining:
+    def _started(self, kind: AdapterKind) -> AdapterInTraining:
         """Layers and a head of their own: the LM head's rows after a `lens`, where there is none to start as."""
         own, last = self._own, self._own.config.num_layers
-        first = own.first_adapter(self.exit_layer, num_layers)
+        first = own.first_adapter(self.exit_layer, kind)
         if HEAD not in first:
             shuffled = random.Random(self.settings.seed).sample(self._trained_on, len(self._trained_on))
             at_exit = (self._states.at(self.exit_layer, i) for i in shuffled)

@@ -18,6 +18,7 @@ from layerskip_kernels import (
     verify_step,
 )
 from layerskip_kernels.errors import SwapError
+from layerskip_kernels.model.exit_adapter import AdapterKind
 from layerskip_kernels.model.quantise import quantise
 from layerskip_kernels.ops import cache_ops
 from support.exit_adapters import cut_model, own_checkpoint, random_adapter
@@ -32,13 +33,15 @@ def sizes_for(backend: str) -> dict[str, int]:
     return SMALL if backend == "triton" and not GPU else {}
 
 
-def models(backend: str = "cpu", dtype=torch.bfloat16, num_layers: int = 1, exit_layer: int = EXIT, head: bool = False):
+def models(
+    backend: str = "cpu", dtype=torch.bfloat16, kind: AdapterKind = 1, exit_layer: int = EXIT, head: bool = False
+):
     """A model on the CPU, with an adapter on ``backend``, and the model on the CPU that drafts are to follow.
 
     ``head``: the adapter has a head of its own, of all tokens."""
     changes = sizes_for(backend)
     plain = Model.from_checkpoint(own_checkpoint(dtype, **changes))
-    adapter = random_adapter(plain, num_layers, lm_head=lm_head(dtype, **changes) if head else None)
+    adapter = random_adapter(plain, kind, lm_head=lm_head(dtype, **changes) if head else None)
     cut = cut_model(own_checkpoint(dtype, **changes), exit_layer, adapter)
     own = plain if backend == "cpu" else Model.from_checkpoint(own_checkpoint(dtype, **changes), backend)
     return plain, own.with_exit_adapter(exit_layer, adapter), cut
@@ -81,15 +84,21 @@ def assert_cache_is_whole(cache: PagedKVCache, sequence, plain: Model, cut: Mode
     layers = plain.config.num_layers
     for got, expected, added in zip((k, v), own, adapted, strict=True):
         assert torch.equal(got[:layers], expected)
-        assert torch.equal(got[layers:], added[exit_layer:])
+        kept = got.size(0) - layers  # none of an adapter without attention
+        assert torch.equal(got[layers:], added[exit_layer : exit_layer + kept])
 
 
 @pytest.mark.parametrize(
-    ("backend", "num_layers", "head"),
-    [(b, n, h) for b in BACKENDS for n, h in ((0, 0), (1, 0), (1, 1), (2, 1)) if b != "triton" or n == 1],
+    ("backend", "kind", "head"),
+    [
+        (b, kind, h)
+        for b in BACKENDS
+        for kind, h in ((0, 0), (1, 0), (1, 1), (2, 1), ("mlp", 1))
+        if b != "triton" or kind in (1, "mlp")
+    ],
 )
-def test_drafts_are_the_cut_models_text_and_verdicts_the_whole_models(backend, num_layers, head):
-    plain, adapted, cut = models(backend, num_layers=num_layers, head=bool(head))
+def test_drafts_are_the_cut_models_text_and_verdicts_the_whole_models(backend, kind, head):
+    plain, adapted, cut = models(backend, kind=kind, head=bool(head))
     cache, accepted = cache_for(adapted, 60, page_size=7), 0
     sequence = cache.add_sequence(random_tokens(9))
     expected = alone(plain, list(sequence.tokens), GenerationConfig(max_new_tokens=10, **KEEP))
@@ -178,10 +187,10 @@ def test_triton_drafts_through_an_adapter_in_one_call(monkeypatch):
         assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_a_ragged_batch(backend):
+@pytest.mark.parametrize(("backend", "kind"), [*((b, 1) for b in BACKENDS), ("reference", "mlp"), ("cpu", "mlp")])
+def test_a_ragged_batch(backend, kind):
     """One sequence with many drafts, one without any, and a chunk of a prompt, in one verification."""
-    plain, adapted, cut = models(backend, torch.float32)
+    plain, adapted, cut = models(backend, torch.float32, kind)
     cache = cache_for(adapted, 90, page_size=4)
     first, second, third = (cache.add_sequence(random_tokens(n, seed=n)) for n in (3, 12, 10))
     cache.commit(prefill(adapted, cache, [first, second]))
@@ -256,9 +265,10 @@ def test_an_engine_writes_the_texts_of_plain_decoding(backend):
 
 
 @pytest.mark.parametrize(
-    ("backend", "weights", "num_layers", "of_model"),
+    ("backend", "weights", "kind", "of_model"),
     [
         ("cpu", "q4_0", 1, None),
+        ("cpu", "q8_0", "mlp", None),
         ("cpu", "q8_0", 0, None),
         ("cpu", "q8_0", 2, "q4_1"),
         ("cpu", "int8", 1, None),
@@ -266,14 +276,14 @@ def test_an_engine_writes_the_texts_of_plain_decoding(backend):
     ],
     ids=str,
 )
-def test_a_quantised_adapter(backend, weights, num_layers, of_model):
+def test_a_quantised_adapter(backend, weights, kind, of_model):
     """Layers and head, under a model of 16 bits and a quantised one: drafts, K and V are the reference's, the text is
     the model's."""
     sizes = {**sizes_for(backend), "hidden_size": 32, "intermediate_size": 32}
     found = {}
     for name in ("reference", backend):
         plain = Model.from_checkpoint(own_checkpoint(torch.bfloat16, **sizes), name, of_model)
-        written = random_adapter(plain, num_layers, lm_head=lm_head(torch.bfloat16, **sizes), every=2)
+        written = random_adapter(plain, kind, lm_head=lm_head(torch.bfloat16, **sizes), every=2)
         quantised = {n: quantise(t, weights) if t.dim() == 2 else t for n, t in written.items()}
         adapted = plain.with_exit_adapter(EXIT, quantised)
         cache, accepted, made = cache_for(adapted, 50, page_size=7), 0, []
@@ -306,8 +316,39 @@ def test_positions_grow_for_the_adapter_too():
     assert cache.max_positions == 9000
 
 
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_an_adapter_without_attention_takes_no_room_and_no_row_to_it(backend, monkeypatch):
+    """Its pages are the model's; rows that draft nothing never pass it; sequences are swapped, forked and shared."""
+    plain, adapted, cut = models(backend, kind="mlp", head=True)
+    cache = cache_for(adapted, 120, page_size=4, prefix_sharing=True)
+    assert cache.all_k.size(0) == plain.config.num_layers and len(adapted.exit_adapter.weights.layers) == 2
+    assert PagedKVCache.with_memory(adapted, 1 << 20).pool.num_pages == (
+        PagedKVCache.with_memory(plain, 1 << 20).pool.num_pages
+    )
+    sequence = cache.add_sequence(random_tokens(11))
+    with monkeypatch.context() as patched:
+        patched.setattr(PagedKVCache, "adapter_layers", None)
+        cache.commit(prefill(adapted, cache, [sequence]))
+        fork, sharer = cache.fork(sequence), cache.add_sequence([*sequence.tokens[:9], 1, 2, 3])
+        assert cache.length(sharer) == 8
+        cache.commit(prefill(adapted, cache, [sharer]))
+    cache.swap_in(fork, cache.swap_out(fork))
+    accepted = 0
+    for one in (sequence, fork, sharer):
+        known = list(one.tokens)
+        for _ in range(2):
+            draft = draft_step(adapted, cache, [one], EXIT, 3)
+            assert draft.of(0) == greedy(cut, one.tokens, 3)
+            verdict = verify_step(adapted, cache, draft)
+            accepted += int(verdict.num_accepted[0])
+            cache.commit(verdict)
+        assert one.tokens[len(known) :] == greedy(plain, known, len(one.tokens) - len(known))
+        assert_cache_is_whole(cache, one, plain, cut)
+    assert accepted > 0
+
+
 def test_memory_counts_the_adapters_layers():
-    plain, adapted, _ = models(num_layers=2)
+    plain, adapted, _ = models(kind=2)
     cache = PagedKVCache.with_memory(adapted, 1 << 20)
     page = sum(t.nbytes for t in (cache.all_k, cache.all_v, cache.hidden)) // cache.pool.num_pages
     assert cache.pool.num_pages == (1 << 20) // page < PagedKVCache.with_memory(plain, 1 << 20).pool.num_pages
@@ -320,7 +361,7 @@ def test_generations_that_draft_nothing_leave_the_adapter_alone(strategy, monkey
     seen = []
 
     def noted(cache, model):
-        seen.append(model.num_adapter_layers)
+        seen.append(model.num_adapter_kv_layers)
         return adapter_layers(cache, model)
 
     adapter_layers = PagedKVCache.adapter_layers
@@ -329,9 +370,9 @@ def test_generations_that_draft_nothing_leave_the_adapter_alone(strategy, monkey
     config = GenerationConfig(strategy, max_new_tokens=6, exit_layer=exit_layer, **KEEP)
     [found], [expected] = (generate(model, [random_tokens(5)], config) for model in (adapted, plain))
     assert found.token_ids == expected.token_ids and torch.equal(found.logits, expected.logits)
+    assert (1 in seen) == (strategy == "self_speculative")
     if strategy == "early_exit":
         return  # verifies nothing
-    assert set(seen) == {0} if strategy == "autoregressive" else set(seen) == {0, 1}
     cache = cache_for(adapted, 40)
     del seen[:]
     [again] = generate(adapted, [random_tokens(5)], config, cache=cache)

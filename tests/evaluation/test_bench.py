@@ -107,7 +107,7 @@ def test_the_baseline_is_the_model_without_its_exit_adapter(monkeypatch):
 
     def noting(step):
         def noted(model, *others):
-            seen.append(model.num_adapter_layers)
+            seen.append(model.num_adapter_kv_layers)
             return step(model, *others)
 
         return noted

@@ -68,7 +68,7 @@ def rewrite(folder, change) -> None:
 def test_a_model_finds_its_adapter_however_it_is_loaded(source, adapter, options):
     plain = load_model(source, **options)
     model = load_model(source, exit_adapter=adapter, **options)
-    assert model.exit_adapter is not None and (model.exit_adapter.exit_layer, model.num_adapter_layers) == (2, 1)
+    assert model.exit_adapter is not None and (model.exit_adapter.exit_layer, model.num_adapter_kv_layers) == (2, 1)
     config = GenerationConfig(max_new_tokens=6, return_logits=True, num_speculations=2)
     [found], [expected] = generate(model, [[5, 6, 7]], config), generate(plain, [[5, 6, 7]], config.plain())
     assert found.drafted > 0
@@ -92,6 +92,24 @@ def test_numbers_are_read_as_they_were_written(source, adapter):
     layer = model.exit_adapter.weights.layers[1]
     assert torch.equal(layer.w_down, written["layers.0.mlp.down_proj.weight"])
     assert torch.equal(layer.attn_norm, written["layers.0.input_layernorm.weight"])
+
+
+def test_an_adapter_without_attention_is_known_by_its_tensors(source, tmp_path):
+    model = load_model(source, backend="reference")
+    written = random_adapter(model, "mlp")
+    names = {name.split(".", 2)[2] for name in written if name != "norm.weight"}
+    assert names == {"post_attention_layernorm.weight", *(f"mlp.{p}_proj.weight" for p in ("gate", "up", "down"))}
+    path = write_exit_adapter(tmp_path, 1, written, model.name, model.weights)
+    read = load_model(source, backend="reference", exit_adapter=path)
+    layer = read.exit_adapter.weights.layers[1]
+    assert not layer.attends and torch.equal(layer.w_down, written["layers.0.mlp.down_proj.weight"])
+    assert torch.equal(layer.first_norm, written["layers.0.post_attention_layernorm.weight"])
+    config = GenerationConfig(max_new_tokens=6, num_speculations=2)
+    [found], [alone] = generate(read, [[5, 6, 7]], config), generate(model, [[5, 6, 7]], config.plain())
+    assert found.drafted > 0 and found.token_ids == alone.token_ids
+    rewrite(tmp_path, lambda h: h.update({"layers.0.mlp.oops": h.pop("layers.0.mlp.up_proj.weight")}))
+    with pytest.raises(ValueError, match=r"lacks tensor 'layers\.0\.mlp\.up_proj\.weight'"):
+        load_model(source, exit_adapter=path)
 
 
 def test_a_head_of_its_own_is_read_with_its_words(source, with_head):

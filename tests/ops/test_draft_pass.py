@@ -15,7 +15,7 @@ COUNTS = (5, 0, 3, 5)
 NAN_FROM = -3  # a score that is not finite
 
 
-def draft(model, counts=COUNTS, sampling=None, stops=None, keep_scores=False, exit_layer=2):
+def draft(model, counts=COUNTS, sampling=None, stops=None, keep_scores=False, exit_layer=2, pages_of_adapter=None):
     """Drafts of some sequences at positions 0, 1, 2, ..., whose earlier K and V are random, and the cache after it."""
     c, pages = model.config, SEQUENCES * 2
     generator = torch.Generator().manual_seed(3)
@@ -30,7 +30,7 @@ def draft(model, counts=COUNTS, sampling=None, stops=None, keep_scores=False, ex
         torch.tensor(counts),
         torch.arange(pages, dtype=torch.int32).view(SEQUENCES, 2),
     )
-    adapter = adapter_of(model, cache)
+    adapter = adapter_of(model, cache, pages_of_adapter)
     drafted = model.ops.draft_pass(
         model.draft_weights, model.sizes, cache, rows, model.draft_head, exit_layer, MOST, sampling, stops, keep_scores,
         adapter,
@@ -38,12 +38,13 @@ def draft(model, counts=COUNTS, sampling=None, stops=None, keep_scores=False, ex
     return drafted, cache if adapter is None else (*cache, *adapter.cache[:2])
 
 
-def adapter_of(model, cache):
-    """The layers of the model's exit adapter, and pages for them that hold what the last layers' hold."""
+def adapter_of(model, cache, count=None):
+    """The layers of the model's exit adapter, and pages for ``count`` of them (None: those that attend, and one more)
+    that hold what the last layers' hold."""
     adapter = model.exit_adapter
     if adapter is None:
         return None
-    k, v = (pages[-1 - adapter.num_layers :].clone() for pages in cache[:2])
+    k, v = (pages[-(count or 1 + adapter.num_kv_layers) :].clone() for pages in cache[:2])
     return AdapterLayers(adapter.weights, adapter.sizes, CacheTensors(k, v, cache.hidden), adapter.exit_layer)
 
 
@@ -95,14 +96,14 @@ def test_same_bits_as_the_reference(dtype, isa, vocab, arguments):
     assert cpu[0].counts[0] > 0
 
 
-@pytest.mark.parametrize("num_layers", [1, 2])
+@pytest.mark.parametrize("kind", [1, 2, "mlp"])
 @pytest.mark.parametrize("arguments", [
     {}, dict(sampling=sampling(), stops=stops(), keep_scores=True),
 ], ids=["greedy", "all"])  # fmt: skip
-def test_same_bits_as_the_reference_through_an_exit_adapter(dtype, isa, num_layers, arguments):
+def test_same_bits_as_the_reference_through_an_exit_adapter(dtype, isa, kind, arguments):
     """The states that the cache keeps, and K and V of the model, are those without it."""
     bare = tiny_model(dtype)
-    adapter = random_adapter(bare, num_layers)
+    adapter = random_adapter(bare, kind)
     cpu, slow = (
         draft(tiny_model(dtype, name).with_exit_adapter(2, adapter), **arguments) for name in ("cpu", "reference")
     )
@@ -202,3 +203,11 @@ def test_nothing_to_draw_raises(backend):
     model.weights.final_norm.fill_(3e38)
     with pytest.raises(RuntimeError, match=r"no token can be chosen|a logit is NaN"):
         draft(model, sampling=sampling())
+
+
+def test_attention_without_pages_is_refused():
+    """A cache that ends before the adapter's layer has room for an adapter without attention alone."""
+    model = tiny_model()
+    model = model.with_exit_adapter(2, random_adapter(model))
+    with pytest.raises(ValueError, match="layer 1 has attention, but the cache has 1 layers"):
+        draft(model, pages_of_adapter=1)

@@ -7,14 +7,21 @@ from torch import Tensor
 
 from layerskip_kernels import Model
 from layerskip_kernels.model.checkpoint import Checkpoint
-from layerskip_kernels.model.exit_adapter import HEAD, HEAD_IDS, adapter_shapes
+from layerskip_kernels.model.exit_adapter import (
+    HEAD,
+    HEAD_IDS,
+    AdapterKind,
+    adapter_kind,
+    adapter_shapes,
+    num_adapter_layers,
+)
 from support.models import checkpoint, config
 
 LATE = 0.3  # what agreeing_model has: later layers that add little
 
 
 def random_adapter(
-    model: Model, num_layers: int = 1, seed: int = 5, lm_head: Tensor | None = None, every: int = 1
+    model: Model, kind: AdapterKind = 1, seed: int = 5, lm_head: Tensor | None = None, every: int = 1
 ) -> dict[str, Tensor]:
     """Layers that change what an exit says a little: most drafts are still accepted, not all.
 
@@ -22,7 +29,7 @@ def random_adapter(
     """
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
-    for name, shape in adapter_shapes(model.config, num_layers).items():
+    for name, shape in adapter_shapes(model.config, kind).items():
         tensor = torch.randn(shape, generator=generator) * shape[-1] ** -0.5
         if name == "norm.weight":
             tensor = model.weights.final_norm.cpu().float() * (1 + 0.01 * tensor)
@@ -49,7 +56,7 @@ def own_checkpoint(dtype: torch.dtype, **changes: object) -> Checkpoint:
 
 def cut_model(found: Checkpoint, exit_layer: int, adapter: dict[str, Tensor], backend: str = "cpu") -> Model:
     """The first layers of a checkpoint and an adapter as a model by itself: what it says, drafts are to be."""
-    count = sum(name.endswith("q_proj.weight") for name in adapter)
+    count = num_adapter_layers(adapter_kind(adapter))
     kept = {
         name: tensor
         for name, tensor in found.tensors.items()

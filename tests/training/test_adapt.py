@@ -1,6 +1,7 @@
 """Training an exit adapter: the layers in PyTorch are those of run_layers, and what is trained drafts better."""
 
 import json
+from argparse import ArgumentTypeError
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import torch
 
 from layerskip_kernels import GenerationConfig, Model, draft_step, generate, load_model, prefill
 from layerskip_kernels.cli.main import main
+from layerskip_kernels.cli.training import adapter_kinds
+from layerskip_kernels.decoding.exits import each_exit
 from layerskip_kernels.ops.reference import is_quantised
 from layerskip_kernels.training import adapter_training, written_texts
 from layerskip_kernels.training.adapt import adapt, default_exits
@@ -49,6 +52,24 @@ def test_the_layers_are_those_of_the_backend(variant, tmp_path):
     weights, sizes = same.weights, same.sizes
     _, expected = same.ops.norm_head_argmax(after, weights.final_norm, weights.lm_head, sizes.vocab_size, *sizes.head)
     torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", [1, "mlp"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_an_adapter_says_in_training_what_it_says_in_drafts(variant, kind, tmp_path):
+    """In fp32, within rounding, of every family: what it starts as, a layer without attention as well."""
+    transformers_model(variant, tmp_path)
+    model, tokens = load_model(tmp_path, torch.float32), random_tokens(40)
+    own = OwnWeights(tmp_path, [1])
+    first = own.first_adapter(1, kind)
+    assert any("self_attn" in name for name in first) == (kind == 1)
+    layers = AdapterInTraining(own.config, 1, first)
+    [states] = states_at_exits(model, [1], tokens)
+    with torch.no_grad():
+        logits = layers.logits(layers(states[None])[0], own.head)
+    adapted = model.with_exit_adapter(1, first)
+    [rows] = [rows for rows in each_exit(adapted, tokens, exits=[1], adapter=True) if rows.adapted]
+    torch.testing.assert_close(logits, rows.logits, rtol=1e-3, atol=1e-3)
 
 
 def test_states_are_kept_and_completed(tmp_path):
@@ -192,7 +213,11 @@ def test_what_is_trained_drafts_better_and_changes_no_text(code_model, tmp_path)
     code = [Path(adapter_training.__file__).read_text(encoding="utf-8")]
     settings = replace(QUICK, num_tokens=1, max_new_tokens=4, exits=(1,), texts_per_step=2, passes=4)
     prompts = ["def add(a, b):\n"]
-    first = adapt(code_model, "layerskip-tiny-code", tmp_path / "untrained", replace(settings, passes=0), prompts, code)
+    untrained = replace(settings, passes=0, adapter_layers=(1, "mlp"))
+    first = adapt(code_model, "layerskip-tiny-code", tmp_path / "untrained", untrained, prompts, code)
+    tried = json.loads((tmp_path / "untrained" / "training" / "choice.json").read_text())
+    assert {candidate["num_layers"] for candidate in tried} == {1, "mlp"}
+    assert load_model("layerskip-tiny-code", torch.float32, exit_adapter=tmp_path / "untrained").exit_adapter
     found = adapt(code_model, "layerskip-tiny-code", tmp_path, settings, prompts, code)
     assert found["acceptance"] > first["acceptance"] + 0.05
     adapted = load_model("layerskip-tiny-code", torch.float32, exit_adapter=tmp_path)
@@ -216,6 +241,26 @@ def test_what_is_trained_drafts_better_and_changes_no_text(code_model, tmp_path)
 def test_an_exit_that_the_model_lacks_is_refused(code_model, tmp_path):
     with pytest.raises(ValueError, match=r"exit_layer must be in 1\.\.11, got 12"):
         adapt(code_model, "layerskip-tiny-code", tmp_path, replace(QUICK, exits=(12,)))
+
+
+def test_an_adapter_without_attention_is_trained_and_goes_on(code_model, tmp_path):
+    settings = replace(QUICK, num_tokens=200, exits=(2,), adapter_layers=("mlp",), passes=1)
+    found = adapt(code_model, "layerskip-tiny-code", tmp_path / "mlp", settings)
+    assert found["num_layers"] == "mlp"
+    adapted = load_model("layerskip-tiny-code", torch.float32, exit_adapter=tmp_path / "mlp")
+    assert not adapted.exit_adapter.num_kv_layers and adapted.exit_adapter.num_layers == 1
+    config = GenerationConfig(max_new_tokens=16, num_speculations=3)
+    [drafted], [plain] = (generate(model, ["def add(a, b):\n"], config) for model in (adapted, code_model))
+    assert drafted.token_ids == plain.token_ids and drafted.accepted > 0
+    settings = replace(settings, adapter_layers=(1,))
+    further = adapt(code_model, "layerskip-tiny-code", tmp_path / "more", settings, start_from=tmp_path / "mlp")
+    assert further["num_layers"] == "mlp"
+
+
+def test_the_kinds_of_layers_that_the_command_takes():
+    assert adapter_kinds("1, mlp,2") == [1, "mlp", 2]
+    with pytest.raises(ArgumentTypeError, match="must be 1, 2 or mlp, with commas between, got '3'"):
+        adapter_kinds("1,3")
 
 
 def test_default_exits():

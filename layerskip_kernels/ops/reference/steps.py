@@ -56,18 +56,19 @@ def run_layers(
         active = rows.depths <= layer
         rows_of_sequence = torch.bincount(sequence_of_row[active], minlength=len(rows.query_start_loc) - 1)
         active_start_loc = torch.nn.functional.pad(rows_of_sequence.cumsum(0), (1, 0))
-        h, positions, k_pages, v_pages = hidden[active], rows.positions[active], cache.k[layer], cache.v[layer]
-        cos, sin = weights.rope(sizes.ropes[layer])
-        norm = (sizes.eps, sizes.norm_offset)
-        q = norm_qkv_rope_append(
-            h, w.attn_norm, w.wq, w.wk, w.wv, w.qkv_bias, cos, sin, positions, slots[active], k_pages, v_pages,
-            sizes.num_heads, *norm, w.q_norm, w.k_norm,
-        )  # fmt: skip
-        attention = paged_attention(
-            q, k_pages, v_pages, rows.block_table, active_start_loc, positions, sizes.scale, sizes.windows[layer],
-            sizes.score_cap,
-        )  # fmt: skip
-        h = out_residual(attention, w.wo, w.out_bias, h, w.attn_post_norm, *norm, sizes.residual_multiplier)
+        h, norm = hidden[active], (sizes.eps, sizes.norm_offset)
+        if w.attends:
+            positions, k_pages, v_pages = rows.positions[active], cache.k[layer], cache.v[layer]
+            cos, sin = weights.rope(sizes.ropes[layer])
+            q = norm_qkv_rope_append(
+                h, w.attn_norm, w.wq, w.wk, w.wv, w.qkv_bias, cos, sin, positions, slots[active], k_pages, v_pages,
+                sizes.num_heads, *norm, w.q_norm, w.k_norm,
+            )  # fmt: skip
+            attention = paged_attention(
+                q, k_pages, v_pages, rows.block_table, active_start_loc, positions, sizes.scale, sizes.windows[layer],
+                sizes.score_cap,
+            )  # fmt: skip
+            h = out_residual(attention, w.wo, w.out_bias, h, w.attn_post_norm, *norm, sizes.residual_multiplier)
         activation = norm_gate_up_act(
             h, w.mlp_norm, w.w_gate, w.w_up, sizes.intermediate_size, *norm, w.gate_up_bias, sizes.gelu
         )
