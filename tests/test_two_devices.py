@@ -5,7 +5,7 @@ import torch
 import triton
 import triton.language as tl
 
-from support.two_devices import DEVICE, Copy
+from support.two_devices import DEVICE, OTHER, Copy
 
 
 @pytest.fixture
@@ -32,6 +32,25 @@ def pair(two_devices):
 def test_mixing_devices_raises(pair, mix):
     with pytest.raises((RuntimeError, NotImplementedError), match=r"device|'CUDA' backend"):
         mix(*pair)
+
+
+@pytest.mark.parametrize(
+    "mix",
+    [
+        lambda one, two: one + two,
+        lambda one, two: one.copy_(two),
+        lambda one, two: one.to(two.device),
+        lambda one, two: one.__setitem__(0, two[0]),
+        lambda one, two: one[two[0].long()],
+        lambda one, two: _add_one_kernel[(1,)](two, N=2),
+    ],
+)
+def test_mixing_gpus_raises(pair, mix):
+    host, device = pair
+    other = host.to(OTHER)
+    assert (device.device, other.device, other[0].device, (other + 1).device) == (DEVICE, *[OTHER] * 3)
+    with pytest.raises(RuntimeError, match=r"cuda:[01] .*cuda:[01]|cuda:1"):
+        mix(device, other)
 
 
 def test_what_cuda_allows(pair):

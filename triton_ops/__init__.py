@@ -10,7 +10,7 @@ from .accept_draft import accept_draft
 from .down_residual import down_residual
 from .edit_logits import edit_logits
 from .elementwise import embed_tokens, exp, gelu, inverse_sqrt, linear, log, silu, tanh
-from .errors import check_error, error_of, raise_noted
+from .errors import check_error, error_of, raise_noted, share_error
 from .norm_gate_up_act import norm_gate_up_act
 from .norm_head_argmax import norm_head_argmax
 from .norm_qkv_rope_append import norm_qkv_rope_append
@@ -52,6 +52,7 @@ __all__ = [
     "rms_norm",
     "run_layers",
     "select_rows",
+    "share_error",
     "silu",
     "tanh",
     "to_device",

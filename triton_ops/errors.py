@@ -10,7 +10,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 __all__ = [
     "BAD_PAGE", "BAD_POSITION", "BAD_SCORES", "BAD_TOKEN", "NAN_LOGITS", "check_error", "error_of", "new_error",
-    "raise_noted",
+    "raise_noted", "share_error",
 ]  # fmt: skip
 
 BAD_PAGE, BAD_POSITION, BAD_TOKEN, NAN_LOGITS, BAD_SCORES = 1, 2, 3, 4, 5
@@ -43,6 +43,11 @@ def error_of(k_cache: Tensor) -> Tensor:
     if k_cache not in _errors:
         _errors[k_cache] = new_error(k_cache.device)
     return _errors[k_cache]
+
+
+def share_error(k_cache: Tensor, others: Tensor) -> None:
+    """Steps on other pages of the same cache (an exit adapter's) have the record of ``k_cache``."""
+    _errors[others] = error_of(k_cache)
 
 
 def check_error(error: Tensor) -> None:

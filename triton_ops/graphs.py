@@ -72,8 +72,9 @@ class Recorded:
     def _try_to_capture(self) -> None:
         graph = torch.cuda.CUDAGraph()
         try:
-            # What other threads do with the device meanwhile is their own affair.
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            # What other threads do with the device meanwhile is their own affair. torch's own stream for captures is
+            # that of the first device which captured anything.
+            with torch.cuda.graph(graph, stream=torch.cuda.Stream(), capture_error_mode="thread_local"):
                 self._result = self._run()
         except RuntimeError as error:
             self._capture = False

@@ -18,6 +18,7 @@ def cache_ops() -> None:
     import torch
 
     from layerskip_kernels.ops import cache_ops
+    from layerskip_kernels.ops.staging import Staging
 
     pages = 9
     k = torch.randn(2, pages, 3, 10, 7, device=DEVICE).bfloat16()
@@ -26,9 +27,10 @@ def cache_ops() -> None:
     error = cache_ops.new_error(torch.device(DEVICE))
     table = torch.arange(pages - 1, -1, -1, device=DEVICE).int()
     cache_ops.copy_pages(table[:2], table[4:6], k, v, hidden, error)
-    for to_host in (False, True):
-        moved = cache_ops.gather_kv(table, 20, k, v, error, to_host=to_host)
-        cache_ops.scatter_kv(table[3:], 5, *moved, k, v, error)
+    moved = cache_ops.gather_kv(table, 20, k, v, error)
+    cache_ops.scatter_kv(table[3:], 5, *moved, k, v, error)
+    staging = Staging()
+    staging.bring(table[3:], 5, *staging.fetch(table, 20, k, v, error), k, v, error)
     cache_ops.check_error(error)
 
 

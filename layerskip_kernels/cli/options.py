@@ -66,7 +66,7 @@ def load(args: argparse.Namespace) -> Model:
     if not hasattr(args, "model"):
         return load_model()
     dtype = getattr(torch, DTYPES.get(args.dtype, args.dtype)) if args.dtype else None
-    model = load_model(args.model, dtype, args.backend, args.weights, args.exit_adapter)
+    model = load_model(args.model, dtype, args.backend, args.weights, args.exit_adapter, args.device)
     if args.draft_vocab is None:
         return model
     return model.with_draft_vocab(None if args.draft_vocab == "any" else read_draft_vocab(Path(args.draft_vocab)))
@@ -178,6 +178,7 @@ def add_model_options(parser: argparse.ArgumentParser, adapted: bool = True) -> 
     )  # fmt: skip
     parser.add_argument("--dtype", choices=[*DTYPES, *DTYPES.values()], help="default: the checkpoint's own")
     parser.add_argument("--backend", choices=BACKENDS, default="cpu", help="default: cpu")
+    parser.add_argument("--device", help="GPU of the backend triton, such as cuda:1 (default: torch's current one)")
     parser.add_argument(
         "--weights", choices=WEIGHTS, metavar="TYPE",
         help=f"quantise the linear layers, or read a quantised file as numbers (16bit): {', '.join(WEIGHTS)} (default: "

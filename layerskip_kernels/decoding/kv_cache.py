@@ -20,7 +20,8 @@ from layerskip_kernels.decoding.swap import SwappedKV, read_swapped, write_swapp
 from layerskip_kernels.decoding.types import CachedSequence, Verdict
 from layerskip_kernels.model.model import Model
 from layerskip_kernels.operands import AdapterLayers, CacheTensors
-from layerskip_kernels.ops import cache_ops
+from layerskip_kernels.ops import Backend, cache_ops
+from layerskip_kernels.ops.staging import Staging
 
 __all__ = ["CacheStats", "PagedKVCache"]
 
@@ -85,9 +86,10 @@ class PagedKVCache:
         self.hidden = empty(num_pages, page_size, c.hidden_size, dtype=model.dtype)
         self.k, self.v = self.all_k[:own], self.all_v[:own]
         self.adapter_tensors = CacheTensors(self.all_k[own - 1 :], self.all_v[own - 1 :], self.hidden)
+        self._staging = Staging()
         self._error = cache_ops.new_error(self.k.device)
         # Of the tensors alone: a pool that referred to its cache could not be collected.
-        copy_page = partial(_copy_page, self.all_k, self.all_v, self.hidden, self._error)
+        copy_page = partial(_copy_page, model.ops, self.all_k, self.all_v, self.hidden, self._error)
         identity = b"" if prefix_sharing else None  # all pages are of one model
         self.pool = PagePool(num_pages, page_size, c.num_layers, identity=identity, copy_page=copy_page)
         self.max_positions = c.max_positions
@@ -215,8 +217,7 @@ class PagedKVCache:
         written; the sequence is then as it was.
         """
         length = self.length(sequence)
-        k, v = cache_ops.gather_kv(self._pages(sequence), length, self.all_k, self.all_v, self._error, to_host=True)
-        cache_ops.check_error(self._error)  # waits: k and v are there now
+        k, v = self._staging.fetch(self._pages(sequence), length, self.all_k, self.all_v, self._error)
         tokens = sequence.tokens[:length]
         swapped = SwappedKV.of(self.model, tokens, k, v)
         moved = swapped if to is None else write_swapped(Path(to), swapped)
@@ -241,9 +242,8 @@ class PagedKVCache:
             return
         try:
             self.pool.append([sequence.id], [stop - start])
-            k, v = cache_ops.reachable(swapped.k, self.k), cache_ops.reachable(swapped.v, self.k)
-            cache_ops.scatter_kv(self._pages(sequence), start, k, v, self.all_k, self.all_v, self._error)
-            cache_ops.check_error(self._error)  # waits: k and v are not read any more
+            pages, kv = self._pages(sequence), (swapped.k, swapped.v)
+            self._staging.bring(pages, start, *kv, self.all_k, self.all_v, self._error)
             self.pool.raise_rows([sequence.id], [stop], self.pool.num_layers)
             self.pool.commit([sequence.id], [stop])
         except BaseException:
@@ -273,9 +273,10 @@ class PagedKVCache:
 
     def _pages(self, sequence: CachedSequence) -> Tensor:
         """A sequence's pages, int32 [blocks], on the cache's device."""
-        return torch.tensor(self.pool.pages(sequence.id), dtype=torch.int32, device=self.k.device)
+        [pages] = self.model.ops.to_device(torch.tensor(self.pool.pages(sequence.id), dtype=torch.int32))
+        return pages
 
 
-def _copy_page(k: Tensor, v: Tensor, hidden: Tensor, error: Tensor, source: int, target: int) -> None:
-    pages = torch.tensor([source, target], dtype=torch.int32, device=k.device)
+def _copy_page(ops: Backend, k: Tensor, v: Tensor, hidden: Tensor, error: Tensor, source: int, target: int) -> None:
+    [pages] = ops.to_device(torch.tensor([source, target], dtype=torch.int32))
     cache_ops.copy_pages(pages[:1], pages[1:], k, v, hidden, error)

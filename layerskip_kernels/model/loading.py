@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from layerskip_kernels import ops
 from layerskip_kernels.errors import UnsupportedModel
 from layerskip_kernels.model import quantise
 from layerskip_kernels.model.checkpoint import Checkpoint
@@ -38,8 +39,12 @@ def load_model(
     backend: str = "cpu",
     weights: str | None = None,
     exit_adapter: str | os.PathLike[str] | None = None,
+    device: torch.device | str | None = None,
 ) -> Model:
     """A model ready to run on ``backend``; ``source`` and ``dtype`` as in ``read_checkpoint``.
+
+    ``device``: the GPU that the model is loaded to and stays on, such as "cuda:1" (None: the current one); backend
+    "triton" alone has a choice. Raises ValueError for one that is not there.
 
     ``weights``: None keeps the quantised weights of a GGUF file as they are (rule 8 of docs/arithmetic.md). Else they
     are read as numbers, which "16bit" leaves in ``dtype``, and "int8", "int15", "q4_k" or another of
@@ -52,9 +57,22 @@ def load_model(
     counts before the model's. Raises ValueError naming the file for another model's adapter and for a damaged one.
     """
     quantise.check_weights(weights)
+    device = _checked_device(device, backend)
     checkpoint = read_checkpoint(source, dtype, on_demand=True, keep_quantised=weights is None)
-    model = Model.from_checkpoint(checkpoint, backend, weights)
+    model = Model.from_checkpoint(checkpoint, backend, weights, device)
     return model if exit_adapter is None else _with_adapter(model, locate_exit_adapter(exit_adapter))
+
+
+def _checked_device(device: torch.device | str | None, backend: str) -> torch.device | None:
+    """The device as torch's, before a weight is read."""
+    if device is None:
+        return None
+    try:
+        named = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device must name one of torch's, such as 'cuda:1', got {device!r}") from error
+    ops.backend(backend, named)
+    return named
 
 
 def _with_adapter(model: Model, path: Path) -> Model:

@@ -262,15 +262,20 @@ class Model:
         return replace(bare, draft_head=head or bare.draft_head, exit_adapter=adapter)
 
     @classmethod
-    def from_checkpoint(cls, checkpoint: Checkpoint, backend: str = "cpu", weights: str | None = None) -> Model:
+    def from_checkpoint(
+        cls, checkpoint: Checkpoint, backend: str = "cpu", weights: str | None = None,
+        device: torch.device | None = None,
+    ) -> Model:  # fmt: skip
         """Lay a checkpoint's tensors out for a backend, taking each out of ``checkpoint.tensors`` as it goes.
+
+        ``device``: where the backend keeps the weights, and the model stays (None: its own choice, ops.backend).
 
         ``weights``: None and "16bit" keep them as they are; a type of quantise.WEIGHT_TYPES rounds the linear layers
         and the LM head to it, not the embedding and the norms; ``checkpoint`` has numbers then.
         """
         quantise.check_weights(weights)
         tensors, config = checkpoint.tensors, checkpoint.config
-        pack_weight, place = ops.backend(backend).pack_weight, ops.backend(backend).placer()
+        pack_weight, place = ops.backend(backend, device).pack_weight, ops.backend(backend, device).placer()
 
         def pack(weight: Tensor) -> Tensor:
             return place(pack_weight(weight))

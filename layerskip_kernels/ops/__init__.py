@@ -28,14 +28,16 @@ HOST_BACKENDS: dict[str, Backend] = {"cpu": CpuOps(), "reference": ReferenceOps(
 def backend(name: str, device: torch.device | None = None) -> Backend:
     """The ops of a backend, by name; ``device``: of the triton backend's tensors (None: the current one).
 
-    Raises ValueError for a name that does not exist, RuntimeError for a backend that cannot run here.
+    Raises ValueError for a name or a device that does not exist, RuntimeError for a backend that cannot run here.
     """
     if name in HOST_BACKENDS:
+        if device is not None and device.type != "cpu":
+            raise ValueError(f"backend {name!r} runs on the CPU; device {device} takes backend='triton'")
         return HOST_BACKENDS[name]
     if name == "triton":
         from layerskip_kernels.ops import triton  # Triton is not installed everywhere
 
-        return _triton(device or triton.default_device())
+        return _triton(triton.device_of(device))
     raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {name!r}")
 
 

@@ -28,9 +28,10 @@ __all__ = [
     "copy_pages",
     "copy_pages_by_indexing",
     "gather_kv",
+    "gather_kv_into",
     "move_kv_by_indexing",
     "new_error",
-    "reachable",
+    "raise_noted",
     "scatter_kv",
 ]
 
@@ -65,7 +66,11 @@ def new_error(device: torch.device | str = "cpu") -> Tensor:
 
 def check_error(error: Tensor) -> None:
     """Waits for the device; raises ValueError for what ops refused since the last check, and empties the record."""
-    code = int(error)
+    raise_noted(int(error), error)
+
+
+def raise_noted(code: int, error: Tensor) -> None:
+    """Raises what the ``code`` that was read from ``error`` means, and empties the record; nothing for 0."""
     if code:
         error.zero_()
         kind, index = code >> REFUSAL_SHIFT, (1 << REFUSAL_SHIFT) - 1 - (code & ((1 << REFUSAL_SHIFT) - 1))
@@ -84,28 +89,26 @@ def copy_pages(
 
 
 def gather_kv(
-    pages: Tensor, length: int, k_cache: Tensor, v_cache: Tensor, error: Tensor, *, to_host: bool = False
-) -> tuple[Tensor, Tensor]:
-    """The first ``length`` positions of a sequence, k and v, both [L, length, G, K].
+    pages: Tensor, length: int, k_cache: Tensor, v_cache: Tensor, error: Tensor
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The first ``length`` positions of a sequence, k and v, both [L, length, G, K], on the cache's device.
 
-    pages int32 [C]: the sequence's row of a block table. Positions of a refused page are zero. ``to_host``: into host
-    memory, pinned for a cache on a GPU, which then writes there by itself; to be read after ``check_error``.
+    pages int32 [C]: the sequence's row of a block table. Positions of a refused page are zero.
     """
     if length < 0:
         raise ValueError(f"length must be 0 or more, got {length}")
     layers, _, heads, head_dim, _ = k_cache.shape
-    device, pinned = (torch.device("cpu"), k_cache.is_cuda) if to_host else (k_cache.device, False)
-    k, v = (
-        torch.empty(layers, length, heads, head_dim, dtype=k_cache.dtype, device=device, pin_memory=pinned)
-        for _ in range(2)
-    )
-    torch.ops.layerskip.gather_kv(pages, k_cache, v_cache, k, v, error)
+    k, v = (k_cache.new_empty(layers, length, heads, head_dim) for _ in "kv")
+    gather_kv_into(pages, k_cache, v_cache, k, v, error)
     return k, v
 
 
-def reachable(tensor: Tensor, cache: Tensor) -> Tensor:
-    """A tensor in host memory as the ops of ``cache`` can use it: pinned where the cache is on a GPU."""
-    return tensor.pin_memory() if cache.is_cuda and not tensor.is_pinned() else tensor
+def gather_kv_into(pages: Tensor, k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, error: Tensor) -> None:
+    """gather_kv into k and v, on the cache's device or, for a cache on a GPU, in pinned host memory.
+
+    The GPU writes there by itself: the host must wait for the stream before it reads.
+    """
+    torch.ops.layerskip.gather_kv(pages, k_cache, v_cache, k, v, error)
 
 
 def scatter_kv(
@@ -139,11 +142,13 @@ def move_kv_by_indexing(
     positions, size = torch.arange(start, k.size(1), device=k_cache.device), k_cache.size(-1)
     page, offset = pages.long()[positions // size], positions % size
     if out:
-        k[:, start:] = k_cache[:, page, :, :, offset].transpose(0, 1).to(k.device)
-        v[:, start:] = v_cache[:, page, :, offset, :].transpose(0, 1).to(v.device)
+        # Contiguous, so that one copy brings them to pinned memory.
+        k[:, start:].copy_(k_cache[:, page, :, :, offset].transpose(0, 1).contiguous(), non_blocking=True)
+        v[:, start:].copy_(v_cache[:, page, :, offset, :].transpose(0, 1).contiguous(), non_blocking=True)
     else:
-        k_cache[:, page, :, :, offset] = k[:, start:].transpose(0, 1).to(k_cache.device)
-        v_cache[:, page, :, offset, :] = v[:, start:].transpose(0, 1).to(v_cache.device)
+        k, v = (tensor.to(k_cache.device, non_blocking=True)[:, start:] for tensor in (k, v))
+        k_cache[:, page, :, :, offset] = k.transpose(0, 1)
+        v_cache[:, page, :, offset, :] = v.transpose(0, 1)
 
 
 def _gather_by_indexing(pages: Tensor, k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, error: Tensor) -> None:

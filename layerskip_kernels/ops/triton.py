@@ -37,7 +37,7 @@ from layerskip_kernels.ops.adapting import adapt_rows
 from layerskip_kernels.ops.cpu import CpuOps
 from layerskip_kernels.triton_ops.graphs import KeptPasses
 
-__all__ = ["TritonOps", "default_device"]
+__all__ = ["TritonOps", "default_device", "device_of"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -53,6 +53,19 @@ def default_device() -> torch.device:
             "TRITON_INTERPRET=1 in the environment, set before Python starts, to interpret the kernels on the CPU"
         )
     return torch.device("cuda", torch.cuda.current_device())
+
+
+def device_of(device: torch.device | None) -> torch.device:
+    """The device with its index, or the default one. Raises ValueError for one that the kernels cannot run on."""
+    default = default_device()
+    if device is None or device == default:
+        return default
+    if device.type != default.type:
+        raise ValueError(
+            "backend 'triton' runs on a GPU, such as cuda:0, and on the CPU where TRITON_INTERPRET=1 has its kernels "
+            f"interpreted; here device must be {default.type}, got {device}"
+        )
+    return default if device.index is None else device
 
 
 class Mark:
@@ -80,7 +93,7 @@ def _on_device(op: Callable[P, T]) -> Callable[Concatenate[TritonOps, P], T]:
 
 
 class TritonOps:
-    """The ops on one device. Raises RuntimeError for an AMD GPU."""
+    """The ops on one device. Raises RuntimeError for an AMD GPU, ValueError for a device that is not there."""
 
     drafts_adapt = False
     draws_in_verification = True
@@ -93,6 +106,9 @@ class TritonOps:
                 "backend 'triton' does not run on AMD GPUs: its residual kernels could read what another program has "
                 "not stored yet; use backend='cpu'"
             )
+        if device.type == "cuda" and device.index >= torch.cuda.device_count():
+            there = ", ".join(f"cuda:{index}" for index in range(torch.cuda.device_count()))
+            raise ValueError(f"device {device} is not there; torch finds {there}")
         self.device = device
         self._steps = KeptPasses()
         self._host = CpuOps()
@@ -182,6 +198,8 @@ class TritonOps:
         """As reference.draft_pass, but for what ``drafts_adapt`` says; what it made stays on the device."""
         if stops is not None:
             raise ValueError("backend 'triton' does not stop drafts in draft_pass")
+        if adapter is not None:
+            triton_ops.share_error(cache.k, adapter.cache.k)
         with self._current():
             tokens, scores = self._steps.draft_pass(
                 weights, sizes, cache, rows, head, exit_layer, max_drafts, sampling, keep_scores, adapter
@@ -200,6 +218,8 @@ class TritonOps:
         adapter: AdapterLayers | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """As reference.verify_pass; the results stay on the device."""
+        if adapter is not None:
+            triton_ops.share_error(cache.k, adapter.cache.k)
         if adapter is not None and (lower := rows.below(adapter.exit_layer)) is not None:
             self.run_layers(weights, sizes, cache, lower, adapter.exit_layer)
             adapt_rows(self, cache.hidden, adapter, lower)

@@ -17,8 +17,10 @@ from layerskip_kernels import (
 )
 from layerskip_kernels.decoding.exits import each_exit
 from layerskip_kernels.operands import PendingRows
+from layerskip_kernels.ops import cache_ops, staging
 from layerskip_kernels.ops.triton import TritonOps
 from layerskip_kernels.triton_ops import graphs, workspace
+from support.exit_adapters import random_adapter
 from support.models import SMALL, agreeing_model, random_tokens
 from support.two_devices import DEVICE, Copy, on_device
 
@@ -171,6 +173,60 @@ def test_swapping_out_and_in(two_devices, tmp_path, to_file):
 
     device, cpu = on_both(run)
     assert same_bits(device, cpu)
+
+
+@pytest.mark.parametrize("buffer_bytes", [staging.BUFFER_BYTES, 1])
+def test_what_a_swap_costs(two_devices, monkeypatch, buffer_bytes):
+    """Pinned memory that is used again, and one wait each way; a wait for each page where no more fits."""
+    monkeypatch.setattr(staging, "BUFFER_BYTES", buffer_bytes)
+    model = agreeing_model(backend="triton", **TWO_LAYERS)
+    cache, [sequence] = prefilled(model, [random_tokens(19)], page_size=4)
+    length, pinned = cache.length(sequence), set()
+    pieces = 1 if buffer_bytes > 1 else 5
+    for first in (0, 6, 17):  # what stays in the cache
+        kept = [tensor.cpu() for tensor in cache.export(sequence)]
+        with two_devices.watched() as out:
+            swapped = cache.swap_out(sequence)
+        assert not swapped.k.is_pinned() and same_bits(kept, (swapped.k, swapped.v))
+        if first:
+            cache.pool.append([sequence.id], [first])
+            cache.pool.raise_rows([sequence.id], [first], TWO_LAYERS["num_layers"])
+            cache.pool.commit([sequence.id], [first])
+        with two_devices.watched() as back:
+            cache.swap_in(sequence, swapped)
+        assert not any(copy.blocking for copy in out.copies + back.copies)
+        skipped = first // 4 if pieces > 1 else 0
+        assert (out.launches, back.launches) == (["gather_kv"] * pieces, ["scatter_kv"] * (pieces - skipped))
+        assert 1 <= out.waits <= pieces and 1 <= back.waits <= pieces - skipped
+        got = [tensor[:, first:] for tensor in cache.export(sequence)]
+        assert same_bits(got, [tensor[:, first:] for tensor in kept]) and cache.length(sequence) == length
+        pinned |= {buffer._memory.data_ptr() for buffer in cache._staging._buffers if buffer._memory is not None}
+        cache.pool.truncate(sequence.id, 0)
+        cache.swap_in(sequence, swapped)
+    assert len(pinned) == min(2, pieces)
+
+
+def test_refused_pages_of_one_cache_are_not_blamed_on_another(two_devices):
+    model = agreeing_model(backend="triton", **TWO_LAYERS)
+    (one, [first]), (other, [second]) = (prefilled(model, PROMPTS[:1]) for _ in "ab")
+    pages = torch.tensor([99], dtype=torch.int32).to(DEVICE)
+    cache_ops.copy_pages(pages, pages * 0, *one.tensors, one._error)
+    other.swap_in(second, other.swap_out(second))
+    other.export(second)
+    with pytest.raises(ValueError, match="refused bad data"):
+        one.swap_out(first)
+    one.swap_in(first, one.swap_out(first))  # noted once
+
+
+def test_what_an_adapters_layers_note_is_noted_of_their_cache(two_devices):
+    """Here: a position beyond its tables. The host would not know, and drafts would be made of what nobody wrote."""
+    model = agreeing_model(backend="triton", **TWO_LAYERS)
+    model = model.with_exit_adapter(1, random_adapter(model))
+    cache, sequences = prefilled(model, PROMPTS[:1])
+    adapter = model.exit_adapter.weights
+    adapter.replace_tables(adapter.cos[:, :2], adapter.sin[:, :2])
+    with pytest.raises(ValueError, match="positions holds one outside"):
+        verify_step(model, cache, draft_step(model, cache, sequences, 1, 1))
 
 
 def test_every_exit_of_a_text(two_devices):

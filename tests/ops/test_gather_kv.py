@@ -63,6 +63,17 @@ def test_negative_length(device):
 # ---- and back ----
 
 
+def moved(pages, length, cache, to_host):
+    """gather_kv, to the cache's device or into pinned memory."""
+    if not to_host or not cache.k.is_cuda:
+        return cache_ops.gather_kv(pages, length, cache.k, cache.v, cache.error)
+    layers, _, heads, head_dim, _ = cache.k.shape
+    shape = layers, length, heads, head_dim
+    k, v = (torch.empty(shape, dtype=cache.k.dtype, pin_memory=True) for _ in "kv")
+    cache_ops.gather_kv_into(pages, cache.k, cache.v, k, v, cache.error)
+    return k, v
+
+
 @pytest.mark.parametrize("page_size", [1, 7, 16])
 @pytest.mark.parametrize("to_host", [False, True], ids=["device", "host"])
 def test_scattered_is_gathered_again(dtype, device, page_size, to_host):
@@ -70,7 +81,7 @@ def test_scattered_is_gathered_again(dtype, device, page_size, to_host):
     source, pages = make_cache(dtype, device, page_size), torch.tensor([3, 0, 4], dtype=torch.int32, device=device)
     others = torch.tensor([1, 4, 2, -1], dtype=torch.int32, device=device)
     length = 3 * page_size - (page_size > 1)
-    k, v = cache_ops.gather_kv(pages, length, source.k, source.v, source.error, to_host=to_host)
+    k, v = moved(pages, length, source, to_host)
     cache_ops.check_error(source.error)
     for start in sorted({0, 1, page_size, length - 1, length}):
         target = Cache(*(counting(t.shape, dtype, device, 9) for t in source.tensors), cache_ops.new_error(device))

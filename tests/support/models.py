@@ -76,14 +76,15 @@ def checkpoint(config: ModelConfig, dtype: torch.dtype, seed: int = 0) -> Checkp
 
 
 def agreeing_model(
-    dtype: torch.dtype = torch.bfloat16, backend: str = "cpu", seed: int = 0, late: float = 0.3, **changes: object
-) -> Model:
+    dtype: torch.dtype = torch.bfloat16, backend: str = "cpu", seed: int = 0, late: float = 0.3,
+    device: torch.device | None = None, **changes: object,
+) -> Model:  # fmt: skip
     """A tiny model whose later layers say mostly what the first says: of its drafts most are accepted, not all."""
     tensors = checkpoint(config(**changes), dtype, seed)
     for name, tensor in tensors.tensors.items():
         if name.endswith(("o_proj.weight", "down_proj.weight")) and ".layers.0." not in name:
             tensor *= late
-    return Model.from_checkpoint(tensors, backend)
+    return Model.from_checkpoint(tensors, backend, device=device)
 
 
 def tiny_model(

@@ -1,15 +1,17 @@
-"""Two devices on one machine: tensors of a pretended GPU, whose kernels the Triton interpreter runs on the CPU.
+"""A host and pretended GPUs on one machine: the Triton interpreter runs their kernels on the CPU.
 
-A tensor of the device says that it is on ``cuda:0``; its numbers are in host memory. Every torch function goes through
-``TwoDevices``, which follows the rules of CUDA tensors:
+A tensor of a GPU says that it is on ``cuda:0`` or ``cuda:1``; its numbers are in host memory. Every torch function goes
+through ``TwoDevices``, which follows the rules of CUDA tensors:
 
-- a function whose tensors are on both devices raises, unless CUDA allows it (a CPU tensor of no dimensions in an
-  elementwise function, indices on the CPU, ``copy_``, ``to``); so does a Triton kernel that is given a host tensor or
-  is launched while another device is the current one, and a CPU kernel that is given a device tensor;
+- a function whose tensors are on both GPUs, or a kernel of one that is launched while the other is the current one or
+  on a stream of the other, raises;
+- a function whose tensors are on the host and on a GPU raises, unless CUDA allows it (a CPU tensor of no dimensions in
+  an elementwise function, indices on the CPU, ``copy_``, ``to``); so does a Triton kernel that is given a host tensor,
+  and a CPU kernel that is given a device tensor;
 - every copy between the devices is noted, with whether the host waits for it. It does not wait for a copy from pinned
   memory, nor for one to pinned memory, if ``non_blocking`` says so;
 - what a copy that was not waited for brings is not there before the next wait, and reading it raises; the memory that
-  such a copy reads must not change before the next wait;
+  such a copy reads must not change before the next wait; the cache ops read and write pinned memory in the same way;
 - a CUDA graph holds what was asked of the device while it was captured, and does it when it is replayed. Waiting for
   the device and copies that the host waits for are not permitted during the capture.
 
@@ -35,9 +37,9 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 import layerskip_kernels.ops.triton
 from layerskip_kernels import ops
 
-__all__ = ["DEVICE", "Copy", "Seen", "TwoDevices", "on_device"]
+__all__ = ["DEVICE", "OTHER", "Copy", "Seen", "TwoDevices", "on_device"]
 
-DEVICE = torch.device("cuda", 0)
+DEVICE, OTHER = (torch.device("cuda", index) for index in range(2))
 HOST = torch.device("cpu")
 aten = torch.ops.aten
 WAITING = {aten._local_scalar_dense, aten.equal, aten.nonzero, aten.masked_select, aten.bincount, aten._unique2}
@@ -71,14 +73,15 @@ class Seen:
 
 
 class OnDevice(Tensor):
-    """A tensor of the device; ``data`` is the CPU tensor that holds its numbers."""
+    """A tensor of the GPU ``where``; ``numbers`` is the CPU tensor that holds its numbers."""
 
     numbers: Tensor
+    where: torch.device
 
     @staticmethod
-    def __new__(cls, numbers: Tensor) -> OnDevice:
-        tensor = Tensor._make_subclass(cls, numbers, False, dispatch_device=True, device_for_backend_keys=DEVICE)
-        tensor.numbers = numbers
+    def __new__(cls, numbers: Tensor, where: torch.device) -> OnDevice:
+        tensor = Tensor._make_subclass(cls, numbers, False, dispatch_device=True, device_for_backend_keys=where)
+        tensor.numbers, tensor.where = numbers, where
         return tensor
 
     @classmethod
@@ -96,6 +99,23 @@ class OnDevice(Tensor):
 
 def on_device(value: Any) -> bool:
     return isinstance(value, OnDevice)
+
+
+def _where(*values: Any) -> torch.device | None:
+    """The GPU that the tensors among the values are on; None: there are none of a GPU."""
+    found = {leaf.where for leaf in tree_leaves(values) if on_device(leaf)}
+    if len(found) > 1:
+        raise RuntimeError("Expected all tensors to be on the same device, but found at least two devices, "
+                           f"{' and '.join(sorted(map(str, found)))}!")  # fmt: skip
+    return found.pop() if found else None
+
+
+def _gpu(device: Any) -> torch.device | None:
+    """A GPU with its index; None for anything else."""
+    if device is None or torch.device(device).type != "cuda":
+        return None
+    index = torch.device(device).index
+    return torch.device("cuda", _world().current_device if index is None else index)
 
 
 def _numbers(value: Any) -> Any:
@@ -130,14 +150,14 @@ def _get_item(func: Any, tensor: Tensor, index: Any) -> Any:
     result = _numbers(tensor)[_numbers(index)]
     if advanced:
         world.refuse_capture("indexing with tensors")
-    return OnDevice(result) if on_device(tensor) else result
+    return OnDevice(result, tensor.where) if on_device(tensor) else result
 
 
 def _set_item(func: Any, tensor: Tensor, index: Any, value: Any) -> None:
-    world = _world()
+    world, _ = _world(), _where(tensor, index, value)
     if not _index_tensors(tensor, index):
         target = _numbers(tensor)[_numbers(index)]
-        target = OnDevice(target) if on_device(tensor) else target
+        target = OnDevice(target, tensor.where) if on_device(tensor) else target
         if isinstance(value, Tensor):
             target.copy_(value)
         else:
@@ -155,6 +175,7 @@ def _set_item(func: Any, tensor: Tensor, index: Any, value: Any) -> None:
 
 def _index_tensors(tensor: Tensor, index: Any) -> bool:
     """Whether the index holds tensors or lists, after a look at where they are."""
+    _where(tensor, index)
     parts = index if isinstance(index, tuple) else (index,)
     advanced = [part for part in parts if isinstance(part, Tensor | list) and getattr(part, "dim", lambda: 1)() > 0]
     for part in advanced:
@@ -204,6 +225,7 @@ class TwoDevices(TorchDispatchMode):
         super().__init__()
         self.seen = Seen()
         self.current_device = 0
+        self.capture_stream: _Stream | None = None  # torch's own, made for the first capture
         self.capture_error_mode: str | None = None  # of the last capture
         self.failing_captures = 0  # how many of the next captures fail
         self._graph: Graph | None = None  # being captured
@@ -291,22 +313,22 @@ class TwoDevices(TorchDispatchMode):
         if to_device or blocking:
             _numbers(target).copy_(_numbers(source))
             return
-        brought = torch.empty_like(target).copy_(source.numbers)
-        target.view(torch.uint8).fill_(POISON)
-        self._arriving.setdefault(target.untyped_storage().data_ptr(), []).append((target, brought))
+        self.arrives(target, source.numbers.clone().to(target.dtype))
 
     def _to_copy(self, source: Tensor, kwargs: dict[str, Any]) -> Tensor:
         """``Tensor.to``: of another dtype, on another device, or both."""
         device = kwargs.pop("device", None) or source.device
         non_blocking = kwargs.pop("non_blocking", False)
         kwargs.pop("pin_memory", None)
-        here, there = on_device(source), torch.device(device).type == "cuda"
+        here, there = _where(source), _gpu(device)
+        if here and there and here != there:
+            raise RuntimeError(f"a copy from {here} to {there}: nothing of this package should need one")
         if here == there:
             result = aten._to_copy.default(_numbers(source), **kwargs)
-            return OnDevice(result) if there else result
+            return OnDevice(result, there) if there else result
         result = torch.empty_like(source if not here else source.numbers, dtype=kwargs.get("dtype") or source.dtype)
         if there:
-            result = OnDevice(result)
+            result = OnDevice(result, there)
         elif non_blocking:
             self.pin(result)
         self.copy(result, source, non_blocking)
@@ -319,7 +341,7 @@ class TwoDevices(TorchDispatchMode):
 
     def dispatch(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         if func is torch.ops.prim.device.default:
-            return DEVICE
+            return args[0].where
         packet = func._overloadpacket
         if packet is aten._to_copy:
             return self._to_copy(args[0], dict(kwargs))
@@ -337,15 +359,35 @@ class TwoDevices(TorchDispatchMode):
         pinned = kwargs.get("pin_memory") and kwargs.pop("pin_memory")
         for tensor in tensors:
             self.check_arrived(tensor)
-        if not any(map(on_device, tensors)) and (device is None or torch.device(device).type != "cuda"):
+        where = _where(tensors, [] if _gpu(device) is None else OnDevice(torch.empty(0), _gpu(device)))
+        if where is None:
             result = func(*args, **kwargs)
             return self.pin(result) if pinned else result
         self._check_devices(func, packet, tensors)
+        if func.namespace == "layerskip":
+            return self._move(func, packet.__name__, args)
         if packet in WAITING:
             self.copied(to_device=False, shape=(), blocking=True)  # what it found
-        return self._run(func, args, kwargs, device)
+        return self._run(func, args, kwargs, device, where)
 
-    def _run(self, func: Any, args: Any, kwargs: dict[str, Any], device: Any) -> Any:
+    def _move(self, func: Any, name: str, args: Any) -> None:
+        """A cache op: a kernel that reads and writes pinned host memory by itself."""
+        numbers = list(_numbers(args))
+        if name == "gather_kv":
+            for i in (i for i in (3, 4) if not on_device(args[i])):
+                numbers[i] = torch.empty_like(args[i])
+                self.arrives(args[i], numbers[i])
+        elif name == "scatter_kv":
+            self._leaving += [(tensor, tensor.clone()) for tensor in args[2:4] if not on_device(tensor)]
+        self.launched(name, lambda: func(*numbers))
+
+    def arrives(self, target: Tensor, brought: Tensor) -> None:
+        """Host memory gets its numbers with the next wait."""
+        with torch.utils._python_dispatch._disable_current_modes():  # parts of one memory may be on their way
+            target.view(torch.uint8).fill_(POISON)
+        self._arriving.setdefault(target.untyped_storage().data_ptr(), []).append((target, brought))
+
+    def _run(self, func: Any, args: Any, kwargs: dict[str, Any], device: Any, where: torch.device) -> Any:
         """On the numbers; the results are the device's, the arguments that come back are themselves."""
         host_args, host_kwargs = _numbers(args), _numbers(kwargs)
         result = func(*host_args, **host_kwargs)
@@ -358,7 +400,7 @@ class TwoDevices(TorchDispatchMode):
                 self._graph.calls.append(("", lambda: _again(func, host_args, host_kwargs, outputs)))
         if device is not None and torch.device(device).type == "cpu":
             return result
-        return tree_map_only(Tensor, lambda t: given[id(t)] if id(t) in given else OnDevice(t), result)
+        return tree_map_only(Tensor, lambda t: given[id(t)] if id(t) in given else OnDevice(t, where), result)
 
     def _check_devices(self, func: Any, packet: Any, tensors: list[Tensor]) -> None:
         if func.namespace == "layerskip":
@@ -407,6 +449,8 @@ class Graph:
 def _capture(graph: Graph, pool: Any = None, stream: Any = None, capture_error_mode: str = "global") -> Iterator[None]:
     world = _world()
     world.wait()
+    world.capture_stream = world.capture_stream or _Stream()
+    _on_current(stream or world.capture_stream)
     world._graph, world.capture_error_mode = graph, capture_error_mode
     try:
         yield
@@ -423,10 +467,14 @@ class Event:
 
     def __init__(self, enable_timing: bool = False, **_: Any) -> None:
         self.time: float | None = None
+        self.where: torch.device | None = None
         self._timing = enable_timing
 
     def record(self, stream: Any = None) -> None:
-        self.time = _world().ready_at
+        where = _gpu("cuda") if stream is None else stream.where
+        if self.where not in (None, where):
+            raise RuntimeError(f"an event of {self.where} was recorded on {where}")
+        self.time, self.where = _world().ready_at, where
 
     def synchronize(self) -> None:
         if self.time is not None and self.time > _world().clock():
@@ -442,11 +490,19 @@ class Event:
 
 
 class _Stream:
+    def __init__(self, device: Any = None) -> None:
+        self.where = _gpu("cuda" if device is None else device)
+
     def wait_event(self, event: Event) -> None:
-        """There is one stream, whose work is done in order."""
+        """There is one stream of each GPU, whose work is done in order."""
 
     def synchronize(self) -> None:
         _world().wait()
+
+
+def _on_current(stream: _Stream) -> None:
+    if stream.where != _gpu("cuda"):
+        raise RuntimeError(f"a stream of {stream.where} is used while {_gpu('cuda')} is the current device")
 
 
 @contextmanager
@@ -468,8 +524,9 @@ def _launcher(execute: Callable[..., Any]) -> Callable[..., Any]:
         for tensor in (t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)):
             if not on_device(tensor):
                 raise ValueError(f"{name}: pointer argument cannot be accessed from Triton (cpu tensor?)")
-        if world.current_device != DEVICE.index:
-            raise RuntimeError(f"{name} was launched on cuda:{world.current_device}, its tensors are on {DEVICE}")
+        where = _where(args, kwargs)
+        if where != _gpu("cuda"):
+            raise RuntimeError(f"{name} was launched on cuda:{world.current_device}, its tensors are on {where}")
         arguments = _numbers(args), _numbers(kwargs)
 
         def run() -> None:
@@ -488,14 +545,14 @@ def two_devices() -> Iterator[TwoDevices]:
     lifts_only_host_tensors = torch._C._only_lift_cpu_tensors()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(TwoDevices, "current", world)
-        patch.setattr(layerskip_kernels.ops.triton, "default_device", lambda: DEVICE)
+        patch.setattr(layerskip_kernels.ops.triton, "default_device", lambda: _gpu("cuda"))
         patch.setattr(triton.runtime.interpreter.GridExecutor, "__call__", _launcher(
             triton.runtime.interpreter.GridExecutor.__call__
         ))  # fmt: skip
         for name, value in {
             "_lazy_init": lambda: None, "device": _current, "current_device": lambda: world.current_device,
             "synchronize": lambda device=None: world.wait(), "Event": Event, "CUDAGraph": Graph, "graph": _capture,
-            "current_stream": lambda device=None: _Stream(),
+            "current_stream": _Stream, "Stream": _Stream, "device_count": lambda: 2,
         }.items():  # fmt: skip
             patch.setattr(torch.cuda, name, value)
         torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device="cuda") makes a host tensor and copies it
