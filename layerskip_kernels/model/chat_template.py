@@ -1,18 +1,16 @@
 """Chat templates: a conversation as the text that a chat model was trained on.
 
 A template is a program in Jinja that comes with a model, from a stranger therefore: it runs in Jinja's sandbox, which
-gives it no attributes with underscores, no mutable arguments and no way to the file system. The environment is that of
-Transformers, so a template that works there gives the same text here.
+gives it no attributes with underscores, no mutable arguments and no way to the file system, and with a bound on its
+work (bounded_jinja). The environment is that of Transformers, so a template that works there gives the same text here.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from layerskip_kernels.model.files import read_text
 from layerskip_kernels.model.json_file import read_json_object
@@ -20,6 +18,9 @@ from layerskip_kernels.model.json_file import read_json_object
 __all__ = ["ChatTemplate", "check_messages", "read_chat_template"]
 
 Message = Mapping[str, Any]
+# Bytes that a template may read or write, as bounded_jinja counts them, and as many times the conversation's own size.
+# The longest published ones need a fraction; one that needs all of it takes seconds.
+MOST_WORK, MOST_PASSES, MAX_GIVEN = 20_000_000, 1000, 1 << 30
 ROLES = ("system", "user", "assistant", "tool", "developer")
 
 
@@ -43,8 +44,9 @@ class ChatTemplate:
         """
         check_messages(messages)
         settings = {"messages": [dict(message) for message in messages], "add_generation_prompt": add_generation_prompt}
+        given = {**self.special_tokens, **settings, **variables}
         try:
-            return _compile(self.text).render(**{**self.special_tokens, **settings, **variables})
+            return _render(self.text, given)
         except Exception as error:  # a template is a program: it may raise anything
             raise ValueError(f"{self.source} cannot render this conversation: {str(error)[:300]}") from error
 
@@ -91,24 +93,10 @@ def _token_text(value: Any) -> str | None:
     return value if isinstance(value, str) else None
 
 
-def _compile(text: str) -> Any:
-    """A template in the environment that Transformers gives it."""
-    from jinja2.ext import loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
+def _render(text: str, given: Mapping[str, Any]) -> str:
+    from layerskip_kernels.model.bounded_jinja import MAX_TEMPLATE, BoundedEnvironment, size_of
 
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-    environment.filters["tojson"] = _tojson
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    return environment.from_string(text)
-
-
-def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
-    """JSON as it is; Jinja's own filter escapes HTML."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
-
-
-def _raise_exception(message: str) -> NoReturn:
-    from jinja2 import TemplateError
-
-    raise TemplateError(message)
+    if len(text) > MAX_TEMPLATE:
+        raise ValueError(f"the template has {len(text)} characters, more than {MAX_TEMPLATE}")
+    work = MOST_WORK + MOST_PASSES * size_of(given, MAX_GIVEN)
+    return BoundedEnvironment(work).from_string(text).render(**given)

@@ -1,6 +1,9 @@
 """The files that a tokenizer is read from, and the `tokenizers` library's errors as sentences that name them."""
 
 import contextlib
+import json
+import math
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +19,9 @@ from layerskip_kernels.model.sentencepiece_file import sentencepiece_tokenizer
 __all__ = ["TokenizerFile", "library_errors", "read_tokenizer"]
 
 MAX_TOKENIZER_BYTES = 256 << 20  # the largest there are have some 30 MB
+MAX_GROWTH = 64  # characters that a normalizer or a decoder may make of one; published ones make one of one
+MAX_SECONDS = 0.5  # of one thread, for a text of about PROBES[-1] characters; published patterns take milliseconds
+PROBES = (16, 32, 64, 128, 256, 512, 1024)
 CONVERT = "`AutoTokenizer.from_pretrained(folder).save_pretrained(folder)` of Transformers writes a tokenizer.json"
 
 
@@ -36,7 +42,10 @@ def read_tokenizer(directory: Path) -> TokenizerFile | None:
     if path.exists():
         raw = read_bytes(path, MAX_TOKENIZER_BYTES)
         with library_errors(f"{path} is not a tokenizer that this version of tokenizers reads"):
-            return TokenizerFile(path, tokenizers.Tokenizer.from_buffer(raw))
+            backend = tokenizers.Tokenizer.from_buffer(raw)
+        _check_growth(path, backend)
+        _check_patterns(path, backend)
+        return TokenizerFile(path, backend)
     path = directory / "tokenizer.model"
     if path.exists():
         with library_errors(f"{path} cannot be read, and there is no tokenizer.json ({CONVERT})"):
@@ -54,6 +63,56 @@ def library_errors(what: str) -> Iterator[None]:
         if isinstance(error, Exception) or type(error).__name__ == "PanicException":
             raise ValueError(f"{what}: {str(error)[:200]}") from error
         raise
+
+
+def _check_growth(path: Path, backend: tokenizers.Tokenizer) -> None:
+    """Raise ValueError when a few replacements after one another would make a text many times as long."""
+    for name, part in (("normalizer", backend.normalizer), ("decoder", backend.decoder)):
+        state = None if part is None else json.loads(part.__getstate__())
+        growth = math.prod(max(1, len(text)) for text in _replacements(state))
+        if growth > MAX_GROWTH:
+            made = growth if growth < 10**9 else "billions of"
+            raise ValueError(
+                f"{path} has a {name} that makes up to {made} characters of one, more than {MAX_GROWTH}; "
+                "use the tokenizer that the model was published with"
+            )
+
+
+def _replacements(state: Any) -> Iterator[str]:
+    """What the steps of a normalizer or a decoder put in the place of a character, or before a text."""
+    if isinstance(state, list):
+        for step in state:
+            yield from _replacements(step)
+    elif isinstance(state, dict):
+        for name, value in state.items():
+            if name in ("content", "prepend") and isinstance(value, str):
+                yield value
+            elif name in ("normalizers", "decoders"):
+                yield from _replacements(value)
+
+
+def _check_patterns(path: Path, backend: tokenizers.Tokenizer) -> None:
+    """Raise ValueError for regular expressions that backtrack without end on short texts of one kind.
+
+    On longer ones the library gives up by itself, after ten million steps a character.
+    """
+    parts = [part for part in (backend.normalizer, backend.pre_tokenizer) if part is not None]
+    if not any(b'"Regex"' in part.__getstate__() for part in parts):
+        return
+    # What may follow in a pattern is in the text, but not there where it would end the match.
+    tail = "\0" + "".join(sorted({chr(byte) for part in parts for byte in part.__getstate__() if 32 < byte < 127}))
+    for length in PROBES:
+        for unit in ("a", " ", "0", "\n", "!", "a ", "aA0 "):
+            text, start = (unit * length)[:length] + tail, time.thread_time()
+            with library_errors(f"{path} has a regular expression that cannot be matched with {text[:4]!r}..."):
+                text = text if backend.normalizer is None else backend.normalizer.normalize_str(text)
+                if backend.pre_tokenizer is not None:
+                    backend.pre_tokenizer.pre_tokenize_str(text)
+            if time.thread_time() - start > MAX_SECONDS:
+                raise ValueError(
+                    f"{path} has a regular expression that takes more than {MAX_SECONDS:g} s for {len(text)} "
+                    "characters; use the tokenizer that the model was published with"
+                )
 
 
 def _read_sentencepiece(path: Path) -> tokenizers.Tokenizer:

@@ -2,10 +2,14 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+import tokenizers
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
 
 from layerskip_kernels.evaluation.prompts import human_eval_prompts
+from layerskip_kernels.model.bpe_splits import BPE_SPLITS
 from layerskip_kernels.model.checkpoint import Checkpoint
 from layerskip_kernels.model.loading import read_checkpoint
 from layerskip_kernels.model.tokenizer import Tokenizer
@@ -116,3 +120,45 @@ def test_human_eval():
     assert all(prompt == prompt.rstrip() for _, prompt in prompts)
     with pytest.raises(ValueError, match=r"n must be in 1\.\.164"):
         human_eval_prompts(0)
+
+
+def _written(folder: Path, **parts: Any) -> Path:
+    """A tokenizer of bytes with another normalizer, pre-tokenizer or decoder."""
+    backend = tokenizers.Tokenizer(models.BPE({"a": 0, "b": 1}, []))
+    for name, part in parts.items():
+        setattr(backend, name, part)
+    folder.mkdir()
+    backend.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+TENFOLD = "a" * 10
+BOMBS = {
+    "replacements": {"normalizer": normalizers.Sequence([normalizers.Replace("a", TENFOLD)] * 9)},
+    "replacements within": {"normalizer": normalizers.Sequence([normalizers.Replace(Regex("a"), TENFOLD)] * 2)},
+    "a text put before": {"normalizer": normalizers.Prepend("a" * 100_000)},
+    "a decoder's": {"decoder": decoders.Sequence([decoders.Replace("a", TENFOLD)] * 9)},
+    "powers of two": {"pre_tokenizer": pre_tokenizers.Split(Regex("(a+)+$|(a+)+b"), "isolated")},
+    "powers of two of blanks": {"normalizer": normalizers.Replace(Regex(r"(\s+)+0"), " ")},
+    "cubes": {"pre_tokenizer": pre_tokenizers.Split(Regex(r"(?:\w*\w*\w*;)"), "isolated")},
+}
+
+
+@pytest.mark.parametrize("parts", BOMBS.values(), ids=BOMBS)
+def test_a_tokenizer_that_grows_or_backtracks_without_end_is_refused(tmp_path: Path, parts: dict[str, Any]):
+    with pytest.raises(ValueError, match=r"model/tokenizer\.json has a ") as error:
+        Tokenizer.from_directory(_written(tmp_path / "model", **parts))
+    assert len(str(error.value)) < len(str(tmp_path)) + 500
+
+
+def test_what_published_tokenizers_do_to_a_text_is_read(tmp_path: Path):
+    steps = [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581"), normalizers.Replace("``", '"')]
+    parts = {"normalizer": normalizers.Sequence([*steps, normalizers.NFKC(), normalizers.Replace(Regex(" {2,}"), " ")])}
+    assert Tokenizer.from_directory(_written(tmp_path / "model", **parts)) is not None
+
+
+def test_every_split_that_llama_cpp_knows_is_read(tmp_path: Path):
+    for name, split in BPE_SPLITS.items():
+        pieces = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in split.patterns]
+        parts = {"pre_tokenizer": pre_tokenizers.Sequence(pieces)}
+        assert Tokenizer.from_directory(_written(tmp_path / name, **parts)) is not None
