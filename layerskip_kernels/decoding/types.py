@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate
 
@@ -73,8 +73,12 @@ class Draft:
         """
         counts = [0] * len(sequences)
         waiting = (0,) * len(sequences) if num_waiting is None else tuple(num_waiting)
-        width = max((part.tokens.size(1) for part in parts), default=0)
-        tokens = torch.full((len(sequences), width), -1, device=parts[0].tokens.device if parts else None)
+        if not parts:
+            return replace(cls.none(sequences), num_waiting=waiting)
+        if len(parts) == 1 and [*map(id, parts[0].sequences)] == [*map(id, sequences)]:
+            return replace(parts[0], num_waiting=waiting)
+        width = max(part.tokens.size(1) for part in parts)
+        tokens = torch.full((len(sequences), width), -1, device=parts[0].tokens.device)
         row_of = {id(sequence): b for b, sequence in enumerate(sequences)}
         for part in parts:
             for sequence, drafted, count in zip(part.sequences, part.tokens, part.counts, strict=True):

@@ -197,6 +197,8 @@ class Request:
     def accept(self, verdict: Verdict, b: int) -> str | None:
         """Append what sequence ``b`` of a verdict gained, up to the text's end. Returns why it ended, or None."""
         tokens, reason = self._until_end(verdict.new_tokens(b))
+        if not self.config.return_logits and self.config.logprobs is None:
+            return reason
         logits = verdict.new_logits(b)[: len(tokens)]
         if self.config.return_logits:
             self._logits.append(logits.to("cpu", copy=True))
