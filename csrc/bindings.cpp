@@ -54,21 +54,22 @@ TORCH_LIBRARY(layerskip, m) {
       "rejection_sample(Tensor draft_scores, Tensor scores, Tensor drafts, Tensor positions, Tensor seeds, "
       "Tensor samples) -> Tensor");
 
+  m.def("keep_model(Tensor[] weights, int num_kv_heads, int head_dim, int[] ints, float[] floats) -> int");
+  m.def("forget_model(int model) -> ()", &layerskip::forget_model);
   m.def(
-      "run_layers(Tensor[] weights, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor(c!) hidden_cache, Tensor tokens, "
-      "Tensor positions, Tensor depths, Tensor query_start_loc, Tensor block_table, int stop, int[] ints, "
-      "float[] floats) -> ()");
+      "run_layers(int model, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor(c!) hidden_cache, Tensor tokens, "
+      "Tensor positions, Tensor depths, Tensor query_start_loc, Tensor block_table, int stop) -> ()");
   m.def(
-      "draft_pass(Tensor[] weights, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor(c!) hidden_cache, Tensor tokens, "
+      "draft_pass(int model, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor(c!) hidden_cache, Tensor tokens, "
       "Tensor positions, Tensor num_drafts, Tensor block_table, Tensor? draft_head, Tensor? draft_ids, "
-      "Tensor[] sampling, Tensor[] stops, int exit_layer, int max_drafts, bool keep_scores, int[] ints, "
-      "float[] floats, Tensor[] adapter, Tensor(d!)? adapter_k, Tensor(e!)? adapter_v, int[] adapter_ints) -> "
+      "Tensor[] sampling, Tensor[] stops, int exit_layer, int max_drafts, bool keep_scores, "
+      "int adapter, Tensor(d!)? adapter_k, Tensor(e!)? adapter_v) -> "
       "(Tensor drafts, Tensor num_drafted, Tensor confidences, Tensor scores)");
   m.def(
-      "verify_pass(Tensor[] weights, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor(c!) hidden_cache, Tensor tokens, "
+      "verify_pass(int model, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor(c!) hidden_cache, Tensor tokens, "
       "Tensor positions, Tensor depths, Tensor query_start_loc, Tensor num_drafts, Tensor judged, "
-      "Tensor block_table, int[] ints, float[] floats, int exit_layer, Tensor[] adapter, Tensor(d!)? adapter_k, "
-      "Tensor(e!)? adapter_v, int[] adapter_ints) -> (Tensor num_accepted, Tensor next_tokens, Tensor logits)");
+      "Tensor block_table, int exit_layer, int adapter, Tensor(d!)? adapter_k, "
+      "Tensor(e!)? adapter_v) -> (Tensor num_accepted, Tensor next_tokens, Tensor logits)");
 
   // Data movement in the cache, described in layerskip_kernels/ops/cache_ops.py; implemented in csrc/cuda/cache_ops.h.
   m.def(
@@ -112,6 +113,7 @@ TORCH_LIBRARY_IMPL(layerskip, CPU, m) {
   m.impl("filter_logits", &InContractMode<&layerskip::filter_logits>::Run);
   m.impl("gumbel_argmax", &InContractMode<&layerskip::gumbel_argmax>::Run);
   m.impl("rejection_sample", &InContractMode<&layerskip::rejection_sample>::Run);
+  m.impl("keep_model", &InContractMode<&layerskip::keep_model>::Run);
   m.impl("run_layers", &InContractMode<&layerskip::run_layers>::Run);
   m.impl("draft_pass", &InContractMode<&layerskip::draft_pass>::Run);
   m.impl("verify_pass", &InContractMode<&layerskip::verify_pass>::Run);

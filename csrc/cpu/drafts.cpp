@@ -146,7 +146,7 @@ class DraftCycle {
                                    exit_layer);
     if (adapter.has_value()) {
       const PendingRows adapted{tokens.data(), positions.data(), at_exit.data(), starts.data(), count, num_sequences};
-      const ModelView& layers = adapter->model;
+      const ModelView& layers = adapter->model();
       adapter_move_ =
           std::make_unique<Move>(layers, adapter->cache, CheckedRows(adapted, block_table, layers, adapter->cache),
                                  num_sequences, layers.num_layers(), /*keeps=*/false);
@@ -158,13 +158,13 @@ class DraftCycle {
   void Run(Team& team) {
     move_->Run(team);
     if (adapter_move_) adapter_move_->Run(team);
-    head_->Run(team, *model_.kernels, (adapter_move_ ? adapter_move_ : move_)->hidden());
+    head_->Run(team, model_.kernels(), (adapter_move_ ? adapter_move_ : move_)->hidden());
     const int64_t size = draft_head_.size, pieces = (size + kMassPiece - 1) / kMassPiece;
     team.ForEach(Count() * pieces, 1, [&](int64_t i, int64_t) {
       const int64_t r = i / pieces, begin = i % pieces * kMassPiece, greatest = head_->tokens[r];
       const float* logits = buffers_.logits + r * size;
       if (greatest < 0 || !std::isfinite(logits[greatest])) return;
-      totals_[r] += model_.kernels->mass_from(logits + begin, std::min(kMassPiece, size - begin), logits[greatest]);
+      totals_[r] += model_.kernels().mass_from(logits + begin, std::min(kMassPiece, size - begin), logits[greatest]);
     });
     team.ForEach(Count(), 1, [&](int64_t r, int64_t) {
       const double total = static_cast<double>(totals_[r].load());
@@ -200,7 +200,7 @@ class DraftCycle {
       for (int64_t i = 0; i < size; ++i) scores[draft_head_.ids[i]] = filtered[i];
     }
     if (sampling_.noisy(b)) return Draw(scores, vocab_size, sampling_.key(b, position + 1));
-    const Maximum greatest = model_.kernels->argmax(scores, vocab_size);
+    const Maximum greatest = model_.kernels().argmax(scores, vocab_size);
     return IsChoice(greatest) ? greatest.index : -1;
   }
 
@@ -224,12 +224,13 @@ class DraftCycle {
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> draft_pass(
-    TensorList weights, Tensor k_cache, Tensor v_cache, Tensor hidden_cache, const Tensor& tokens,
-    const Tensor& positions, const Tensor& num_drafts, const Tensor& block_table, const OptionalTensor& draft_head,
-    const OptionalTensor& draft_ids, TensorList sampling, TensorList stops, int64_t exit_layer, int64_t max_drafts,
-    bool keep_scores, at::IntArrayRef ints, at::ArrayRef<double> floats, TensorList adapter, OptionalTensor adapter_k,
-    OptionalTensor adapter_v, at::IntArrayRef adapter_ints) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> draft_pass(int64_t kept, Tensor k_cache, Tensor v_cache, Tensor hidden_cache,
+                                                      const Tensor& tokens, const Tensor& positions,
+                                                      const Tensor& num_drafts, const Tensor& block_table,
+                                                      const OptionalTensor& draft_head, const OptionalTensor& draft_ids,
+                                                      TensorList sampling, TensorList stops, int64_t exit_layer,
+                                                      int64_t max_drafts, bool keep_scores, int64_t adapter,
+                                                      OptionalTensor adapter_k, OptionalTensor adapter_v) {
   CheckTensor("tokens", tokens, at::kLong, {kAny});
   const int64_t sequences = tokens.numel();
   CheckTensor("positions", positions, at::kLong, {sequences});
@@ -239,12 +240,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> draft_pass(
                     max_drafts);
   CheckRange("num_drafts", wanted, sequences, 0, max_drafts + 1);
   const CacheView cache = CheckedCache(k_cache, v_cache, hidden_cache, block_table, sequences);
-  const ModelView model = CheckedModel(weights, k_cache, hidden_cache, ints, floats);
+  const std::shared_ptr<const KeptModel> kept_model = ModelFor(kept, k_cache, hidden_cache);
+  const ModelView& model = kept_model->view;
   CheckExit(exit_layer, model);
   const int64_t* position = positions.const_data_ptr<int64_t>();
   CheckRange("positions", position, sequences, 0, model.max_positions);
   const std::optional<AdapterView> adapted =
-      CheckedAdapter({adapter, adapter_k, adapter_v, adapter_ints}, hidden_cache, block_table, cache, floats);
+      CheckedAdapter(adapter, adapter_k, adapter_v, hidden_cache, block_table, cache);
   const DraftHead head = CheckedDraftHead(model, draft_head, draft_ids, k_cache.scalar_type());
   const DraftSampling settings(sampling, sequences, model.vocab_size);
   DraftStops stop_rule(stops, sequences, max_drafts);

@@ -288,7 +288,7 @@ Move::Move(const ModelView& model, const CacheView& cache, SortedRows rows, int6
 }
 
 void Move::Run(Team& team) {
-  const Kernels& kernels = *model_.kernels;
+  const Kernels& kernels = model_.kernels();
   const LayerSizes& sizes = model_.sizes;
   const int64_t hidden_bytes = sizes.hidden_size * kernels.element_size;
   team.ForEach(rows_.size(), 1, [&](int64_t r, int64_t) {

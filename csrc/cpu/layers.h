@@ -62,7 +62,7 @@ struct LogitRules {
 };
 
 struct ModelView {
-  const Kernels* kernels;
+  Dtype dtype;
   LayerSizes sizes;
   int64_t vocab_size;
   float scale, score_cap, embedding_multiplier, residual_multiplier;
@@ -72,11 +72,13 @@ struct ModelView {
   const void* final_norm;
   WeightView lm_head;
   int64_t max_positions;
+  int64_t num_cached;  // layers that need pages: up to the last one with attention
   std::vector<LayerWeights> layers;
   std::vector<LayerKind> kinds;  // of the layers
   std::vector<int64_t> windows;  // all that layers have
   IntegerSizes integers;         // of the layers
   int64_t num_layers() const { return static_cast<int64_t>(layers.size()); }
+  const Kernels& kernels() const { return KernelsFor(dtype); }
 };
 
 struct CacheView {

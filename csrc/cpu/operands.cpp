@@ -96,13 +96,13 @@ LayerWeights CheckedLayer(const LayerTensors& layer, const LayerSizes& sizes, at
 
 }  // namespace
 
-ModelView CheckedModel(at::TensorList weights, const Tensor& k_cache, const Tensor& hidden_cache, at::IntArrayRef ints,
+ModelView CheckedModel(at::TensorList weights, int64_t kv_heads, int64_t head_dim, at::IntArrayRef ints,
                        at::ArrayRef<double> floats) {
-  const int64_t cached = k_cache.size(0), kv_heads = k_cache.size(2), head_dim = k_cache.size(3);
-  const int64_t layers = std::max(cached, (static_cast<int64_t>(weights.size()) - kModelTensors) / kLayerTensors);
-  TORCH_CHECK_VALUE(static_cast<int64_t>(weights.size()) == kModelTensors + layers * kLayerTensors, "weights holds ",
-                    weights.size(), " tensors; ", layers, " layers (the cache has ", cached, ") need ",
-                    kModelTensors + layers * kLayerTensors);
+  const auto count = static_cast<int64_t>(weights.size()), layers = (count - kModelTensors) / kLayerTensors;
+  TORCH_CHECK_VALUE(layers >= 1 && count == kModelTensors + layers * kLayerTensors, "weights holds ", count,
+                    " tensors, expected ", kModelTensors, " and ", kLayerTensors, " for each layer");
+  CheckSize("num_kv_heads", kv_heads);
+  CheckSize("head_dim", head_dim);
   TORCH_CHECK_VALUE(static_cast<int64_t>(ints.size()) == kInts + 2 * layers, "ints holds ", ints.size(),
                     " numbers, expected ", kInts + 2 * layers, " for ", layers, " layers");
   TORCH_CHECK_VALUE(static_cast<int64_t>(floats.size()) == kFloats, "floats holds ", floats.size(),
@@ -114,15 +114,16 @@ ModelView CheckedModel(at::TensorList weights, const Tensor& k_cache, const Tens
   CheckSize("vocab_size", vocab_size);
   TORCH_CHECK_VALUE(num_heads % kv_heads == 0, "num_heads is ", num_heads, ", expected a multiple of ", kv_heads,
                     ", the KV heads");
-  const at::ScalarType dtype = k_cache.scalar_type();
-  const int64_t hidden = hidden_cache.size(2);
+  const ModelTensors tensors = ModelOf(weights);
+  const at::ScalarType dtype = tensors.final_norm.scalar_type();
+  const int64_t hidden = tensors.final_norm.numel();
+  CheckSize("final_norm", hidden);
   const NormConstants norm{number(0), number(1)};
   const LayerSizes sizes{hidden, intermediate_size, num_heads, kv_heads, head_dim, norm};
-  const ModelTensors tensors = ModelOf(weights);
   CheckTensor("final_norm", tensors.final_norm, dtype, {hidden});
   CheckTensor("cos", tensors.cos, at::kFloat, {kAny, kAny, kAny});
   CheckTensor("sin", tensors.sin, at::kFloat, {tensors.cos.size(0), tensors.cos.size(1), tensors.cos.size(2)});
-  ModelView model{.kernels = &KernelsFor(ModelDtype(dtype)),
+  ModelView model{.dtype = ModelDtype(dtype),
                   .sizes = sizes,
                   .vocab_size = vocab_size,
                   .scale = number(2),
@@ -135,6 +136,7 @@ ModelView CheckedModel(at::TensorList weights, const Tensor& k_cache, const Tens
                   .final_norm = tensors.final_norm.const_data_ptr(),
                   .lm_head = CheckPacked("lm_head", tensors.lm_head, dtype, vocab_size, hidden),
                   .max_positions = tensors.cos.size(1),
+                  .num_cached = 0,
                   .layers = {},
                   .kinds = {},
                   .windows = {},
@@ -142,8 +144,7 @@ ModelView CheckedModel(at::TensorList weights, const Tensor& k_cache, const Tens
   model.layers.reserve(layers);
   for (int64_t l = 0; l < layers; ++l) {
     model.layers.push_back(CheckedLayer(LayerOf(weights, l), sizes, dtype));
-    TORCH_CHECK_VALUE(l < cached || !model.layers.back().attends, "layer ", l, " has attention, but the cache has ",
-                      cached, " layers");
+    if (model.layers.back().attends) model.num_cached = l + 1;
     model.kinds.push_back({RopeAt(tensors, ints[kInts + layers + l], head_dim), 0});
     const int64_t window = ints[kInts + l];
     TORCH_CHECK_VALUE(window >= 0, "the window of layer ", l, " is ", window, ", expected 0 or more");
@@ -246,19 +247,18 @@ DraftHead CheckedDraftHead(const ModelView& model, const std::optional<Tensor>& 
   return {CheckPacked("draft_head", *weight, dtype, size, model.sizes.hidden_size), size, id};
 }
 
-std::optional<AdapterView> CheckedAdapter(const AdapterTensors& adapter, const Tensor& hidden_cache,
-                                          const Tensor& block_table, const CacheView& cache,
-                                          at::ArrayRef<double> floats) {
-  const bool none = adapter.weights.empty();
-  TORCH_CHECK_VALUE(none == !adapter.k_pages.has_value() && none == !adapter.v_pages.has_value(),
+std::optional<AdapterView> CheckedAdapter(int64_t adapter, const std::optional<Tensor>& k_pages,
+                                          const std::optional<Tensor>& v_pages, const Tensor& hidden_cache,
+                                          const Tensor& block_table, const CacheView& cache) {
+  const bool none = adapter == 0;
+  TORCH_CHECK_VALUE(none == !k_pages.has_value() && none == !v_pages.has_value(),
                     "adapter, adapter_k and adapter_v must be given together");
   if (none) return std::nullopt;
-  const CacheView pages =
-      CheckedCache(*adapter.k_pages, *adapter.v_pages, hidden_cache, block_table, block_table.size(0));
+  const CacheView pages = CheckedCache(*k_pages, *v_pages, hidden_cache, block_table, block_table.size(0));
   TORCH_CHECK_VALUE(pages.page_size == cache.page_size, "adapter_k has pages of ", pages.page_size,
                     " positions, expected ", cache.page_size);
-  AdapterView view{CheckedModel(adapter.weights, *adapter.k_pages, hidden_cache, adapter.ints, floats), pages};
-  TORCH_CHECK_VALUE(view.model.num_layers() >= 2, "adapter has ", view.model.num_layers(),
+  AdapterView view{ModelFor(adapter, *k_pages, hidden_cache), pages};
+  TORCH_CHECK_VALUE(view.model().num_layers() >= 2, "adapter has ", view.model().num_layers(),
                     " layers, expected at least 2");
   return view;
 }

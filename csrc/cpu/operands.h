@@ -3,14 +3,31 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <memory>
+#include <optional>
+#include <vector>
+
 #include "layers.h"
 
 namespace layerskip {
 
 // Weights as one flat list, in the order of ModelWeights.flat, and ModelSizes as its ints and floats. The tensors must
 // outlive the view.
-ModelView CheckedModel(at::TensorList weights, const at::Tensor& k_cache, const at::Tensor& hidden_cache,
-                       at::IntArrayRef ints, at::ArrayRef<double> floats);
+ModelView CheckedModel(at::TensorList weights, int64_t kv_heads, int64_t head_dim, at::IntArrayRef ints,
+                       at::ArrayRef<double> floats);
+
+// A model that passes know by the number that keep_model gave.
+struct KeptModel {
+  std::vector<at::Tensor> tensors;
+  ModelView view;
+
+  at::ScalarType dtype() const {
+    return tensors[1].scalar_type();
+  }  // of the final norm, and of all that is not rounded
+};
+
+// Raises ValueError for a number that is not known, and for pages of another model.
+std::shared_ptr<const KeptModel> ModelFor(int64_t model, const at::Tensor& k_cache, const at::Tensor& hidden_cache);
 
 CacheView CheckedCache(const at::Tensor& k_cache, const at::Tensor& v_cache, const at::Tensor& hidden_cache,
                        const at::Tensor& block_table, int64_t num_sequences);
@@ -43,20 +60,15 @@ DraftHead CheckedDraftHead(const ModelView& model, const std::optional<at::Tenso
 
 // The layers of an exit adapter and their pages, of which the first stand for all up to the exit and are never run.
 struct AdapterView {
-  ModelView model;
+  std::shared_ptr<const KeptModel> kept;
   CacheView cache;
+
+  const ModelView& model() const { return kept->view; }
 };
 
-// AdapterLayers as a call gives it: ModelWeights.flat, or nothing where there is no adapter.
-struct AdapterTensors {
-  at::TensorList weights;
-  const std::optional<at::Tensor>&k_pages, &v_pages;
-  at::IntArrayRef ints;
-};
-
-// `cache`: the model's; `floats`: of both. The tensors must outlive the view.
-std::optional<AdapterView> CheckedAdapter(const AdapterTensors& adapter, const at::Tensor& hidden_cache,
-                                          const at::Tensor& block_table, const CacheView& cache,
-                                          at::ArrayRef<double> floats);
+// `adapter`: the number of its layers, 0 where there is none; `cache`: the model's.
+std::optional<AdapterView> CheckedAdapter(int64_t adapter, const std::optional<at::Tensor>& k_pages,
+                                          const std::optional<at::Tensor>& v_pages, const at::Tensor& hidden_cache,
+                                          const at::Tensor& block_table, const CacheView& cache);
 
 }  // namespace layerskip

@@ -60,22 +60,24 @@ Tensor gumbel_argmax(const Tensor& scores, const Tensor& positions, const Tensor
 Tensor rejection_sample(const Tensor& draft_scores, const Tensor& scores, const Tensor& drafts, const Tensor& positions,
                         const Tensor& seeds, const Tensor& samples);
 
-void run_layers(TensorList weights, Tensor k_cache, Tensor v_cache, Tensor hidden_cache, const Tensor& tokens,
+int64_t keep_model(TensorList weights, int64_t num_kv_heads, int64_t head_dim, at::IntArrayRef ints,
+                   at::ArrayRef<double> floats);
+void forget_model(int64_t kept);
+void run_layers(int64_t kept, Tensor k_cache, Tensor v_cache, Tensor hidden_cache, const Tensor& tokens,
                 const Tensor& positions, const Tensor& depths, const Tensor& query_start_loc, const Tensor& block_table,
-                int64_t stop, at::IntArrayRef ints, at::ArrayRef<double> floats);
-std::tuple<Tensor, Tensor, Tensor, Tensor> draft_pass(
-    TensorList weights, Tensor k_cache, Tensor v_cache, Tensor hidden_cache, const Tensor& tokens,
-    const Tensor& positions, const Tensor& num_drafts, const Tensor& block_table, const OptionalTensor& draft_head,
-    const OptionalTensor& draft_ids, TensorList sampling, TensorList stops, int64_t exit_layer, int64_t max_drafts,
-    bool keep_scores, at::IntArrayRef ints, at::ArrayRef<double> floats, TensorList adapter, OptionalTensor adapter_k,
-    OptionalTensor adapter_v, at::IntArrayRef adapter_ints);
-std::tuple<Tensor, Tensor, Tensor> verify_pass(TensorList weights, Tensor k_cache, Tensor v_cache, Tensor hidden_cache,
+                int64_t stop);
+std::tuple<Tensor, Tensor, Tensor, Tensor> draft_pass(int64_t kept, Tensor k_cache, Tensor v_cache, Tensor hidden_cache,
+                                                      const Tensor& tokens, const Tensor& positions,
+                                                      const Tensor& num_drafts, const Tensor& block_table,
+                                                      const OptionalTensor& draft_head, const OptionalTensor& draft_ids,
+                                                      TensorList sampling, TensorList stops, int64_t exit_layer,
+                                                      int64_t max_drafts, bool keep_scores, int64_t adapter,
+                                                      OptionalTensor adapter_k, OptionalTensor adapter_v);
+std::tuple<Tensor, Tensor, Tensor> verify_pass(int64_t kept, Tensor k_cache, Tensor v_cache, Tensor hidden_cache,
                                                const Tensor& tokens, const Tensor& positions, const Tensor& depths,
                                                const Tensor& query_start_loc, const Tensor& num_drafts,
-                                               const Tensor& judged, const Tensor& block_table, at::IntArrayRef ints,
-                                               at::ArrayRef<double> floats, int64_t exit_layer, TensorList adapter,
-                                               OptionalTensor adapter_k, OptionalTensor adapter_v,
-                                               at::IntArrayRef adapter_ints);
+                                               const Tensor& judged, const Tensor& block_table, int64_t exit_layer,
+                                               int64_t adapter, OptionalTensor adapter_k, OptionalTensor adapter_v);
 
 Tensor empty_huge(int64_t num_bytes);
 int64_t pass_threads();

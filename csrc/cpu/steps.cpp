@@ -21,7 +21,7 @@ void PassAdapter(const ModelView& model, const AdapterView& adapter, const Cache
   SortedRows lower = rows.First(below), at_exit = lower;
   at_exit.depths.assign(below, 1);
   Move to_exit(model, cache, std::move(lower), num_sequences, exit_layer);
-  Move onward(adapter.model, adapter.cache, std::move(at_exit), num_sequences, adapter.model.num_layers(),
+  Move onward(adapter.model(), adapter.cache, std::move(at_exit), num_sequences, adapter.model().num_layers(),
               /*keeps=*/false);
   RunPass(VerifyKind(below), [&](Team& team) {
     to_exit.Run(team);
@@ -32,32 +32,32 @@ void PassAdapter(const ModelView& model, const AdapterView& adapter, const Cache
 
 }  // namespace
 
-void run_layers(TensorList weights, Tensor k_cache, Tensor v_cache, Tensor hidden_cache, const Tensor& tokens,
+void run_layers(int64_t kept, Tensor k_cache, Tensor v_cache, Tensor hidden_cache, const Tensor& tokens,
                 const Tensor& positions, const Tensor& depths, const Tensor& query_start_loc, const Tensor& block_table,
-                int64_t stop, at::IntArrayRef ints, at::ArrayRef<double> floats) {
+                int64_t stop) {
   const PendingRows pending = CheckedPendingRows(tokens, positions, depths, query_start_loc);
   const CacheView cache = CheckedCache(k_cache, v_cache, hidden_cache, block_table, pending.num_sequences);
-  const ModelView model = CheckedModel(weights, k_cache, hidden_cache, ints, floats);
+  const std::shared_ptr<const KeptModel> kept_model = ModelFor(kept, k_cache, hidden_cache);
+  const ModelView& model = kept_model->view;
   TORCH_CHECK_VALUE(1 <= stop && stop <= model.num_layers(), "stop is ", stop, ", expected 1..", model.num_layers());
   Move move(model, cache, CheckedRows(pending, block_table, model, cache), pending.num_sequences, stop);
   RunPass(VerifyKind(pending.count), [&](Team& team) { move.Run(team); });
 }
 
-std::tuple<Tensor, Tensor, Tensor> verify_pass(TensorList weights, Tensor k_cache, Tensor v_cache, Tensor hidden_cache,
+std::tuple<Tensor, Tensor, Tensor> verify_pass(int64_t kept, Tensor k_cache, Tensor v_cache, Tensor hidden_cache,
                                                const Tensor& tokens, const Tensor& positions, const Tensor& depths,
                                                const Tensor& query_start_loc, const Tensor& num_drafts,
-                                               const Tensor& judged, const Tensor& block_table, at::IntArrayRef ints,
-                                               at::ArrayRef<double> floats, int64_t exit_layer, TensorList adapter,
-                                               OptionalTensor adapter_k, OptionalTensor adapter_v,
-                                               at::IntArrayRef adapter_ints) {
+                                               const Tensor& judged, const Tensor& block_table, int64_t exit_layer,
+                                               int64_t adapter, OptionalTensor adapter_k, OptionalTensor adapter_v) {
   const PendingRows pending = CheckedPendingRows(tokens, positions, depths, query_start_loc);
   const int64_t sequences = pending.num_sequences;
   const CacheView cache = CheckedCache(k_cache, v_cache, hidden_cache, block_table, sequences);
-  const ModelView model = CheckedModel(weights, k_cache, hidden_cache, ints, floats);
+  const std::shared_ptr<const KeptModel> kept_model = ModelFor(kept, k_cache, hidden_cache);
+  const ModelView& model = kept_model->view;
   SortedRows rows = CheckedRows(pending, block_table, model, cache);
   const DraftCounts counts = CheckedDraftCounts(num_drafts, judged, pending.starts, sequences);
   const std::optional<AdapterView> adapted =
-      CheckedAdapter({adapter, adapter_k, adapter_v, adapter_ints}, hidden_cache, block_table, cache, floats);
+      CheckedAdapter(adapter, adapter_k, adapter_v, hidden_cache, block_table, cache);
   if (adapted.has_value()) {
     CheckExit(exit_layer, model);
     PassAdapter(model, *adapted, cache, sequences, exit_layer, rows);
@@ -82,7 +82,7 @@ std::tuple<Tensor, Tensor, Tensor> verify_pass(TensorList weights, Tensor k_cach
     team.ForEach(count, 1, [&](int64_t i, int64_t) {
       std::copy_n(move.hidden() + judged_rows[i] * hidden_size, hidden_size, hidden + i * hidden_size);
     });
-    if (count > 0) head.Run(team, *model.kernels, hidden);  // chunks of prompts alone need no token
+    if (count > 0) head.Run(team, model.kernels(), hidden);  // chunks of prompts alone need no token
   });
   CheckNoNan(head.has_nan);
   std::copy(head.tokens.begin(), head.tokens.end(), targets.mutable_data_ptr<int64_t>());

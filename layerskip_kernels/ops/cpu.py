@@ -6,6 +6,9 @@ expected and what came.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+from weakref import WeakKeyDictionary, finalize
+
 import torch
 from torch import Tensor
 
@@ -26,16 +29,40 @@ from layerskip_kernels.operands import (
 )
 from layerskip_kernels.ops.memory import HostMemory
 
-__all__ = ["CpuOps"]
+__all__ = ["CpuOps", "model_number"]
 
 _cpp = torch.ops.layerskip
 
 
-def _flat(adapter: AdapterLayers | None) -> tuple[list[Tensor], Tensor | None, Tensor | None, list[int]]:
+class _Kept(NamedTuple):
+    """What C++ knows of a model by a number: its hundreds of tensors would be read from memory again at every call."""
+
+    number: int
+    sizes: ModelSizes
+    cos: Tensor
+    head: tuple[int, int]  # KV heads and their length
+
+
+_kept: WeakKeyDictionary[ModelWeights, _Kept] = WeakKeyDictionary()
+
+
+def model_number(weights: ModelWeights, sizes: ModelSizes, cache: CacheTensors) -> int:
+    """That of a model, whose tensors stay what they are but for longer RoPE tables."""
+    head = cache.k.size(2), cache.k.size(3)
+    known = _kept.get(weights)
+    same = known is not None and known.cos is weights.cos and known.head == head
+    if known is None or not same or (known.sizes is not sizes and known.sizes != sizes):
+        number = _cpp.keep_model(weights.flat, *head, sizes.ints, sizes.floats)
+        finalize(weights, _cpp.forget_model, number)
+        _kept[weights] = known = _Kept(number, sizes, weights.cos, head)
+    return known.number
+
+
+def _numbered(adapter: AdapterLayers | None) -> tuple[int, Tensor | None, Tensor | None]:
     """As the schemas of the two passes take it."""
     if adapter is None:
-        return [], None, None, []
-    return adapter.weights.flat, adapter.cache.k, adapter.cache.v, adapter.sizes.ints
+        return 0, None, None
+    return model_number(adapter.weights, adapter.sizes, adapter.cache), adapter.cache.k, adapter.cache.v
 
 
 class CpuOps(HostMemory):
@@ -206,8 +233,8 @@ class CpuOps(HostMemory):
         self, weights: ModelWeights, sizes: ModelSizes, cache: CacheTensors, rows: PendingRows, stop: int
     ) -> None:
         _cpp.run_layers(
-            weights.flat, cache.k, cache.v, cache.hidden, rows.tokens, rows.positions, rows.depths,
-            rows.query_start_loc, rows.block_table, stop, sizes.ints, sizes.floats,
+            model_number(weights, sizes, cache), *cache, rows.tokens, rows.positions, rows.depths,
+            rows.query_start_loc, rows.block_table, stop,
         )  # fmt: skip
 
     def draft_pass(
@@ -225,10 +252,9 @@ class CpuOps(HostMemory):
         adapter: AdapterLayers | None = None,
     ) -> Drafted:
         drafted = _cpp.draft_pass(
-            weights.flat, cache.k, cache.v, cache.hidden, rows.tokens, rows.positions, rows.num_drafts,
+            model_number(weights, sizes, cache), *cache, rows.tokens, rows.positions, rows.num_drafts,
             rows.block_table, head and head.weight, head and head.ids, sampling.flat if sampling else [],
-            stops.flat if stops else [], exit_layer, max_drafts, keep_scores, sizes.ints, sizes.floats,
-            *_flat(adapter),
+            stops.flat if stops else [], exit_layer, max_drafts, keep_scores, *_numbered(adapter),
         )  # fmt: skip
         return Drafted(*drafted)
 
@@ -246,7 +272,7 @@ class CpuOps(HostMemory):
         if sampling is not None:
             raise ValueError("backend 'cpu' does not draw tokens in verify_pass")
         return _cpp.verify_pass(
-            weights.flat, cache.k, cache.v, cache.hidden, rows.tokens, rows.positions, rows.depths,
-            rows.query_start_loc, num_drafts, judged, rows.block_table, sizes.ints, sizes.floats,
-            adapter.exit_layer if adapter else 0, *_flat(adapter),
+            model_number(weights, sizes, cache), *cache, rows.tokens, rows.positions, rows.depths,
+            rows.query_start_loc, num_drafts, judged, rows.block_table,
+            adapter.exit_layer if adapter else 0, *_numbered(adapter),
         )  # fmt: skip

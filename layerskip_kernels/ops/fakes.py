@@ -29,6 +29,11 @@ def _fake(function: Fake) -> Fake:
     return function
 
 
+def _unknown_size() -> Any:
+    """One that depends on data, or on the model behind a number."""
+    return torch.library.get_ctx().new_dynamic_size()
+
+
 @_fake
 def exp(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -225,8 +230,13 @@ def rejection_sample(
 
 
 @_fake
+def keep_model(weights: list[Tensor], num_kv_heads: int, head_dim: int, ints: list[int], floats: list[float]) -> int:
+    raise NotImplementedError("a model is kept before anything is traced")
+
+
+@_fake
 def run_layers(
-    weights: list[Tensor],
+    model: int,
     k_cache: Tensor,
     v_cache: Tensor,
     hidden_cache: Tensor,
@@ -236,15 +246,13 @@ def run_layers(
     query_start_loc: Tensor,
     block_table: Tensor,
     stop: int,
-    ints: list[int],
-    floats: list[float],
 ) -> None:
     return None
 
 
 @_fake
 def draft_pass(
-    weights: list[Tensor],
+    model: int,
     k_cache: Tensor,
     v_cache: Tensor,
     hidden_cache: Tensor,
@@ -259,25 +267,22 @@ def draft_pass(
     exit_layer: int,
     max_drafts: int,
     keep_scores: bool,
-    ints: list[int],
-    floats: list[float],
-    adapter: list[Tensor],
+    adapter: int,
     adapter_k: Tensor | None,
     adapter_v: Tensor | None,
-    adapter_ints: list[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    sequences = tokens.size(0)
+    sequences, vocab_size = tokens.size(0), _unknown_size()  # of the model
     return (
         tokens.new_empty(sequences, max_drafts),
         torch.empty_like(num_drafts),
         tokens.new_empty(sequences, max_drafts, dtype=torch.float32),
-        tokens.new_empty(sequences if keep_scores else 0, max_drafts, ints[2], dtype=torch.float32),
+        tokens.new_empty(sequences if keep_scores else 0, max_drafts, vocab_size, dtype=torch.float32),
     )
 
 
 @_fake
 def verify_pass(
-    weights: list[Tensor],
+    model: int,
     k_cache: Tensor,
     v_cache: Tensor,
     hidden_cache: Tensor,
@@ -288,16 +293,13 @@ def verify_pass(
     num_drafts: Tensor,
     judged: Tensor,
     block_table: Tensor,
-    ints: list[int],
-    floats: list[float],
     exit_layer: int,
-    adapter: list[Tensor],
+    adapter: int,
     adapter_k: Tensor | None,
     adapter_v: Tensor | None,
-    adapter_ints: list[int],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    judged_rows = torch.library.get_ctx().new_dynamic_size()  # sum(num_drafts + 1) depends on data
-    logits = hidden_cache.new_empty(judged_rows, ints[2], dtype=torch.float32)
+    judged_rows = _unknown_size()  # sum(num_drafts + 1)
+    logits = hidden_cache.new_empty(judged_rows, _unknown_size(), dtype=torch.float32)
     return torch.empty_like(num_drafts), torch.empty_like(num_drafts), logits
 
 

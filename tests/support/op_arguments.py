@@ -5,7 +5,9 @@ import functools
 import torch
 
 from layerskip_kernels.model.quantise import quantise
+from layerskip_kernels.operands import CacheTensors
 from layerskip_kernels.ops import cache_ops, reference
+from layerskip_kernels.ops.cpu import model_number
 from support.exit_adapters import random_adapter
 from support.models import random_tokens, tiny_model
 
@@ -59,7 +61,9 @@ def attention_arguments(dtype, contexts, rows, head_dim=18, heads=6, kv_heads=2,
     )
 
 
-NOT_TENSOR_OPS = {"empty_huge", "pass_threads", "instruction_set", "instruction_sets", "set_instruction_set"}
+NOT_TENSOR_OPS = {
+    "empty_huge", "forget_model", "pass_threads", "instruction_set", "instruction_sets", "set_instruction_set",
+}  # fmt: skip
 
 
 @functools.cache
@@ -93,6 +97,7 @@ def arguments(name, quantised=None):
     x, residual = torch.randn(3, 50).bfloat16(), torch.randn(3, 50).bfloat16()
     weights, sizes = model.weights, (model.sizes.ints, model.sizes.floats)
     w = weights.layers[0]
+    number = model_number(weights, model.sizes, CacheTensors(*cache))
     match name:
         case "exp" | "log" | "silu" | "gelu" | "tanh" | "inverse_sqrt":
             return (torch.rand(7, 5),)
@@ -143,7 +148,9 @@ def arguments(name, quantised=None):
         case "rejection_sample":
             return torch.rand(2, 7), torch.rand(2, 7), *[torch.tensor([1, 2])] * 4
         case "run_layers":
-            return weights.flat, *cache, *rows, table, 3, *sizes
+            return number, *cache, *rows, table, 3
+        case "keep_model":
+            return weights.flat, c.num_kv_heads, c.head_dim, *sizes
         case "draft_pass":
             one = (rows[0][:1], torch.tensor([0]), torch.tensor([3]))
             head = model.with_draft_vocab(range(0, 101, 3)).draft_head
@@ -153,11 +160,11 @@ def arguments(name, quantised=None):
             listed = torch.tensor([[4, 9]]), torch.rand(1, 2), torch.tensor([[0, 3]]), torch.tensor([[False, True]])
             sampling += [torch.full((1,), 1.5), torch.rand(1), torch.rand(1), torch.tensor([2]), *listed]
             stops = [torch.tensor([0.5]), torch.ones(1, 2), torch.zeros(1, 3)]
-            drawn = weights.flat, *cache, *one, table, head.weight, head.ids, sampling, stops, 2, 3, True, *sizes
-            return *drawn, *adapter_arguments(model, cache)
+            drawn = number, *cache, *one, table, head.weight, head.ids, sampling, stops, 2, 3, True
+            return *drawn, *adapter_arguments(cache)
         case "verify_pass":
             judging = torch.tensor([2]), torch.tensor([True])
-            return weights.flat, *cache, *rows, *judging, table, *sizes, 2, *adapter_arguments(model, cache)
+            return number, *cache, *rows, *judging, table, 2, *adapter_arguments(cache)
         case "copy_pages":
             return torch.tensor([0, 1]).int(), torch.tensor([2, 3]).int(), *cache, cache_ops.new_error()
         case "gather_kv":
@@ -169,10 +176,16 @@ def arguments(name, quantised=None):
     raise AssertionError(f"no arguments for {name}: add them here")
 
 
-def adapter_arguments(model, cache):
+@functools.cache
+def adapter():
+    model = tiny()
+    return model.with_exit_adapter(2, random_adapter(model)).exit_adapter
+
+
+def adapter_arguments(cache):
     """What the two passes take of an exit adapter at exit 2."""
-    adapted = model.with_exit_adapter(2, random_adapter(model)).exit_adapter
-    return adapted.weights.flat, *(torch.zeros_like(kept[:2]) for kept in cache[:2]), adapted.sizes.ints
+    pages = [torch.zeros_like(kept[:2]) for kept in cache[:2]]
+    return model_number(adapter().weights, adapter().sizes, CacheTensors(*pages, cache[2])), *pages
 
 
 def registered() -> list[str]:
