@@ -33,7 +33,7 @@ def test_a_model_keeps_its_number_until_its_rope_tables_grow():
 
 
 def step_with(number):
-    model, cache, rows, table = step_arguments()
+    model, _, rows, table = step_arguments()
     torch.ops.layerskip.run_layers(number, *pages_of(model), *rows, table, 3)
 
 
