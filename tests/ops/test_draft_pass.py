@@ -209,5 +209,5 @@ def test_attention_without_pages_is_refused():
     """A cache that ends before the adapter's layer has room for an adapter without attention alone."""
     model = tiny_model()
     model = model.with_exit_adapter(2, random_adapter(model))
-    with pytest.raises(ValueError, match="layer 1 has attention, but the cache has 1 layers"):
+    with pytest.raises(ValueError, match="k_cache has 1 layers, the model 2, of which 2 need pages"):
         draft(model, pages_of_adapter=1)
