@@ -154,7 +154,8 @@ def _tried(
                 training.take_step(settings.pilot_steps)
             for size in sizes:
                 acceptance = training.acceptance(size)
-                gain, count = costs.speed_up(acceptance, exit_layer + adapter_depth(own.config, kind), size)
+                depth, attending = exit_layer + adapter_depth(own.config, kind), 0 if kind == MLP else int(kind)
+                gain, count = costs.speed_up(acceptance, depth, size, attending)
                 yield Candidate(exit_layer, kind, size, acceptance, gain, count)
             say(f"exit {exit_layer}, layers {kind}: {acceptance:.1%} of held-out drafts right after a trial")
 

@@ -32,14 +32,17 @@ class StepCosts:
     word: float
     call: float
 
-    def speed_up(self, acceptance: float, num_layers: float, vocab_size: int) -> tuple[float, int]:
+    def speed_up(
+        self, acceptance: float, num_layers: float, vocab_size: int, num_kv_layers: int = 0
+    ) -> tuple[float, int]:
         """Over plain decoding, and the number of drafts that gives it: drafts of ``num_layers`` layers, an adapter's
-        included, each of which is accepted with this probability if those before it are."""
-        draft = self.call + num_layers * self.layer + vocab_size * self.word
+        included, each of which is accepted with this probability if those before it are. ``num_kv_layers``: of the
+        adapter, which verification runs once more, for the last draft."""
+        draft, adapter = self.call + num_layers * self.layer + vocab_size * self.word, num_kv_layers * self.layer
         gains = {}
         for count in (rows - 1 for rows in self.verify if rows > 1):
             tokens = sum(acceptance**i for i in range(count + 1))
-            gains[count] = tokens * self.verify[1] / (count * draft + self.verify[count + 1])
+            gains[count] = tokens * self.verify[1] / (count * draft + adapter + self.verify[count + 1])
         best = max(gains, key=gains.__getitem__)
         return gains[best], best
 

@@ -275,6 +275,9 @@ def test_the_predicted_speed_up():
     assert count == 1 and gain == pytest.approx(1.5 * 10 / (2 + 10))
     gain, count = costs.speed_up(1.0, 3, 2500)
     assert count == 2 and gain == pytest.approx(3 * 10 / (4 + 12))
+    # An adapter's K and V cost a verification one layer more, for the last draft.
+    gain, count = costs.speed_up(1.0, 3, 2500, 1)
+    assert count == 2 and gain == pytest.approx(3 * 10 / (4 + 0.5 + 12))
 
 
 def test_the_command(code_model, tmp_path, capsys):
