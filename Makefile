@@ -46,6 +46,7 @@ cuda-check: .venv/built .venv/nvcc  ## compile and link csrc/cuda with nvcc: no 
 
 gpu-static: .venv/built  ## compile the Triton kernels for four GPUs at real shapes, read and count them: no GPU (minutes)
 	$(BIN)/python benchmarks/compile_only/gpu_static.py
+	for target in sm_80 sm_90 sm_100; do $(BIN)/python benchmarks/compile_only/prompt_check.py --target $$target || exit 1; done
 
 # Each writes benchmarks/results/<name>.json; the report puts them together.
 BENCHMARKS := peers bench_steps bench_long bench_contended bench_cycle bench_generate bench_engine bench_serving bench_policies bench_alternatives bench_quantised bench_draft_vocab bench_perplexity bench_memory

@@ -137,15 +137,17 @@ def test_the_package_reads_what_was_tuned(tmp_path, monkeypatch):
     from layerskip_kernels.triton_ops import launch, tuned
 
     file = tmp_path / "tuned.json"
-    said = {"A GPU": {"linear": {"columns": 16, "ahead": {"1": 16, "2": 1, "4": 2, "8": 4}}}}
+    ahead = {"1": 16, "2": 1, "4": 2, "8": 4}
+    said = {"A GPU": {"linear": {"columns": 16, "ahead": ahead, "prompt": [32, 64, 4]}}}
     file.write_text(json.dumps(said))
     monkeypatch.setenv("LAYERSKIP_TRITON_TUNED", str(file))
     weight = torch.empty(2, 32, 8, 16, 8, dtype=torch.bfloat16)
     assert launch.streaming("linear", 1, 1, 2048, weight)["C"] == 32  # interpreted: no GPU's
-    for gpu, columns, ahead in (("A GPU", 16, 16), ("another", 32, 4)):
+    for gpu, columns, ahead, prompt in (("A GPU", 16, 16, 32), ("another", 32, 4, 64)):
         monkeypatch.setattr(tuned, "_gpu", lambda gpu=gpu: gpu)
         assert launch.streaming("linear", 1, 1, 2048, weight)["C"] == launch.columns_of("linear", weight) == columns
         assert tuned.config_of("linear").ahead[1] == ahead
+        assert launch.streaming("linear", 40, 1, 2048, weight)["ROWS"] == prompt
         assert tuned.config_of("out_residual") == tuned.DEFAULTS["out_residual"]
 
 
@@ -156,6 +158,8 @@ def test_the_package_reads_what_was_tuned(tmp_path, monkeypatch):
         {"A GPU": {"linear": {"columns": 24, "ahead": {"1": 1, "2": 1, "4": 1, "8": 1}}}},
         {"A GPU": {"linear": {"columns": 16, "ahead": {"1": 3, "2": 1, "4": 1, "8": 1}}}},
         {"A GPU": {"linear": {"columns": 16, "ahead": {"1": 1}}}},
+        {"A GPU": {"linear": {"columns": 16, "ahead": dict.fromkeys("1248", 1), "prompt": [48, 64, 4]}}},
+        {"A GPU": {"norm_head_argmax": {"columns": 16, "ahead": dict.fromkeys("1248", 1), "prompt": [64, 64, 4]}}},
     ],
 )  # fmt: skip
 def test_what_is_no_configuration_is_refused(tmp_path, said):

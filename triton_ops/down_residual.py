@@ -2,7 +2,7 @@
 
     hidden = to_dtype(hidden + to_dtype(dot(activation, w_down)));  x = rms_norm(hidden)
 
-Moves D F weights once for every 8 rows, T F numbers for each program, 2 T D of hidden.
+Moves D F weights once for each group of rows, T F numbers for each program, 2 T D of hidden.
 """
 
 from torch import Tensor

@@ -16,9 +16,11 @@ from .contract import silu as _silu
 from .contract import tanh as _tanh
 from .contract import to_dtype
 from .integer_dot import products
-from .integer_rows import Rows, round_rows
+from .integer_rows import Rows
 from .launch import OPTIONS, blocks, is_quantised, streaming
 from .packing import unpack_weight
+from .prompt_dot import row_of
+from .prompt_rows import rows_for
 from .quantised import code_of
 from .stored_rows import stored_rows
 
@@ -93,28 +95,30 @@ def _linear_kernel(
     x_ptr, w_ptr, bias_ptr, y_ptr, stride_x, T, N, steps,
     KIND: tl.constexpr, HAS_BIAS: tl.constexpr,
     ROWS: tl.constexpr, TILES: tl.constexpr, C: tl.constexpr, AHEAD: tl.constexpr, EVEN: tl.constexpr,
-    FMA: tl.constexpr,
+    FMA: tl.constexpr, PROMPT: tl.constexpr,
 ):  # fmt: skip
-    n = tl.program_id(0) * C + tl.arange(0, C)
-    row0 = tl.program_id(1).to(tl.int64) * ROWS
+    n = tl.program_id(1) * C + tl.arange(0, C)
+    row0 = tl.program_id(0).to(tl.int64) * ROWS  # programs that read the same weights run one after the other
     packed = tl.minimum(n, (N + 15) // 16 * 16 - 1)
     y = products(
-        x_ptr, stride_x, x_ptr, row0, T, (w_ptr,), (packed,), steps, KIND, False, ROWS, TILES, C, AHEAD, EVEN, FMA
-    )
-    for r in tl.static_range(ROWS):
+        x_ptr, stride_x, x_ptr, row0, T, (w_ptr,), (packed,), steps, KIND, False,
+        ROWS, TILES, C, AHEAD, EVEN, FMA, PROMPT,
+    )  # fmt: skip
+    for r in tl.static_range(1 if PROMPT else ROWS):
+        row = row_of(row0, r, ROWS, PROMPT)
         z = y[r]
         if HAS_BIAS:
             z = z + tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)
-        tl.store(y_ptr + (row0 + r) * N + n, to_dtype(z, y_ptr.dtype.element_ty), mask=(n < N) & (row0 + r < T))
+        tl.store(y_ptr + row * N + n, to_dtype(z, y_ptr.dtype.element_ty), mask=(n < N) & (row < T))
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
     """reference.linear: [T, K], packed [N, K], [N] or None -> [T, N]."""
     y = torch.empty(len(x), out_features, dtype=x.dtype, device=x.device)
     rows, options = Rows.of_numbers(x, weight), streaming("linear", len(x), 1, x.size(1), weight)
-    round_rows(rows, len(x), weight)
-    _linear_kernel[(blocks(out_features, options["C"]), blocks(len(x), options["ROWS"]))](
-        x_ptr=rows.of(weight),
+    (x_for_w,) = rows_for(rows, len(x), options, weight)
+    _linear_kernel[(blocks(len(x), options["ROWS"]), blocks(out_features, options["C"]))](
+        x_ptr=x_for_w,
         w_ptr=weight,
         bias_ptr=y if bias is None else bias,
         y_ptr=y,

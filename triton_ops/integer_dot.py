@@ -14,6 +14,7 @@ weight has two planes.
 import triton.language as tl
 
 from .contract import ROUND_MAGIC, _tree8, device_function, dot, packed_offsets
+from .prompt_dot import prompt_dot
 
 # The bits of ROUND_MAGIC: added to an integer below 2**22, they make it the float ROUND_MAGIC + integer, exactly.
 MAGIC_BITS = tl.constexpr(0x4B400000)
@@ -24,15 +25,19 @@ def products(
     x_ptr, stride_x, rows_ptr, row0, num_rows, w_ptrs, columns, steps,
     KIND: tl.constexpr, GATHER: tl.constexpr,
     ROWS: tl.constexpr, TILES: tl.constexpr, C: tl.constexpr, AHEAD: tl.constexpr, EVEN: tl.constexpr,
-    FMA: tl.constexpr,
+    FMA: tl.constexpr, PROMPT: tl.constexpr,
 ):  # fmt: skip
     """Rule 1 or rule 8 for ROWS rows and TILES times C columns: a tuple of fp32 [C], tile by tile, row by row.
+
+    PROMPT: a tuple of fp32 [ROWS, C], tile by tile, of rows that are many and turned (prompt_dot.py).
 
     x_ptr: rows as the kind of the weights wants them (Rows.of), row0 .. row0 + ROWS - 1 of ``num_rows``, or those that
     int32 rows_ptr names there (GATHER); beyond the last, the last. w_ptrs: a tuple of packed weights of one kind, one a
     tile; columns: a tuple of int32 [C]; steps: of eight k in a segment, as rule 1 takes them.
     """
-    if KIND == 0:
+    if PROMPT:
+        return prompt_dot(x_ptr, row0, w_ptrs, columns, steps, ROWS, TILES, C)
+    elif KIND == 0:
         x_ptrs = ()
         for r in tl.static_range(ROWS):
             x_ptrs = x_ptrs + (x_ptr + _row(rows_ptr, row0 + r, num_rows, GATHER) * stride_x,)
@@ -128,12 +133,11 @@ def integer_dot(
         if BY_SEGMENT:
             s = _load_row_scales(x_params, 0, HALVES)
             s = s * _segment_scales(w_ptrs[i], places[2 * i], places[2 * i + 1], steps, R, KIND)
-            at = (PLANES + 1) * i
             if PLANES == 1:
-                total = sums[at].to(tl.float32) * (128.0 * s) + sums[at + 1].to(tl.float32) * s
+                total = sums[2 * i].to(tl.float32) * (128.0 * s) + sums[2 * i + 1].to(tl.float32) * s
             else:
-                total = sums[at].to(tl.float32) * (16384.0 * s) + sums[at + 1].to(tl.float32) * (128.0 * s)
-                total = total + sums[at + 2].to(tl.float32) * s
+                total = sums[3 * i].to(tl.float32) * (16384.0 * s) + sums[3 * i + 1].to(tl.float32) * (128.0 * s)
+                total = total + sums[3 * i + 2].to(tl.float32) * s
             total = total + 0.0  # the fold of one term, from +0.0
         else:
             total = sums[i]

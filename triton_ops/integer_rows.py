@@ -14,13 +14,14 @@ import triton.language as tl
 from torch import Tensor
 
 from .contract import INTERPRETED, ROUND_MAGIC, SEGMENTS, device_function, segment_offset
-from .launch import OPTIONS, is_quantised
+from .launch import OPTIONS, blocks, is_quantised
 from .packing import row_stride, to_segments
 from .quantised import ONE_PLANE, TWO_PLANES, TWO_PLANES_BY_SEGMENT, kind_of, segment_blocks
 
 __all__ = ["Rows", "forms_of", "round_rows"]
 
 AT_ONCE = (8, 2) if INTERPRETED else (1, 8)  # segments and blocks of a program
+MOST_TURNED = 128  # rows of a group
 SMALLEST_MAXIMUM = tl.constexpr(2.0**-100)  # of a block in one plane; below, numbers count as zeros
 
 
@@ -49,6 +50,7 @@ class Rows:
         # Zeros, for what fills segments and steps up is never written.
         self._words = torch.zeros(num_rows, -(-width // 16) * 16, device=device)
         self.numbers = self._words[:, : row_stride(k)]
+        self._turned: Tensor | None = None
 
     @classmethod
     def of_numbers(cls, x: Tensor, *weights: Tensor) -> Rows:
@@ -72,6 +74,13 @@ class Rows:
     def of(self, weight: Tensor) -> Tensor:
         """The numbers that a packed weight is multiplied with."""
         return self.form(kind_of(weight).form) if is_quantised(weight) else self.numbers
+
+    def turned(self) -> Tensor:
+        """Memory for all rows and some more, as prompt_rows.py lays them out: made when it is first asked for."""
+        if self._turned is None:
+            rows = blocks(len(self), MOST_TURNED) * MOST_TURNED
+            self._turned = torch.empty(rows, row_stride(self.k), device=self._words.device)
+        return self._turned
 
     def form(self, form: int) -> Tensor:
         return self._words[:, self._begins[form] :]

@@ -20,6 +20,7 @@ OPTIONS: dict[str, Any] = {"enable_fp_fusion": False}
 MAX_REGISTERS = 255  # of a thread
 MAX_ROWS = 8  # rows that share a program's weights; more make more programs, which read them again
 MAX_INTEGER_ROWS = 16  # the same where weights are quantised: up to so many cost what one costs
+PROMPT_ROWS = 32  # from so many rows on, 16-bit weights are multiplied by tiles of rows and columns (prompt_dot.py)
 
 # Where ptxas, to keep one more program resident, lets bf16 kernels of so many rows spill, unless it is told that they
 # may have all registers. (In the other dtypes it is told always. Where it does not spill, being told makes it worse.)
@@ -83,8 +84,11 @@ def streaming(op: str, num_rows: int, tiles: int, k: int, *weights: Tensor) -> d
     weight = next((weight for weight in weights if not is_quantised(weight)), None)
     if weight is None or any(map(is_quantised, weights)):
         return streaming_integers(num_rows, tiles, k, weight)
-    rows, config = rows_per_program(num_rows), config_of(op)
-    columns = config.columns
+    config = config_of(op)
+    many = num_rows >= PROMPT_ROWS and threads_per_warp() == 32  # on AMD's GPUs no dot's order is known
+    if many and config.prompt is not None and exact_products(weight.dtype):
+        return streaming_prompts(tiles, *config.prompt)
+    rows, columns = rows_per_program(num_rows), config.columns
     ahead = 1 if INTERPRETED else max(1, config.ahead[rows] * 2 // weight.element_size())
     if before_sm_90() and rows in SPILLING_BEFORE_SM_90.get(op, ()):
         ahead = max(1, ahead // 2)
@@ -94,7 +98,21 @@ def streaming(op: str, num_rows: int, tiles: int, k: int, *weights: Tensor) -> d
         options["maxnreg"] = MAX_REGISTERS
     return dict(
         ROWS=rows, TILES=tiles, C=columns, AHEAD=ahead, EVEN=weight.size(1) % ahead == 0,
-        FMA=exact_products(weight.dtype), num_warps=threads // threads_per_warp(), **options,
+        FMA=exact_products(weight.dtype), PROMPT=False, num_warps=threads // threads_per_warp(), **options,
+    )  # fmt: skip
+
+
+def streaming_prompts(tiles: int, rows: int, columns: int, warps: int) -> dict[str, Any]:
+    """The same for many rows, whose sums a program computes as one tile; ``tiles`` weights share its columns.
+
+    Only where products are exact: a dot of Triton's rounds once for each, which rule 1 has twice in fp32.
+    """
+    options = dict(OPTIONS, num_stages=1)
+    if not INTERPRETED:
+        options["maxnreg"] = MAX_REGISTERS
+    return dict(
+        ROWS=rows, TILES=tiles, C=columns // tiles, AHEAD=1, EVEN=False, FMA=True, PROMPT=True, num_warps=warps,
+        **options,
     )  # fmt: skip
 
 
@@ -111,5 +129,5 @@ def streaming_integers(num_rows: int, tiles: int, k: int, other: Tensor | None) 
         options["maxnreg"] = MAX_REGISTERS
     return dict(
         ROWS=rows, TILES=tiles, C=GROUP, AHEAD=1, EVEN=blocks(k, 32 * SEGMENTS) % 2 == 0,
-        FMA=other is not None and exact_products(other.dtype), num_warps=4, **options,
+        FMA=other is not None and exact_products(other.dtype), PROMPT=False, num_warps=4, **options,
     )  # fmt: skip

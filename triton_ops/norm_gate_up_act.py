@@ -4,7 +4,7 @@
 
 act is silu, or gelu.
 
-A program computes C columns of both, a tile each. Moves 2 F D weights once for every 8 rows, T D numbers for each
+A program computes C columns of both, a tile each. Moves 2 F D weights once for each group of rows, T D numbers for each
 program, T F results.
 """
 
@@ -14,8 +14,10 @@ from torch import Tensor
 
 from .contract import gelu, rounded, segment_offset, silu
 from .integer_dot import products
-from .integer_rows import Rows, round_rows
+from .integer_rows import Rows
 from .launch import blocks, streaming
+from .prompt_dot import row_of
+from .prompt_rows import rows_for
 from .quantised import code_of
 from .rms_norm import from_segments, normalised
 
@@ -28,7 +30,7 @@ def _gate_up_act_kernel(
     T, F, steps,
     GATE_KIND: tl.constexpr, UP_KIND: tl.constexpr, HAS_BIAS: tl.constexpr, GELU: tl.constexpr,
     ROWS: tl.constexpr, TILES: tl.constexpr, C: tl.constexpr, AHEAD: tl.constexpr, EVEN: tl.constexpr,
-    FMA: tl.constexpr,
+    FMA: tl.constexpr, PROMPT: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(1)
     row0 = tl.program_id(0).to(tl.int64) * ROWS  # programs that read the same weights run one after the other
@@ -38,22 +40,24 @@ def _gate_up_act_kernel(
     if GATE_KIND == UP_KIND:
         y = products(
             x_gate_ptr, stride_x, x_gate_ptr, row0, T, (gate_ptr, up_ptr), (packed, packed), steps, GATE_KIND, False,
-            ROWS, TILES, C, AHEAD, EVEN, FMA,
+            ROWS, TILES, C, AHEAD, EVEN, FMA, PROMPT,
         )  # fmt: skip
     else:
         y = products(
             x_gate_ptr, stride_x, x_gate_ptr, row0, T, (gate_ptr,), (packed,), steps, GATE_KIND, False,
-            ROWS, 1, C, AHEAD, EVEN, FMA,
+            ROWS, 1, C, AHEAD, EVEN, FMA, PROMPT,
         ) + products(
             x_up_ptr, stride_x, x_up_ptr, row0, T, (up_ptr,), (packed,), steps, UP_KIND, False,
-            ROWS, 1, C, AHEAD, EVEN, FMA,
+            ROWS, 1, C, AHEAD, EVEN, FMA, PROMPT,
         )  # fmt: skip
     if HAS_BIAS:
         gate_bias = tl.load(bias_ptr + n, mask=n < F, other=0.0).to(tl.float32)
         up_bias = tl.load(bias_ptr + F + n, mask=n < F, other=0.0).to(tl.float32)
-    for r in tl.static_range(ROWS):
+    TIMES: tl.constexpr = 1 if PROMPT else ROWS
+    for r in tl.static_range(TIMES):
+        row = row_of(row0, r, ROWS, PROMPT)
         gate = y[r]
-        up = y[ROWS + r]
+        up = y[TIMES + r]
         if HAS_BIAS:
             gate = gate + gate_bias
             up = up + up_bias
@@ -63,8 +67,8 @@ def _gate_up_act_kernel(
         else:
             activated = rounded(silu(gate), dtype)
         activation = rounded(activated * rounded(up, dtype), dtype)
-        target = activation_ptr + (row0 + r) * stride_activation + segment_offset(n, (F + 7) // 8)
-        tl.store(target, activation, mask=(n < F) & (row0 + r < T))
+        target = activation_ptr + row * stride_activation + segment_offset(n, (F + 7) // 8)
+        tl.store(target, activation, mask=(n < F) & (row < T))
 
 
 def gate_up_act(
@@ -72,11 +76,11 @@ def gate_up_act(
     gate_up_bias: Tensor | None = None, use_gelu: bool = False,
 ) -> None:  # fmt: skip
     """x [T, D] -> activation [T, F]; hidden only says the model's dtype."""
-    round_rows(x, num_rows, w_gate, w_up)
     options = streaming("norm_gate_up_act", num_rows, 2, x.k, w_gate, w_up)
+    x_for_gate, x_for_up = rows_for(x, num_rows, options, w_gate, w_up)
     _gate_up_act_kernel[(blocks(num_rows, options["ROWS"]), blocks(intermediate_size, options["C"]))](
-        x_gate_ptr=x.of(w_gate),
-        x_up_ptr=x.of(w_up),
+        x_gate_ptr=x_for_gate,
+        x_up_ptr=x_for_up,
         gate_ptr=w_gate,
         up_ptr=w_up,
         bias_ptr=hidden if gate_up_bias is None else gate_up_bias,

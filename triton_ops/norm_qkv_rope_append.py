@@ -3,9 +3,9 @@
     y = to_dtype(dot(x, w) + bias);  q, k: to_dtype(a cos - b sin), to_dtype(b cos + a sin);  v: y
 
 A program computes C pairs of heads' columns, a tile for each half, so that RoPE has both: (d, d + R / 2), or, of the
-columns behind the R that are rotated, any two. Moves (H + 2G) K D weights once for every 8 rows, T D numbers of x for
-each program, and T (H + 2G) K results. Where q and k are normed, a second kernel does that and the rest, as norms need
-whole heads: T (H + G) K numbers more.
+columns behind the R that are rotated, any two. Moves (H + 2G) K D weights once for each group of rows, T D numbers of
+x for each program, and T (H + 2G) K results. Where q and k are normed, a second kernel does that and the rest, as norms
+need whole heads: T (H + G) K numbers more.
 """
 
 import torch
@@ -15,8 +15,10 @@ from torch import Tensor
 
 from .contract import device_function, inverse_norm_of, rounded, to_dtype
 from .integer_dot import products
-from .integer_rows import Rows, round_rows
+from .integer_rows import Rows
 from .launch import OPTIONS, blocks, streaming
+from .prompt_dot import row_of
+from .prompt_rows import rows_for
 from .quantised import code_of
 from .rms_norm import normalised
 
@@ -61,7 +63,7 @@ def _qkv_rope_append_kernel(
     Q_KIND: tl.constexpr, K_KIND: tl.constexpr, V_KIND: tl.constexpr,
     HAS_BIAS: tl.constexpr, ROPE: tl.constexpr, PARTIAL: tl.constexpr, NORMED: tl.constexpr,
     ROWS: tl.constexpr, TILES: tl.constexpr, C: tl.constexpr, AHEAD: tl.constexpr, EVEN: tl.constexpr,
-    FMA: tl.constexpr,
+    FMA: tl.constexpr, PROMPT: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(1)
     row0 = tl.program_id(0).to(tl.int64) * ROWS  # programs that read the same weights run one after the other
@@ -86,32 +88,33 @@ def _qkv_rope_append_kernel(
         w_ptr = tl.where(is_q, wq_ptr, tl.where(is_v, wv_ptr, wk_ptr))
         y = products(
             xq_ptr, stride_x, xq_ptr, row0, T, (w_ptr, w_ptr), columns, steps, Q_KIND, False,
-            ROWS, TILES, C, AHEAD, EVEN, FMA,
+            ROWS, TILES, C, AHEAD, EVEN, FMA, PROMPT,
         )  # fmt: skip
     elif is_q:
         y = products(
             xq_ptr, stride_x, xq_ptr, row0, T, (wq_ptr, wq_ptr), columns, steps, Q_KIND, False,
-            ROWS, TILES, C, AHEAD, EVEN, FMA,
+            ROWS, TILES, C, AHEAD, EVEN, FMA, PROMPT,
         )  # fmt: skip
     elif is_v:
         y = products(
             xv_ptr, stride_x, xv_ptr, row0, T, (wv_ptr, wv_ptr), columns, steps, V_KIND, False,
-            ROWS, TILES, C, AHEAD, EVEN, FMA,
+            ROWS, TILES, C, AHEAD, EVEN, FMA, PROMPT,
         )  # fmt: skip
     else:
         y = products(
             xk_ptr, stride_x, xk_ptr, row0, T, (wk_ptr, wk_ptr), columns, steps, K_KIND, False,
-            ROWS, TILES, C, AHEAD, EVEN, FMA,
+            ROWS, TILES, C, AHEAD, EVEN, FMA, PROMPT,
         )  # fmt: skip
     if HAS_BIAS:
         bias_ptrs = bias_ptr + tl.where(is_q, 0, tl.where(is_v, num_heads + num_kv_heads, num_heads)) * K
         bias_a = tl.load(bias_ptrs + n).to(tl.float32)
         bias_b = tl.load(bias_ptrs + n_other).to(tl.float32)
-    for r in tl.static_range(ROWS):
-        row = row0 + r
+    TIMES: tl.constexpr = 1 if PROMPT else ROWS
+    for r in tl.static_range(TIMES):
+        row = row_of(row0, r, ROWS, PROMPT)
         mask = inside & (row < T)
         a = y[r]
-        b = y[ROWS + r]
+        b = y[TIMES + r]
         if HAS_BIAS:
             a = a + bias_a
             b = b + bias_b
@@ -193,16 +196,16 @@ def qkv_rope_append(
     half_rotary = 0 if cos is None else cos.size(1)
     num_pages, num_kv_heads, head_dim, page_size = k_pages.shape
     num_heads = q.size(1)
-    round_rows(x, num_rows, wq, wk, wv)
     options = streaming("norm_qkv_rope_append", num_rows, 2, x.k, wq, wk, wv)
+    x_for_q, x_for_k, x_for_v = rows_for(x, num_rows, options, wq, wk, wv)
     grid = (
         blocks(num_rows, options["ROWS"]),
         blocks(num_heads * head_dim // 2, options["C"]) + 2 * blocks(num_kv_heads * head_dim // 2, options["C"]),
     )
     _qkv_rope_append_kernel[grid](
-        xq_ptr=x.of(wq),
-        xk_ptr=x.of(wk),
-        xv_ptr=x.of(wv),
+        xq_ptr=x_for_q,
+        xk_ptr=x_for_k,
+        xv_ptr=x_for_v,
         wq_ptr=wq,
         wk_ptr=wk,
         wv_ptr=wv,

@@ -2,9 +2,9 @@
 
     hidden = to_dtype(hidden + to_dtype(dot(attention, wo) + bias));  x = rms_norm(hidden)
 
-A program computes C columns of up to 8 rows. The one that finishes last of a group of rows normalises them: which one
-that is changes nothing. Where what is added has a norm of its own, that program adds it, too. Moves D H K weights once
-for every 8 rows, T H K numbers for each program, 2 T D of hidden.
+A program computes C columns of up to 8 rows, of a prompt up to 64. The one that finishes last of a group of rows
+normalises them: which one that is changes nothing. Where what is added has a norm of its own, that program adds it,
+too. Moves D H K weights once for each group of rows, T H K numbers for each program, 2 T D of hidden.
 """
 
 import torch
@@ -12,13 +12,35 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .contract import add_normed_rows, norm_rows, rounded, to_dtype
+from .contract import add_normed_rows, device_function, norm_rows, rounded, to_dtype
 from .integer_dot import products
-from .integer_rows import Rows, round_rows
+from .integer_rows import Rows
 from .launch import blocks, streaming
+from .prompt_dot import row_of
+from .prompt_rows import rows_for
 from .quantised import code_of
 
 __all__ = ["linear_residual", "out_residual"]
+
+
+@device_function
+def _normalise(
+    projected_ptr, hidden_ptr, row0, T, N, post_norm_ptr, next_norm_ptr, next_x_ptr, slots_ptr, hidden_cache_ptr,
+    stride_next_x, num_slots, eps, norm_offset, multiplier, ROWS: tl.constexpr,
+    NORM: tl.constexpr, HAS_NORM: tl.constexpr, POST: tl.constexpr, KEEP: tl.constexpr,
+):  # fmt: skip
+    """What follows for ROWS rows from row0 on when all their columns are there."""
+    rows = row0 + tl.arange(0, ROWS)
+    if POST:
+        add_normed_rows(
+            projected_ptr, hidden_ptr, rows, rows < T, N, post_norm_ptr, eps, norm_offset, multiplier,
+            slots_ptr, hidden_cache_ptr, num_slots, ROWS, KEEP,
+        )  # fmt: skip
+        tl.debug_barrier()  # the next norm's threads read what others of this program wrote
+    if NORM:
+        norm_rows(
+            hidden_ptr, rows, rows < T, N, next_norm_ptr, eps, norm_offset, next_x_ptr, stride_next_x, ROWS, HAS_NORM
+        )
 
 
 @triton.jit
@@ -28,17 +50,21 @@ def _linear_residual_kernel(
     KIND: tl.constexpr, HAS_BIAS: tl.constexpr,
     NORM: tl.constexpr, HAS_NORM: tl.constexpr, POST: tl.constexpr, KEEP: tl.constexpr,
     ROWS: tl.constexpr, TILES: tl.constexpr, C: tl.constexpr, AHEAD: tl.constexpr, EVEN: tl.constexpr,
-    FMA: tl.constexpr,
+    FMA: tl.constexpr, PROMPT: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(1)
     row0 = tl.program_id(0).to(tl.int64) * ROWS  # programs that read the same weights run one after the other
     dtype: tl.constexpr = hidden_ptr.dtype.element_ty
     n = pid * C + tl.arange(0, C)
-    y = products(x_ptr, stride_x, x_ptr, row0, T, (w_ptr,), (n,), steps, KIND, False, ROWS, TILES, C, AHEAD, EVEN, FMA)
+    packed = tl.minimum(n, (N + 15) // 16 * 16 - 1)
+    y = products(
+        x_ptr, stride_x, x_ptr, row0, T, (w_ptr,), (packed,), steps, KIND, False,
+        ROWS, TILES, C, AHEAD, EVEN, FMA, PROMPT,
+    )  # fmt: skip
     if HAS_BIAS:
         bias = tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)
-    for r in tl.static_range(ROWS):
-        row = row0 + r
+    for r in tl.static_range(1 if PROMPT else ROWS):
+        row = row_of(row0, r, ROWS, PROMPT)
         mask = (n < N) & (row < T)
         z = y[r]
         if HAS_BIAS:
@@ -57,17 +83,18 @@ def _linear_residual_kernel(
         arrived = tl.atomic_add(arrivals_ptr + tl.program_id(0), 1, sem="acq_rel", scope="gpu")
         if arrived == tl.num_programs(1) - 1:
             tl.store(arrivals_ptr + tl.program_id(0), 0)
-            rows = row0 + tl.arange(0, ROWS)
-            if POST:
-                add_normed_rows(
-                    projected_ptr, hidden_ptr, rows, rows < T, N, post_norm_ptr, eps, norm_offset, multiplier,
-                    slots_ptr, hidden_cache_ptr, num_slots, ROWS, KEEP,
-                )  # fmt: skip
-                tl.debug_barrier()  # the next norm's threads read what others of this program wrote
-            if NORM:
-                norm_rows(
-                    hidden_ptr, rows, rows < T, N, next_norm_ptr, eps, norm_offset, next_x_ptr, stride_next_x, ROWS,
-                    HAS_NORM,
+            if PROMPT:
+                for first in range(0, ROWS, 8):
+                    _normalise(
+                        projected_ptr, hidden_ptr, row0 + first, T, N, post_norm_ptr, next_norm_ptr, next_x_ptr,
+                        slots_ptr, hidden_cache_ptr, stride_next_x, num_slots, eps, norm_offset, multiplier, 8,
+                        NORM, HAS_NORM, POST, KEEP,
+                    )  # fmt: skip
+            else:
+                _normalise(
+                    projected_ptr, hidden_ptr, row0, T, N, post_norm_ptr, next_norm_ptr, next_x_ptr,
+                    slots_ptr, hidden_cache_ptr, stride_next_x, num_slots, eps, norm_offset, multiplier, ROWS,
+                    NORM, HAS_NORM, POST, KEEP,
                 )  # fmt: skip
 
 
@@ -85,12 +112,12 @@ def linear_residual(
     arrivals int32 [ceil(T / rows a program)], all 0, and 0 again afterwards. slots int64 [T], hidden_cache [P, S, D]:
     where the rows are kept, if wanted.
     """
-    round_rows(x, num_rows, weight)
     options = streaming("out_residual", num_rows, 1, x.k, weight)
+    (x_for_w,) = rows_for(x, num_rows, options, weight)
     hidden_size = hidden.size(1)
     unused = hidden
     _linear_residual_kernel[(blocks(num_rows, options["ROWS"]), blocks(hidden_size, options["C"]))](
-        x_ptr=x.of(weight),
+        x_ptr=x_for_w,
         w_ptr=weight,
         bias_ptr=unused if bias is None else bias,
         hidden_ptr=hidden,

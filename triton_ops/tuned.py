@@ -1,7 +1,8 @@
 """How many columns a tile of 16-bit weights has, and how many steps are on their way to a thread: by op and rows.
 
 No choice changes a bit. What `make gpu-check` found fastest on a GPU is in tuned.json beside this file, or in the file
-that LAYERSKIP_TRITON_TUNED names: {GPU: {op: {"columns": 16, "ahead": {"1": 8, ...}}}}. Others get DEFAULTS.
+that LAYERSKIP_TRITON_TUNED names: {GPU: {op: {"columns": 16, "ahead": {"1": 8, ...}, "prompt": [64, 64, 4]}}}. What it
+does not say is as in DEFAULTS.
 """
 
 from __future__ import annotations
@@ -17,27 +18,30 @@ import torch
 
 from .contract import INTERPRETED
 
-__all__ = ["AHEADS", "COLUMNS", "DEFAULTS", "FILE", "Config", "config_of", "read_tuned"]
+__all__ = ["AHEADS", "COLUMNS", "DEFAULTS", "FILE", "PROMPTS", "Config", "config_of", "read_tuned"]
 
 FILE = Path(__file__).parent / "tuned.json"
 COLUMNS, AHEADS, ROWS = (16, 32), (1, 2, 4, 8, 16), (1, 2, 4, 8)
+# Rows and columns of a program's tile in a prompt, and its warps: as many sums a thread as its registers have room for.
+PROMPTS = ((64, 64, 4), (64, 128, 8), (128, 64, 8), (32, 64, 4), (64, 32, 4))
 
 
 @dataclass(frozen=True)
 class Config:
     """``columns`` of a tile; ``ahead``: by the rows of a program, how many steps of 16-bit weights are on their way
-    while one is used (half as many of fp32 weights)."""
+    while one is used (half as many of fp32 weights). ``prompt``: one of PROMPTS, for the ops that have tiles."""
 
     columns: int
     ahead: dict[int, int]
+    prompt: tuple[int, int, int] | None = None
 
 
 DEFAULTS = {
-    "norm_qkv_rope_append": Config(16, {1: 8, 2: 4, 4: 4, 8: 4}),
-    "out_residual": Config(16, {1: 8, 2: 8, 4: 4, 8: 4}),
-    "norm_gate_up_act": Config(32, {1: 4, 2: 4, 4: 4, 8: 2}),
+    "norm_qkv_rope_append": Config(16, {1: 8, 2: 4, 4: 4, 8: 4}, (64, 64, 4)),
+    "out_residual": Config(16, {1: 8, 2: 8, 4: 4, 8: 4}, (64, 64, 4)),
+    "norm_gate_up_act": Config(32, {1: 4, 2: 4, 4: 4, 8: 2}, (64, 64, 4)),
     "norm_head_argmax": Config(32, {1: 4, 2: 4, 4: 4, 8: 2}),
-    "linear": Config(32, {1: 4, 2: 4, 4: 4, 8: 2}),
+    "linear": Config(32, {1: 4, 2: 4, 4: 4, 8: 2}, (64, 64, 4)),
 }
 
 
@@ -67,11 +71,14 @@ def read_tuned(file: Path) -> dict[str, dict[str, Config]]:
 
 
 def _config(op: str, values: dict[str, Any]) -> Config:
-    config = Config(values["columns"], {int(rows): ahead for rows, ahead in values["ahead"].items()})
+    default = DEFAULTS[op].prompt if op in DEFAULTS else None
+    prompt: Any = tuple(values["prompt"]) if "prompt" in values else default
+    config = Config(values["columns"], {int(rows): ahead for rows, ahead in values["ahead"].items()}, prompt)
     valid = op in DEFAULTS and config.columns in COLUMNS and set(config.ahead) == set(ROWS)
+    valid = valid and (prompt is None if default is None else prompt in PROMPTS)
     if not valid or not set(config.ahead.values()) <= set(AHEADS):
         raise ValueError(
             f"{op!r} is {values}; it must be one of {', '.join(DEFAULTS)}, with columns of {COLUMNS} and, for each of "
-            f"{ROWS} rows, one of {AHEADS} steps ahead"
+            f"{ROWS} rows, one of {AHEADS} steps ahead, and (but for the head) for prompts one of {PROMPTS}"
         )
     return config

@@ -71,9 +71,48 @@ def ptx_weight_loads(ptx: str) -> Counter[int]:
     return widths
 
 
+@dataclass(frozen=True)
+class TileLoop:
+    """The loop of a kernel that multiplies tiles, in PTX: for each sum how many multiply-adds follow one another in a
+    turn; bytes that a thread loads at once from memory; and what is wrong with it."""
+
+    chains: list[int]
+    widths: Counter[int]
+    problems: list[str]
+
+
+def ptx_tile_loop(ptx: str) -> TileLoop:
+    """Each sum must be one chain: what a multiply-add gives is the summand of one other, and nothing else. (A compiler
+    may write the same one down twice.)"""
+    lines = [re.sub(r"//.*", "", line).strip() for line in ptx.splitlines()]
+    blocks = re.split(r"^(?:\$L__BB\S+:|(?:@!?%p\d+ )?bra\S* .*)$", "\n".join(lines), flags=re.MULTILINE)
+    block = max(blocks, key=lambda text: text.count("fma.rn.f32"))
+    adds = re.findall(r"fma\.rn\.f32(x2)?\s+(%\w+), (%\w+), (%\w+), (%\w+);", block)
+    length: dict[str, int] = {}
+    passed: dict[str, tuple[str, str]] = {}  # sums that were taken on, and what was added
+    problems = []
+    for _, result, a, b, summand in adds:
+        if a in length or b in length or a in passed or b in passed:
+            problems.append("a sum is multiplied")
+        if summand in passed:
+            if passed[summand] != (a, b):
+                problems.append("a sum is used twice")
+            continue
+        if summand in length:
+            passed[summand] = (a, b)
+        length[result] = length.pop(summand, 0) + 1
+    pairs = {result for pair, result, *_ in adds if pair}
+    chains = [turn for result, turn in length.items() for _ in range(2 if result in pairs else 1)]
+    others = re.findall(r"\b(?:add|mul|sub)\.\S*f32\S*", block)
+    problems += [f"beside the chains: {op}" for op in sorted(set(others))]
+    loads = re.findall(r"\bld\.global\S*?(?:\.v(\d))?\.[bsuf](\d+)\s", block)
+    return TileLoop(chains, Counter(int(count or 1) * int(bits) // 8 for count, bits in loads), sorted(set(problems)))
+
+
 def llvm_multiply_adds(llir: str) -> int:
-    """fma calls in LLVM's IR, as the kernel's source has them (unrolled); vectors count by their length."""
-    calls = re.findall(r"call \S*(?:<\d+ x float> |float )@llvm\.fma\.(?:v(\d+))?f32", llir)
+    """fma calls in LLVM's IR, as the kernel's source has them (unrolled), a dot's among them; vectors count by their
+    length."""
+    calls = re.findall(r"call \S*(?:<\d+ x float> |float )@llvm\.fm(?:a|uladd)\.(?:v(\d+))?f32", llir)
     return sum(int(width or 1) for width in calls)
 
 

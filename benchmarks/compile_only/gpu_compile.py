@@ -121,7 +121,7 @@ def set_target(name: str) -> None:
 @dataclass(frozen=True)
 class Step:
     """A step of one sequence: ``kind`` is decode, draft (of one token, with the first EXIT_LAYER layers) or verify
-    (of rows - 1 drafts), after ``context`` positions."""
+    (of rows - 1 drafts), after ``context`` positions; or prompt: rows through all layers, a token for the last."""
 
     kind: str
     rows: int
@@ -185,8 +185,9 @@ def record(config: ModelConfig, numbers: str, step: Step) -> list[Launch]:
         with recording(launches), StaysOnDevice():
             draft.run(llama, cache, tokens, positions, llama.weights.lm_head, llama.sizes.vocab_size, None, EXIT_LAYER)
     else:
-        depths = [0] * step.rows if step.kind == "decode" else [EXIT_LAYER] * (step.rows - 1) + [0]
-        verify = steps.VerifyPass(llama, cache, depths, [0, step.rows], [step.rows - 1], [True])
+        drafts = 0 if step.kind == "prompt" else step.rows - 1
+        depths = [EXIT_LAYER] * drafts + [0] if step.kind == "verify" else [0] * step.rows
+        verify = steps.VerifyPass(llama, cache, depths, [0, step.rows], [drafts], [True])
         steps.error_of(cache.k)
         with recording(launches), StaysOnDevice():
             verify.run(llama, cache, tokens, positions)
@@ -265,6 +266,8 @@ def activation_bytes(launch: Launch) -> int:
         return rows + (a["NORM"] and a["N"] * (a["T"] * (size + 4) + size))
     if launch.name == "_gate_up_act_kernel":
         return a["T"] * (a["steps"] * 64 + a["F"]) * 4
+    if launch.name == "_turn_rows_kernel":
+        return a["T"] * a["width"] * 8
     if launch.name == "_round_rows_kernel":
         return launch.grid[0] * a["K"] * (4 + a["ONE_PLANE"] + 2 * a["TWO_PLANES"] + 2 * a["BY_SEGMENT"])
     if launch.name == "_head_kernel":

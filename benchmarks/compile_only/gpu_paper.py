@@ -38,6 +38,27 @@ def step_table(report: dict[str, Any], target: str, gpu: Gpu) -> list[str]:
     return lines
 
 
+def prompt_table(report: dict[str, Any], target: str, gpu: Gpu, chunk: int = 256) -> list[str]:
+    """Tokens a second of prompts that go through the layers in chunks, by each of what bounds them."""
+    columns = ("weights", "MB", "GB from the cache", "10^9 instructions", "of them fma", "by bytes", "by instructions",
+               "by banks", "GB/s from the cache at that")  # fmt: skip
+    lines = [f"| {' | '.join(columns)} |", "| --- " * len(columns) + "|"]
+    clocks = gpu.multiprocessors * clock(gpu)
+    for step in report["steps"]:
+        if (step["target"], step["kind"], step["rows"]) != (target, "prompt", chunk):
+            continue
+        by_bytes, by_issue, _ = times(step, gpu)
+        by_banks = step["shared_loads"] * CLOCKS_PER_LOAD / clocks
+        slowest = max(by_bytes, by_issue, by_banks)
+        speeds = [f"{chunk / seconds:,.0f}" if seconds else "" for seconds in (by_bytes, by_issue, by_banks)]
+        again = step["again"] / 1e9
+        lines.append(f"| {step['dtype']} | {step['bytes'] / 1e6:.0f} | {again:.0f} | "
+                     f"{step['instructions'] / 1e9:.2f} | {step['multiply_adds'] / step['instructions']:.0%} | "
+                     f"{' | '.join(speeds)} | "
+                     f"{again / slowest:,.0f} |")  # fmt: skip
+    return lines
+
+
 def kernel_table(report: dict[str, Any]) -> list[str]:
     """The largest of each kernel's compilations, in bf16, over the models."""
     lines = ["| kernel | GPU | rows | threads | registers | resident | warps | KiB on their way | wanted |",
@@ -60,4 +81,5 @@ def kernel_table(report: dict[str, Any]) -> list[str]:
 
 
 def as_markdown(report: dict[str, Any], target: str = "sm_90", gpu: str = "h100") -> str:
-    return "\n".join([*step_table(report, target, GPUS[gpu]), "", *kernel_table(report)])
+    tables = step_table(report, target, GPUS[gpu]), prompt_table(report, target, GPUS[gpu]), kernel_table(report)
+    return "\n\n".join("\n".join(table) for table in tables)

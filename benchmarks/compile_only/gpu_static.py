@@ -24,6 +24,8 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 SHAPES = ("llama3.2-1b", "llama2-7b", "llama3-8b")
 STEPS = (("decode", 1), ("draft", 1), ("verify", 7))
+CHUNK = 256  # rows of a prompt that go through the layers at once
+PROMPTS = ("bf16", "int8", "q8_0", "q4_0", "q4_k_m")  # whose prompts docs/performance.md counts
 COUNTED = (("decode", 4), ("decode", 8), ("decode", 16))
 Case = tuple[str, str, str, int]  # shape, dtype, kind of step, rows
 LATENCY = 0.7e-6  # seconds from a load to its data in a busy memory system: assumed, not measured
@@ -40,6 +42,7 @@ MAX_INSTRUCTIONS = {
 # Instructions of a warp for each position of V in attention, by rows of a program, where the products are exact: what
 # was reached (9 and 27), and room for other compilers.
 MAX_PER_POSITION = {1: 14, 8: 35}
+LEAST_FMA = 0.75  # of the instructions in the loop of a prompt's kernel; 0.84 was reached
 KIND_ARGUMENTS = ("KIND", "Q_KIND", "K_KIND", "V_KIND", "GATE_KIND", "UP_KIND")
 STREAMING = ("_qkv_rope_append_kernel", "_linear_residual_kernel", "_gate_up_act_kernel", "_head_kernel")
 MAY_FUSE = (*STREAMING, "_attend_kernel")  # in 16 bits: their products are exact
@@ -167,19 +170,27 @@ def examine(target: str, shape: str, dtype: str, launch: Any, folder: Path) -> K
         problems, multiply_adds = asm.ptx_forbidden(ptx), asm.ptx_multiply_adds(ptx)
         narrow = dict(asm.ptx_weight_loads(ptx))
         loops = asm.sass_loops(asm.disassemble(cubin)) if launch.name in MAY_FUSE else []
+        prompt = arguments.get("PROMPT", False)
         if launch.name == "_attend_kernel" and arguments["FMA"]:
             problems += position_problems(arguments["ROWS"], arguments["AT_ONCE"], loops)
         if launch.name == "_linear_residual_kernel" and arguments["FMA"] and not arguments["KIND"]:
-            problems += norm_problems(arguments["ROWS"], loops)
+            problems += norm_problems(8 if prompt else arguments["ROWS"], loops)
         loops = loops if launch.name in STREAMING else []
+        if prompt:  # loops within loops, all of which have its multiply-adds
+            loops = [min(loops, key=lambda ops: (not (ops["FFMA"] or ops["FFMA2"]), sum(ops.values())))]
         loop = dict(max(loops, key=lambda ops: (ops["IMMA"], ops["FFMA"] + ops["FMUL"]), default={}))
     threads, shared = compiled.metadata.num_warps * limits.warp, compiled.metadata.shared
     resident = resident_programs(limits, threads, registers, shared)
-    problems += resource_problems(limits, registers, spilled, shared, resident)
+    # Of a prompt's tile, the sums of other segments may lie in memory while those of one grow, but no word of the loop.
+    in_the_way = sum(loop.get(op, 0) for op in ("LDL", "STL")) if arguments.get("PROMPT") else spilled
+    problems += resource_problems(limits, registers, in_the_way, shared, resident)
     if compiled.metadata.enable_fp_fusion:
         problems.append("compiled with enable_fp_fusion: ptxas and LLVM may contract")
     ir = asm.llvm_multiply_adds(compiled.asm["llir"])
-    written, contractible = compiled.asm["ttgir"].count("math.fma"), asm.llvm_may_contract(compiled.asm["llir"])
+    written = compiled.asm["ttgir"].count("math.fma") + compiled.asm["ttgir"].count("tt.dot ") * arguments.get(
+        "PROMPT", 0
+    )
+    contractible = asm.llvm_may_contract(compiled.asm["llir"])
     problems += arithmetic_problems(launch.name, dtype, written, ir, multiply_adds, contractible)
     kernel = Kernel(
         target, shape, dtype, launch.name, arguments.get("ROWS", 1), launch.grid, threads, registers, spilled, shared,
@@ -195,6 +206,12 @@ def examine(target: str, shape: str, dtype: str, launch: Any, folder: Path) -> K
             kernel.problems += instruction_problems(kinds[0], loop_work(kernel, 2048)["instructions"])
         kernel.in_flight = resident * threads * 32 * arguments["TILES"]
         kernel.wanted = round(GPUS[limits.gpu].bandwidth * 1e9 / GPUS[limits.gpu].multiprocessors * LATENCY)
+    elif launch.name in STREAMING and arguments["PROMPT"]:
+        tile = asm.ptx_tile_loop(compiled.asm["ptx"])
+        kernel.widths, columns = dict(tile.widths), arguments["TILES"] * arguments["C"]
+        kernel.problems += tile_problems(tile, columns * kernel.rows // threads, loop)
+        adds = loop.get("FFMA", 0) + 2 * loop.get("FFMA2", 0)
+        kernel.loop_bytes = adds * 32 // kernel.rows * 2  # of the warp's columns, each k of which has so many rows
     elif launch.name in STREAMING:
         gpu = GPUS[limits.gpu]
         load = asm.weight_layout(compiled.asm["ttgir"])
@@ -205,6 +222,20 @@ def examine(target: str, shape: str, dtype: str, launch: Any, folder: Path) -> K
         kernel.in_flight = at_a_time * threads * load.bytes_of_thread * arguments["AHEAD"] * arguments["TILES"]
         kernel.wanted = round(gpu.bandwidth * 1e9 / gpu.multiprocessors * LATENCY)
     return kernel
+
+
+def tile_problems(tile: Any, sums: int, loop: dict[str, int]) -> list[str]:
+    """Of a kernel that multiplies tiles, with so many sums a thread: chains of a dot's sixteen k."""
+    problems = list(tile.problems)
+    if len(tile.chains) != sums or set(tile.chains) != {16}:
+        problems.append(f"chains of {sorted(set(tile.chains))} multiply-adds for {len(tile.chains)} sums, not {sums}")
+    problems += [f"loads of {width} bytes a thread, not 16" for width in tile.widths if width != 16]
+    if not tile.widths:
+        problems.append("no load from memory was found in the loop")
+    share = (loop.get("FFMA", 0) + loop.get("FFMA2", 0)) / max(1, sum(loop.values()))
+    if not loop.get("FFMA2") and share < LEAST_FMA:
+        problems.append(f"{share:.0%} of the loop's instructions are multiply-adds, not {LEAST_FMA:.0%}")
+    return problems
 
 
 def products_of_step(kind: int) -> int:
@@ -260,7 +291,7 @@ def loop_work(kernel: Kernel, num_bytes: int) -> dict[str, float]:
     """Instructions of warps that stream so many bytes of weights: in all, multiply-adds, loads of memory."""
     times = num_bytes / kernel.loop_bytes if kernel.loop_bytes else 0
     return {"instructions": times * sum(kernel.loop.values()), "multiply_adds": times * kernel.loop.get("FFMA", 0),
-            "loads": times * kernel.loop.get("LDG", 0)}  # fmt: skip
+            "loads": times * kernel.loop.get("LDG", 0), "shared_loads": times * kernel.loop.get("LDS", 0)}  # fmt: skip
 
 
 def file_bytes(config: Any, weights: str, layers: int) -> int:
@@ -317,7 +348,7 @@ def count_step(config: Any, gpu: Any, step: Any, numbers: str, launches: list[An
     layers = EXIT_LAYER if step.kind == "draft" else config.num_layers
     besides = sum(launch.name in ("_join_rows_kernel", "_head_kernel", "_take_draft_kernel", "_accept_draft_kernel")
                   for launch in launches)  # fmt: skip
-    roundings = sum(launch.name == "_round_rows_kernel" for launch in launches)
+    roundings = sum(launch.name in ("_round_rows_kernel", "_turn_rows_kernel") for launch in launches)
     positions = step.context + step.rows
     again = sum(weight_bytes(launch) // launch.grid[0] * (launch.grid[0] - 1) for launch in launches
                 if launch.name in STREAMING)  # fmt: skip
@@ -375,6 +406,10 @@ def whole_grid(target: str) -> list[Case]:
     cases += [("llama3.2-1b", dtype, "verify", rows) for dtype in ("fp16", "fp32") for rows in (1, 7)]
     cases += [("llama3.2-1b", "fp32", "sampling", 7)]
     cases += [("llama3.2-1b", "q4_k_m", kind, rows) for kind, rows in (*STEPS, ("verify", 16))]
+    if target != "gfx942":
+        cases += [("llama3.2-1b", "bf16", "prompt", 64)]
+    if target == "sm_90":
+        cases += [("llama3-8b", numbers, "prompt", CHUNK) for numbers in PROMPTS]
     return cases + [("llama3.2-1b", name, "verify", 7) for name in MAX_INSTRUCTIONS]
 
 

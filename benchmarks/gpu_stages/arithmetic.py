@@ -1,11 +1,13 @@
 """Stage 4: what the kernels assume of the hardware.
 
-That ``tl.dot(..., input_precision="ieee")`` folds with one fma after the other in rule 1's order; that integer dots are
-exact; and that a step replayed many times over never normalises a row before all of it was written.
+That ``tl.dot(..., input_precision="ieee")`` folds with one fma after the other in rule 1's order, alone and in the
+kernels of prompts; that integer dots are exact; and that a step replayed many times over never normalises a row before
+all of it was written.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,8 +15,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from layerskip_kernels import PagedKVCache
+from layerskip_kernels import PagedKVCache, triton_ops
 from layerskip_kernels.operands import PendingRows
+from layerskip_kernels.ops import reference
+from layerskip_kernels.triton_ops import launch, tuned
 from stage import DEVICE, REHEARSING, Stage, StageError, main
 from support.models import SMALL, tiny_model
 
@@ -81,6 +85,22 @@ def float_dots() -> dict[str, Any]:
     return found
 
 
+def prompt_dots() -> dict[str, Any]:
+    """The tiles that prompts go through, of every size that there is, beside the reference."""
+    found = {}
+    for dtype in (torch.bfloat16, torch.float16):
+        generator = torch.Generator().manual_seed(2)
+        x, w = (torch.randn(n, INPUTS, generator=generator).to(DEVICE, dtype) for n in (max(OUTPUTS, 32), OUTPUTS))
+        expected = reference.linear(x, w, None, OUTPUTS)
+        for config in tuned.PROMPTS[:1] if REHEARSING else tuned.PROMPTS:
+            launch.config_of = lambda op, config=config: replace(tuned.DEFAULTS[op], prompt=config)
+            got = triton_ops.linear(x, triton_ops.pack_weight(w), None, OUTPUTS)
+            other = int((got.view(torch.int16) != expected.view(torch.int16)).sum())
+            found[f"{dtype} {config}".removeprefix("torch.")] = {"outputs": got.numel(), "other bits": other}
+    launch.config_of = tuned.config_of
+    return found
+
+
 def integer_dots() -> dict[str, Any]:
     """int8 dots beside sums in int64: random numbers, and the largest that there are."""
     found = {}
@@ -139,8 +159,10 @@ def run(stage: Stage) -> None:
     stage.note(replays=(replayed := replays()))
     stage.note(integer_dots=(integers := integer_dots()))
     stage.note(float_dots=(floats := float_dots()))
+    stage.note(prompt_dots=(prompts := prompt_dots()))
     wrong = [f"replays: {replayed}"] * (replayed["with other bits"] > 0)
     wrong += [f"integer dots, {kind}: {found}" for kind, found in integers.items() if found["other numbers"]]
+    wrong += [f"prompts' dots, {kind}: {found}" for kind, found in prompts.items() if found["other bits"]]
     if not REHEARSING:
         wrong += [f"dots, {kind}: {found}" for kind, found in floats.items() if found["other bits"]]
         wrong += ["no step was captured"] * (replayed["captured steps"] == 0)

@@ -23,8 +23,8 @@ from stage import REHEARSING, ROOT, Stage, StageError, main
 
 KERNELS = [
     "tests/ops/test_triton_ops.py", "tests/decoding/test_triton_steps.py", "tests/ops/test_triton_integer_dot.py",
-    "tests/decoding/test_triton_families.py", "tests/ops/test_triton_sampling.py", "tests/ops/test_copy_pages.py",
-    "tests/ops/test_gather_kv.py",
+    "tests/ops/test_prompt_dot.py", "tests/decoding/test_triton_prompts.py", "tests/decoding/test_triton_families.py",
+    "tests/ops/test_triton_sampling.py", "tests/ops/test_copy_pages.py", "tests/ops/test_gather_kv.py",
 ]  # fmt: skip
 CACHE = ["tests/ops/test_copy_pages.py", "tests/ops/test_gather_kv.py"]
 # Of a rehearsal: a test that passes, one that refuses arguments.

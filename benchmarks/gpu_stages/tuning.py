@@ -10,6 +10,7 @@ import json
 import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -33,6 +34,8 @@ OPS = ("norm_qkv_rope_append",) if REHEARSING else tuple(KERNELS)
 ROWS = (1,) if REHEARSING else (1, 8, 4, 2)
 COLUMNS, AHEADS = ((16, 32), (4,)) if REHEARSING else (tuned.COLUMNS, (2, 4, 8, 16))
 WORKERS = 14
+PROMPT = 40 if REHEARSING else 256  # rows of a prompt that go through the layers at once
+PROMPTS = tuned.PROMPTS[:2] if REHEARSING else tuned.PROMPTS
 Choice = tuple[str, int, int, int]  # op, columns, rows, ahead
 
 
@@ -81,7 +84,10 @@ def kernel_ms(op: str, run: Callable[[], Any], calls: int = 20) -> float:
 def choose(choice: Choice) -> None:
     """From here on, the op is launched so. The others, and other rows, as by default."""
     op, columns, rows, ahead = choice
-    config = Config(columns, {**DEFAULTS[op].ahead, rows: ahead})
+    choose_config(op, Config(columns, {**DEFAULTS[op].ahead, rows: ahead}, DEFAULTS[op].prompt))
+
+
+def choose_config(op: str, config: Config) -> None:
     launch.config_of = lambda name: config if name == op else DEFAULTS[name]
 
 
@@ -127,6 +133,24 @@ def timed(stage: Stage, op: str, choices: list[Choice]) -> dict[Choice, float]:
     return times
 
 
+def timed_prompts(stage: Stage, op: str) -> dict[tuple[int, int, int], float]:
+    """Milliseconds of a prompt's rows, by tile; none for an op that has no tiles."""
+    times: dict[tuple[int, int, int], float] = {}
+    if DEFAULTS[op].prompt is None:
+        return times
+    run, expected = operation(op, PROMPT), None
+    for tile in PROMPTS:
+        if stage.left() < 20:
+            break
+        choose_config(op, replace(DEFAULTS[op], prompt=tile))
+        got = run()
+        if expected is not None and not torch.equal(got, expected):
+            raise StageError(f"{op}: another tile, other bits: {tile}")
+        expected = got
+        times[tile] = kernel_ms(op, run)
+    return times
+
+
 def write(file: Path, gpu: str, configs: dict[str, Any]) -> None:
     """Beside what the file says of other GPUs."""
     said = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
@@ -148,8 +172,14 @@ def run(stage: Stage) -> None:
         times = timed(stage, op, choices)
         for (_, columns, rows, ahead), ms in times.items():
             rows_of_table.append({"op": op, "columns": columns, "rows": rows, "ahead": ahead, "ms": round(ms, 5)})
+        prompts = timed_prompts(stage, op)
+        rows_of_table += [
+            {"op": op, "prompt": tile, "rows": PROMPT, "ms": round(ms, 5)} for tile, ms in prompts.items()
+        ]
         if found := fastest(times, op):
             configs[op] = found
+            if prompts:
+                configs[op]["prompt"] = min(prompts, key=lambda tile: prompts[tile])
             for file in [folder / "tuned.json", *([] if REHEARSING else [tuned.FILE])]:
                 write(file, gpu, configs)
         stage.note(gpu=gpu, times=rows_of_table, fastest=configs)

@@ -301,3 +301,38 @@ def test_a_step_beside_the_paper():
     assert gpu_static.count_problems(moved=100, paper=103, in_layers=96, layers=16, besides=4)
     assert gpu_static.count_problems(moved=100, paper=100, in_layers=97, layers=16, besides=4)
     assert gpu_static.count_problems(moved=100, paper=100, in_layers=96, layers=16, besides=5)
+
+
+TILE_LOOP = """
+$L__BB0_5:
+    @%p1 ld.global.v4.b32 { %r1, %r2, %r3, %r4 }, [ %rd1 + 0 ];
+$L__tmp7:
+    fma.rn.f32 %r10, %r1, %r2, %r40;
+    fma.rn.f32 %r11, %r1, %r3, %r41;
+    fma.rn.f32 %r40, %r4, %r2, %r10;
+    fma.rn.f32 %r41, %r4, %r3, %r11;
+    @%p2 bra $L__BB0_5;
+    add.rn.f32 %r50, %r40, %r41;
+"""
+
+
+def test_a_tiles_sums_are_chains():
+    found = asm.ptx_tile_loop(TILE_LOOP)
+    assert (found.chains, found.widths, found.problems) == ([2, 2], {16: 1}, [])
+    assert not gpu_static.tile_problems(asm.TileLoop([16] * 8, Counter({16: 3}), []), 8, {"FFMA": 80, "LDS": 20})
+    assert gpu_static.tile_problems(found, 2, {"FFMA": 80, "LDS": 20})  # of two k, not of sixteen
+    assert gpu_static.tile_problems(asm.TileLoop([16] * 8, Counter({16: 3}), []), 16, {"FFMA": 80, "LDS": 20})
+    assert gpu_static.tile_problems(asm.TileLoop([16] * 8, Counter({4: 3}), []), 8, {"FFMA": 80, "LDS": 20})
+    assert gpu_static.tile_problems(asm.TileLoop([16] * 8, Counter({16: 3}), []), 8, {"FFMA": 60, "LDS": 40})
+
+
+@pytest.mark.parametrize(
+    ("line", "other"),
+    [
+        ("fma.rn.f32 %r41, %r4, %r3, %r11;", "fma.rn.f32 %r41, %r4, %r3, %r10;"),
+        ("fma.rn.f32 %r41, %r4, %r3, %r11;", "fma.rn.f32 %r41, %r4, %r10, %r11;"),
+        ("fma.rn.f32 %r41, %r4, %r3, %r11;", "mul.rn.f32 %r42, %r4, %r3;\n    add.rn.f32 %r41, %r42, %r11;"),
+    ],
+)
+def test_sums_that_are_no_chains_are_seen(line, other):
+    assert asm.ptx_tile_loop(TILE_LOOP.replace(line, other)).problems

@@ -1,0 +1,133 @@
+"""The kernels of prompts, compiled for NVIDIA's GPUs and run on the CPU from their PTX (ptx_run.py): rule 1's bits.
+
+Triton's dot of fp32 numbers is a chain of multiply-adds, whose order its interpreter does not have: so what the
+compiler made of it is run, instruction by instruction, and compared with the reference. Sums are kept in fp32, and
+terms are of very different sizes, so that another order would be seen.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+os.environ["TRITON_INTERPRET"] = "0"
+
+import torch
+from torch import Tensor
+
+import gpu_compile
+from layerskip_kernels.ops.reference import arithmetic as reference
+from layerskip_kernels.triton_ops import launch, pack_weight, tuned
+from layerskip_kernels.triton_ops.elementwise import linear
+from layerskip_kernels.triton_ops.integer_rows import Rows
+from layerskip_kernels.triton_ops.norm_gate_up_act import gate_up_act
+from layerskip_kernels.triton_ops.norm_qkv_rope_append import qkv_rope_append
+from layerskip_kernels.triton_ops.out_residual import out_residual
+from ptx_run import Counts, run
+
+ROWS, INPUTS, OUTPUTS = 70, 136, 40  # segments of 17: three steps, of which two are multiplied at once
+HEADS, KV_HEADS, HEAD, PAGE = 3, 1, 8, 16
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def numbers(*shape: int, dtype: torch.dtype, seed: int) -> Tensor:
+    """Of 16 bits, in sizes from 2^-6 to 2^6 or so."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes = torch.exp2(3 * torch.randn(shape, generator=generator)).clamp(2**-6, 2**6)
+    return (torch.randn(shape, generator=generator) * sizes).to(dtype)
+
+
+def launched(call: Callable[[], Any], counts: Counts) -> Any:
+    """What an op returns, its launches run from their PTX."""
+    launches: list[gpu_compile.Launch] = []
+    with gpu_compile.recording(launches):
+        result = call()
+    for la in launches:
+        if not la.arguments.get("PROMPT", la.name == "_turn_rows_kernel"):
+            raise RuntimeError(f"{la.name} took the path of few rows")
+        given = [name for name, kind in la.compiled.src.signature.items() if kind != "constexpr"]
+        arguments = [as_array(la.arguments[name]) for name in given]
+        threads, shared = 32 * la.compiled.metadata.num_warps, la.compiled.metadata.shared
+        run(la.compiled.asm["ptx"], threads, shared, arguments, la.grid, counts)
+    return result
+
+
+def as_array(value: Any) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    return value.view(torch.int16).numpy() if value.dtype in DTYPES.values() else value.numpy()
+
+
+def ops(dtype: torch.dtype, counts: Counts) -> dict[str, bool]:
+    """By op: whether its bits are rule 1's."""
+    x = numbers(ROWS, INPUTS, dtype=dtype, seed=0).float()
+    weights = [numbers(OUTPUTS, INPUTS, dtype=dtype, seed=1 + i) for i in range(2)]
+    first, second = map(pack_weight, weights)
+    sums = [reference.dot(x, weight) for weight in weights]
+    # Each sees one order of addition and not another: the check itself is checked.
+    if torch.equal(sums[0], x @ weights[0].float().T):
+        raise RuntimeError("a plain matrix product has rule 1's bits: these numbers show nothing")
+    found = {"linear": torch.equal(launched(lambda: linear(x, first, None, OUTPUTS), counts), sums[0])}
+    residual = numbers(ROWS, OUTPUTS, dtype=dtype, seed=4).float()
+    bias = numbers(OUTPUTS, dtype=dtype, seed=5).float()
+    got = launched(lambda: out_residual(x, first, bias, residual), counts)
+    found["out_residual"] = torch.equal(got, residual + (sums[0] + bias))
+
+    rows = Rows.of_numbers(x)
+    activation = Rows(ROWS, OUTPUTS, (), x.device)
+    launched(lambda: gate_up_act(rows, first, second, residual, activation, OUTPUTS, ROWS), counts)
+    expected = Rows.of_numbers(reference.silu(sums[0]) * sums[1]).numbers
+    found["gate_up_act"] = torch.equal(activation.numbers, expected)
+    found["qkv"] = qkv(rows, x, dtype, counts)
+    return found
+
+
+def qkv(rows: Rows, x: Tensor, dtype: torch.dtype, counts: Counts) -> bool:
+    sizes = [heads * HEAD for heads in (HEADS, KV_HEADS, KV_HEADS)]
+    weights = [numbers(size, INPUTS, dtype=dtype, seed=6 + i) for i, size in enumerate(sizes)]
+    bias = numbers(sum(sizes), dtype=dtype, seed=9).float()
+    pages = -(-ROWS // PAGE)
+    q = torch.zeros(ROWS, HEADS, HEAD)
+    k_pages, v_pages = torch.zeros(pages, KV_HEADS, HEAD, PAGE), torch.zeros(pages, KV_HEADS, PAGE, HEAD)
+    places = torch.arange(ROWS)
+    packed = [pack_weight(weight) for weight in weights]
+    launched(
+        lambda: qkv_rope_append(rows, *packed, bias, None, None, places, places, q, k_pages, v_pages, ROWS), counts
+    )
+    expected = [reference.dot(x, w) + b for w, b in zip(weights, bias.split(sizes), strict=True)]
+    k = k_pages.permute(0, 3, 1, 2).reshape(-1, sizes[1])[:ROWS]
+    v = v_pages.permute(0, 2, 1, 3).reshape(-1, sizes[2])[:ROWS]
+    return all(map(torch.equal, (q.view(ROWS, -1), k, v), expected))
+
+
+def check(target: str, dtype: str, prompt: tuple[int, int, int]) -> dict[str, Any]:
+    """The bits, and what the program's loads from shared memory cost beside its multiply-adds."""
+    configs = {op: replace(config, prompt=config.prompt and prompt) for op, config in tuned.DEFAULTS.items()}
+    launch.config_of = configs.__getitem__
+    counts = Counts()
+    bits = ops(DTYPES[dtype], counts)
+    adds = counts.ops["fma.rn.f32"] + 2 * counts.ops["fma.rn.f32x2"]
+    return {"target": target, "dtype": dtype, "prompt": prompt, "bits": bits, "multiply_adds": adds,
+            "shared_loads": counts.shared_loads, "bank_cycles": counts.bank_cycles}  # fmt: skip
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--target", default="sm_90", choices=("sm_80", "sm_90", "sm_100"))
+    parser.add_argument("--case", action="append", help="dtype,rows,columns,warps; default: all, in bf16 and fp16")
+    args = parser.parse_args()
+    gpu_compile.set_target(args.target)
+    cases = [(case.split(",")[0], tuple(map(int, case.split(",")[1:]))) for case in args.case or ()]
+    found = [check(args.target, *case) for case in cases or [(d, p) for p in tuned.PROMPTS for d in DTYPES]]
+    for entry in found:
+        print(json.dumps(entry))
+    return int(not all(all(entry["bits"].values()) for entry in found))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,73 @@
+"""Whole prompts by the Triton kernels, through tiles of rows (triton_ops/prompt_dot.py): the bits of the CPU."""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from layerskip_kernels import Engine, GenerationConfig, PagedKVCache, generate, load_model
+from layerskip_kernels.triton_ops import launch
+from support.families import transformers_model
+from support.models import DTYPES, SMALL, agreeing_model, random_tokens
+
+PROMPT = random_tokens(70)
+# Between them: biases, windows, norms of q and k and after what is added, caps, multipliers, gelu; each dtype.
+FAMILIES: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
+    "qwen2": (DTYPES[0], dict(sliding_window=5, max_window_layers=1)),
+    "granite": (DTYPES[1], {}),
+    "gemma3_text": (DTYPES[0], dict(head_dim=6, sliding_window=5, layer_types=["sliding_attention", "full_attention"])),
+    "qwen3": (DTYPES[2], dict(head_dim=6)),
+}
+SIZES: dict[str, Any] = dict(
+    hidden_size=20, intermediate_size=21, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1
+)
+
+
+@pytest.fixture
+def tiles(monkeypatch):
+    """How many launches took the path of many rows, by the tiles of a program."""
+    taken: Counter[int] = Counter()
+    streaming_prompts = launch.streaming_prompts
+
+    def counted(tiles, *config):
+        taken[tiles] += 1
+        return streaming_prompts(tiles, *config)
+
+    monkeypatch.setattr(launch, "streaming_prompts", counted)
+    return taken
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families(family: str, tmp_path: Path, tiles):
+    """Logits, K and V after a prompt of two groups of rows, the second one not full; then drafts from there."""
+    dtype, changes = FAMILIES[family]
+    transformers_model(family, tmp_path, **SIZES, **changes)
+    settings: dict[str, Any] = dict(max_new_tokens=3, eos_token_ids=(), return_logits=True, return_kv=True)
+    [plain] = generate(load_model(tmp_path, dtype), [PROMPT], GenerationConfig("autoregressive", **settings))
+    drafting = GenerationConfig(exit_layer=1, num_speculations=2, **settings)
+    [drafted] = generate(load_model(tmp_path, dtype, "triton"), [PROMPT], drafting)
+    assert torch.equal(drafted.logits, plain.logits)
+    assert all(map(torch.equal, drafted.kv, plain.kv))
+    assert drafted.drafted > 0
+    # Two layers: qkv, gate and up; output and down projection. None in fp32, whose products have two roundings.
+    assert tiles == ({} if dtype == torch.float32 else {1: 4, 2: 4})
+
+
+def test_on_a_device_beside_another_request(two_devices, tiles):
+    """Through an engine: chunks of 40 rows of two prompts, with a sequence that decodes meanwhile."""
+
+    def run(model):
+        engine = Engine(model, PagedKVCache(model, 16), max_batch=3, chunk_size=40)
+        config = GenerationConfig(exit_layer=1, num_speculations=2, max_new_tokens=4, eos_token_ids=())
+        for prompt in (random_tokens(3, seed=1), random_tokens(50, seed=2), PROMPT):
+            engine.add_request(prompt, config)
+        found = engine.run()
+        return [found[key] for key in sorted(found)] if isinstance(found, dict) else found
+
+    generations = [run(agreeing_model(backend=backend, **dict(SMALL, num_layers=2))) for backend in ("triton", "cpu")]
+    device, cpu = ([found.token_ids for found in made] for made in generations)
+    assert device == cpu
+    assert sum(found.accepted for found in generations[0]) > 0
+    assert tiles[1] == tiles[2] >= 2 * 2 * 2  # two layers, two products, two chunks at least

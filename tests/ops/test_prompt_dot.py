@@ -1,0 +1,142 @@
+"""Many rows at once: tiles of 16-bit weights (triton_ops/prompt_dot.py), bit for bit the reference's.
+
+The interpreter takes the chain as it is written; what the compiler makes of the dot in its place is run on the CPU,
+from its PTX.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+from layerskip_kernels import triton_ops
+from layerskip_kernels.ops import reference
+from layerskip_kernels.triton_ops import launch
+from support.models import GPU
+from support.triton_arguments import DEVICE, assert_equal, attention_case, on_device, packed, random
+
+ROOT = Path(__file__).parents[2]
+ROWS = [32, 70] if not GPU else [32, 64, 70, 257]
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+
+@pytest.fixture(autouse=True)
+def tiles(monkeypatch):
+    """How many launches take the path of many rows, by the tiles of a program."""
+    taken = Counter()
+    streaming_prompts = launch.streaming_prompts
+
+    def counted(tiles, *config):
+        taken[tiles] += 1
+        return streaming_prompts(tiles, *config)
+
+    monkeypatch.setattr(launch, "streaming_prompts", counted)
+    return taken
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize(("inputs", "outputs"), [(7, 5), (136, 33), *([(2048, 256)] if GPU else [])])
+def test_linear(dtype, rows, inputs, outputs, tiles):
+    """Segments of one number, and of three steps, of which two are multiplied at once."""
+    x, weight = random(rows, inputs, dtype=dtype), random(outputs, inputs, dtype=dtype)
+    bias = random(outputs, dtype=dtype)
+    got = triton_ops.linear(*on_device(x, packed(weight), bias), outputs)
+    assert_equal(got, reference.linear(x, weight, bias, outputs))
+    assert tiles[1] == (dtype != FP32)  # whose products have two roundings, as no dot of Triton's has
+
+
+def test_fewer_rows_go_the_other_way(tiles):
+    x, weight = random(31, 20, dtype=BF16), random(16, 20, dtype=BF16)
+    got = triton_ops.linear(*on_device(x, packed(weight), None), 16)
+    assert_equal(got, reference.linear(x, weight, None, 16))
+    assert not tiles
+
+
+@pytest.mark.parametrize("config", triton_ops.tuned.PROMPTS)
+def test_tiles_of_every_size(config, tiles, monkeypatch):
+    monkeypatch.setattr(launch, "config_of", lambda op: triton_ops.tuned.Config(16, {}, config))
+    x, weight = random(133, 72, dtype=BF16), random(135, 72, dtype=BF16)
+    got = triton_ops.linear(*on_device(x, packed(weight), None), 135)
+    assert_equal(got, reference.linear(x, weight, None, 135))
+    assert tiles[1] == 1
+
+
+def test_terms_of_very_different_sizes(tiles):
+    """Where every order of addition has bits of its own; and rows with an infinity or a NaN do not reach others."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(n, 200, generator=generator) for n in (40, 48))
+    x = (x * torch.exp2(6 * torch.randn(x.shape, generator=generator))).to(BF16)
+    x[3, 77], x[39, 5] = torch.inf, torch.nan
+    weight = weight.to(BF16)
+    got = triton_ops.linear(*on_device(x, packed(weight), None), 48)
+    expected = reference.linear(x, weight, None, 48)
+    assert_equal(got, expected)
+    assert tiles[1] == 1 and expected[4:39].isfinite().all()
+    assert not torch.equal(expected, torch.nn.functional.linear(x.float(), weight.float()).to(BF16))
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("post_norm", [False, True])
+def test_out_residual(rows, post_norm, tiles):
+    x, weight, residual = (random(*s, dtype=BF16, seed=rows) for s in ((rows, 100), (33, 100), (rows, 33)))
+    bias, norm = random(33, dtype=BF16), random(33, dtype=BF16)
+    rest = bias, residual, norm if post_norm else None, 1e-5, 1.0, 0.37
+    got = triton_ops.out_residual(*on_device(x, packed(weight), *rest))
+    assert_equal(got, reference.out_residual(x, weight, *rest))
+    assert tiles[1] == 1
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("gelu", [False, True])
+def test_norm_gate_up_act(rows, gelu, tiles):
+    hidden, norm = random(rows, 100, dtype=FP16) * 10, random(100, dtype=FP16)
+    gate, up = random(33, 100, dtype=FP16, seed=1) * 50, random(33, 100, dtype=FP16, seed=2)
+    bias = random(66, dtype=FP16)
+    got = triton_ops.norm_gate_up_act(*on_device(hidden, norm, packed(gate), packed(up)), 33, 1e-5, 1.0,
+                                      bias.to(DEVICE), gelu)  # fmt: skip
+    assert_equal(got, reference.norm_gate_up_act(hidden, norm, gate, up, 33, 1e-5, 1.0, bias, gelu))
+    assert tiles[2] == 1
+
+
+@pytest.mark.parametrize(("rows", "normed"), [(70, False), (32, True)])
+def test_norm_qkv_rope_append(rows, normed, tiles):
+    """Heads of which six of ten numbers are turned; a row whose K and V are not kept."""
+    case = attention_case(BF16, rows, 6, 2, 10, 16)
+    slots = case["slots"].clone()
+    slots[rows - 2] = -1
+    cos, sin = (case[name][:, :3].contiguous() for name in ("cos", "sin"))
+    norms = [random(10, dtype=BF16, seed=i) for i in (1, 2)] if normed else [None, None]
+    results = []
+    for ops, pack, device in ((triton_ops, packed, DEVICE), (reference, reference.pack_weight, "cpu")):
+        k, v = case["k_pages"].to(device, copy=True), case["v_pages"].to(device, copy=True)
+        rest = (case["bias"], cos, sin, case["positions"], slots)
+        q = ops.norm_qkv_rope_append(
+            case["hidden"].to(device), case["norm_weight"].to(device), *map(pack, case["weights"]),
+            *(tensor.to(device) for tensor in rest), k, v, 6, 1e-5, 0.0,
+            *(None if norm is None else norm.to(device) for norm in norms),
+        )  # fmt: skip
+        results.append((q, k, v))
+    for got, expected in zip(*results, strict=True):
+        assert_equal(got, expected)
+    assert tiles[2] == 1
+
+
+# ---- what is compiled ----
+
+
+@pytest.mark.parametrize("target", ["sm_90"])
+def test_the_compiled_dot_has_rule_1s_bits(target, tmp_path):
+    """All four kernels, run from their PTX; and lanes do not wait for each other's banks of shared memory."""
+    command = [sys.executable, ROOT / "benchmarks/compile_only/prompt_check.py", "--target", target]
+    environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    result = subprocess.run([*command, "--case", "bf16,64,64,4"], capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stdout + result.stderr
+    [found] = map(json.loads, result.stdout.splitlines())
+    assert found["bits"] == dict.fromkeys(("linear", "out_residual", "gate_up_act", "qkv"), True)
+    assert found["multiply_adds"] > 0 < found["shared_loads"]
+    assert found["bank_cycles"] <= 4 * found["shared_loads"]
