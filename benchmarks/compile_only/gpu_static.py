@@ -42,6 +42,7 @@ MAX_INSTRUCTIONS = {
 # Instructions of a warp for each position of V in attention, by rows of a program, where the products are exact: what
 # was reached (9 and 27), and room for other compilers.
 MAX_PER_POSITION = {1: 14, 8: 35}
+MOST_DECODED = 16  # rows that this is asked of: a prompt's attention is a small part of its work
 LEAST_FMA = 0.75  # of the instructions in the loop of a prompt's kernel; 0.84 was reached
 KIND_ARGUMENTS = ("KIND", "Q_KIND", "K_KIND", "V_KIND", "GATE_KIND", "UP_KIND")
 STREAMING = ("_qkv_rope_append_kernel", "_linear_residual_kernel", "_gate_up_act_kernel", "_head_kernel")
@@ -171,7 +172,7 @@ def examine(target: str, shape: str, dtype: str, launch: Any, folder: Path) -> K
         narrow = dict(asm.ptx_weight_loads(ptx))
         loops = asm.sass_loops(asm.disassemble(cubin)) if launch.name in MAY_FUSE else []
         prompt = arguments.get("PROMPT", False)
-        if launch.name == "_attend_kernel" and arguments["FMA"]:
+        if launch.name == "_attend_kernel" and arguments["FMA"] and arguments["q_ptr"].size(0) <= MOST_DECODED:
             problems += position_problems(arguments["ROWS"], arguments["AT_ONCE"], loops)
         if launch.name == "_linear_residual_kernel" and arguments["FMA"] and not arguments["KIND"]:
             problems += norm_problems(8 if prompt else arguments["ROWS"], loops)

@@ -17,7 +17,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 HARNESS = ROOT / "benchmarks" / "compile_only"
-CASES = ["bf16,decode,1", "bf16,draft,1", "bf16,verify,7", "q4_k_m,verify,7", "fp32,sampling,7"]
+CASES = ["bf16,decode,1", "bf16,draft,1", "bf16,verify,7", "bf16,prompt,64", "q4_k_m,verify,7", "fp32,sampling,7"]
 
 
 def load(name):
@@ -66,9 +66,20 @@ def test_every_kernel_of_the_steps_was_read(report):
 
 def test_weights_stream_sixteen_bytes_at_a_time(report):
     for kernel in report["kernels"]:
-        if kernel["name"] in gpu_static.STREAMING:
+        if kernel["name"] in gpu_static.STREAMING and kernel["rows"] < 64:
             assert set(kernel["widths"]) == {"16"} and kernel["sectors"] == 1
             assert kernel["in_flight"] >= kernel["wanted"] / 3
+
+
+def test_prompts_go_through_tiles(report):
+    """Of all products but the head's, which has one row; rows are turned four times a layer."""
+    found = {kernel["name"]: kernel for kernel in report["kernels"] if kernel["rows"] == 64}
+    assert set(found) == set(gpu_static.STREAMING) - {"_head_kernel"}
+    for kernel in found.values():
+        assert set(kernel["widths"]) == {"16"} and kernel["loop"]["FFMA"] == 16 * 32 and kernel["resident"] >= 2
+        assert not {"LDL", "STL", "FMUL", "FADD"} & set(kernel["loop"])
+    (step,) = (step for step in report["steps"] if step["kind"] == "prompt")
+    assert step["roundings"] == 4 * step["layers"]
 
 
 def test_only_dots_and_attention_fuse(report):
@@ -78,7 +89,7 @@ def test_only_dots_and_attention_fuse(report):
 
 def test_the_launches_of_steps(report):
     """Launches a step, with one chunk of attention to merge: 16 layers decoding and verifying, 2 drafting."""
-    steps = {step["kind"]: step for step in report["steps"] if step["dtype"] == "bf16"}
+    steps = {step["kind"]: step for step in report["steps"] if step["dtype"] == "bf16" and step["kind"] != "prompt"}
     for step in steps.values():
         assert step["launches"] - step["besides"] == gpu_static.MAX_PER_LAYER * step["layers"]
         assert abs(step["bytes"] - step["paper"]) <= gpu_static.TOLERANCE * step["paper"]
