@@ -57,7 +57,7 @@ def operation(op: str, rows: int) -> Callable[[], Tensor]:
         return lambda: triton_ops.norm_head_argmax(x, norm, w, n, 1e-5)[1]
     kv_heads = max(1, n // HEAD // 4)
     wk, wv = (triton_ops.pack_weight(random(kv_heads * HEAD, k)) for _ in range(2))
-    cos, sin = torch.ones(PAGE, HEAD // 2, device=DEVICE), torch.zeros(PAGE, HEAD // 2, device=DEVICE)
+    cos, sin = torch.ones(rows, HEAD // 2, device=DEVICE), torch.zeros(rows, HEAD // 2, device=DEVICE)
     places = torch.arange(rows, device=DEVICE)
     pages = random(1, kv_heads, HEAD, PAGE), random(1, kv_heads, PAGE, HEAD)
     return lambda: triton_ops.norm_qkv_rope_append(
