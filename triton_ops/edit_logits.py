@@ -68,26 +68,25 @@ def _edit_kernel(
         score = tl.where(ends & too_early, -float("inf"), score)
         tl.store(logits_ptr + row * N + column, score, mask=mask)
     else:
-        i = tl.arange(0, DRAFTS)
-        token = tl.load(drafts_ptr + i, mask=i < drafted, other=-1)
-        mask = (token >= 0) & (token < V)
-        times = tl.zeros([DRAFTS], tl.int64)
+        nth = tl.arange(0, DRAFTS)
+        draft = tl.load(drafts_ptr + nth, mask=nth < drafted, other=-1)
+        is_new = (draft >= 0) & (draft < V)
+        often = tl.zeros([DRAFTS], tl.int64)
         for j in range(0, drafted):
-            same = token == tl.load(drafts_ptr + j)
-            times += same.to(tl.int64)
-            mask = mask & ~(same & (j < i))
+            same = draft == tl.load(drafts_ptr + j)
+            often += same.to(tl.int64)
+            is_new = is_new & ~(same & (j < nth))
         for start in range(0, E, BLOCK):
-            listed = start + tl.arange(0, BLOCK)
-            known = tl.load(ids_ptr + sequence * E + listed, mask=listed < E, other=-1)
-            found = tl.max((known[None, :] == token[:, None]).to(tl.int32), axis=1)
-            mask = mask & (found == 0)
-        column = token
+            entry = start + tl.arange(0, BLOCK)
+            known = tl.load(ids_ptr + sequence * E + entry, mask=entry < E, other=-1)
+            is_new = is_new & (tl.max((known[None, :] == draft[:, None]).to(tl.int32), axis=1) == 0)
+        where = draft
         if HAS_COLUMNS:
-            column = tl.load(columns_ptr + token, mask=mask, other=-1).to(tl.int64)
-            mask = mask & (column >= 0)
-        score = tl.load(logits_ptr + row * N + column, mask=mask, other=0.0)
-        score = _edited(score, times > 0, times, repetition, frequency, presence)
-        tl.store(logits_ptr + row * N + column, score, mask=mask)
+            where = tl.load(columns_ptr + draft, mask=is_new, other=-1).to(tl.int64)
+            is_new = is_new & (where >= 0)
+        logit = tl.load(logits_ptr + row * N + where, mask=is_new, other=0.0)
+        logit = _edited(logit, often > 0, often, repetition, frequency, presence)
+        tl.store(logits_ptr + row * N + where, logit, mask=is_new)
 
 
 class Preceding:

@@ -31,6 +31,7 @@ from layerskip_kernels.model.exit_adapter import (
 from layerskip_kernels.model.rope import rope_names, rope_tables
 from layerskip_kernels.model.tensor_names import NORMS, layer_products
 from layerskip_kernels.model.tokenizer import Tokenizer
+from layerskip_kernels.model.weight_hash import HashedTensors, tensor_digest
 from layerskip_kernels.model_config import ModelConfig
 from layerskip_kernels.operands import DraftHead, LayerWeights, ModelSizes, ModelWeights
 from layerskip_kernels.ops import Backend
@@ -61,6 +62,7 @@ class Model:
     draft_head: DraftHead | None = None
     defaults: DraftDefaults | None = None  # how it is best run, where that was measured
     exit_adapter: ExitAdapter | None = None
+    weights_digest: bytes | None = None  # SHA-256 of what was loaded to a GPU, and of how it was quantised
 
     @property
     def ops(self) -> Backend:
@@ -120,14 +122,17 @@ class Model:
 
         An exit adapter's weights and layer belong to it: its K and V are the cache's, too.
 
-        For what outlives the process: swap files. Reads all weights once, with torch's number of threads.
+        For what outlives the process: swap files. Weights on a GPU were hashed as they were loaded; others are read
+        once here, with torch's number of threads.
         """
-        weights = [*self.weights.flat[:3], *self.weights.flat[5:]]  # cos and sin follow from the config
+        weights = (
+            [] if self.weights_digest is not None else [*self.weights.flat[:3], *self.weights.flat[5:]]
+        )  # cos and sin follow from the config
         weights += [] if self.exit_adapter is None else self.exit_adapter.tensors
         with ThreadPoolExecutor(torch.get_num_threads()) as threads:
-            digests = list(threads.map(_tensor_digest, weights))
+            digests = list(threads.map(tensor_digest, weights))
         adapted = () if self.exit_adapter is None else (self.exit_adapter.exit_layer,)
-        settings = repr((self.config, self.dtype, self.backend, *adapted)).encode()
+        settings = repr((self.config, self.dtype, self.backend, *adapted)).encode() + (self.weights_digest or b"")
         return hashlib.sha256(hashlib.sha256(settings).digest() + b"".join(digests)).digest()
 
     def extend_positions(self, count: int) -> None:
@@ -274,8 +279,10 @@ class Model:
         and the LM head to it, not the embedding and the norms; ``checkpoint`` has numbers then.
         """
         quantise.check_weights(weights)
-        tensors, config = checkpoint.tensors, checkpoint.config
-        pack_weight, place = ops.backend(backend, device).pack_weight, ops.backend(backend, device).placer()
+        config, its = checkpoint.config, ops.backend(backend, device)
+        pack_weight, place = its.pack_weight, its.placer()
+        on_gpu = its.empty(0, dtype=checkpoint.dtype).is_cuda
+        tensors = HashedTensors(checkpoint.tensors) if on_gpu else checkpoint.tensors
 
         def pack(weight: Tensor) -> Tensor:
             return place(pack_weight(weight))
@@ -286,12 +293,14 @@ class Model:
             # Some rows at a time: quantising takes several times a weight's memory.
             return pack(torch.cat([quantise.quantise(rows, weights) for rows in weight.split(QUANTISED_ROWS)]))
 
-        embedding_rows = tensors.pop("model.embed_tokens.weight")
-        head_rows = embedding_rows if config.tie_word_embeddings else tensors.pop("lm_head.weight")
-        embedding = pack(embedding_rows)
+        head_rows = tensors.pop("model.embed_tokens.weight")
+        embedding = pack(head_rows)
+        if not config.tie_word_embeddings:
+            del head_rows
+            head_rows = tensors.pop("lm_head.weight")
         shared = config.tie_word_embeddings and weights in (None, "16bit")
         lm_head = embedding if shared else pack_linear(head_rows)
-        del embedding_rows, head_rows
+        del head_rows
         cos, sin = rope_tables(config, min(config.max_positions, FIRST_POSITIONS))
         final_norm, cos, sin = place(tensors.pop("model.norm.weight")), place(cos), place(sin)
         layers = tuple(
@@ -299,22 +308,18 @@ class Model:
             for layer in range(config.num_layers)
         )
         laid_out = ModelWeights(embedding, final_norm, lm_head, cos, sin, layers)
-        defaults = checkpoint.defaults
+        defaults, digest = checkpoint.defaults, None
+        if isinstance(tensors, HashedTensors):
+            digest = hashlib.sha256(tensors.digest() + (weights or "16bit").encode()).digest()
         model = cls(
-            config, checkpoint.dtype, laid_out, backend, checkpoint.tokenizer, checkpoint.name, defaults=defaults
-        )
+            config, checkpoint.dtype, laid_out, backend, checkpoint.tokenizer, checkpoint.name, defaults=defaults,
+            weights_digest=digest,
+        )  # fmt: skip
         return model.with_draft_vocab(defaults.draft_vocab) if defaults and defaults.draft_vocab else model
 
 
-def _tensor_digest(tensor: Tensor) -> bytes:
-    """SHA-256 of a tensor's dtype, shape and bytes."""
-    digest = hashlib.sha256(repr((tensor.dtype, tuple(tensor.shape))).encode() + b"\n")
-    digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-    return digest.digest()
-
-
 def _layer_weights(
-    tensors: dict[str, Tensor], prefix: str, pack: Placer, place: Placer, config: ModelConfig
+    tensors: dict[str, Tensor] | HashedTensors, prefix: str, pack: Placer, place: Placer, config: ModelConfig
 ) -> LayerWeights:
 
     def take(name: str) -> Tensor:

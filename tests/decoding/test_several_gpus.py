@@ -1,11 +1,23 @@
 """A model says its GPU and stays there: two of them, on two GPUs of one process (tests/support/two_devices.py)."""
 
+import weakref
+from dataclasses import replace
+
 import pytest
 import torch
 
-from layerskip_kernels import GenerationConfig, PagedKVCache, draft_step, load_model, make_sampler, prefill, verify_step
+from layerskip_kernels import (
+    GenerationConfig,
+    Model,
+    PagedKVCache,
+    draft_step,
+    load_model,
+    make_sampler,
+    prefill,
+    verify_step,
+)
 from support.checkpoint_files import write_directory
-from support.models import SMALL, agreeing_model, random_tokens
+from support.models import SMALL, agreeing_model, checkpoint, config, random_tokens
 from support.two_devices import DEVICE, OTHER
 
 SIZES = dict(SMALL, num_layers=2)
@@ -65,6 +77,39 @@ def test_a_model_is_loaded_to_its_gpu(two_devices, tmp_path):
     assert load_model(source, backend="triton", device="cuda").ops.device == DEVICE
     two_devices.current_device = 1
     assert load_model(source, backend="triton", device="cuda").ops.device == OTHER
+
+
+class Watched(dict):
+    """Tensors of a checkpoint, of which the one before must be gone when the next is taken."""
+
+    last = None
+
+    def pop(self, name):
+        assert self.last is None or self.last() is None, f"something still holds the tensor before {name}"
+        tensor = super().pop(name)
+        self.last = weakref.ref(tensor.untyped_storage())
+        return tensor
+
+
+@pytest.mark.parametrize("weights", [None, "int8"])
+def test_weights_are_copied_once_and_hashed_on_the_way(two_devices, weights):
+    """One at a time; nothing comes back, neither while they are loaded nor for the model's name in swap files."""
+
+    def load(changed=False, weights=weights):
+        found = checkpoint(config(**SIZES, tie_word_embeddings=False), torch.bfloat16)
+        if changed:
+            found.tensors["model.layers.1.mlp.up_proj.weight"][3, 5] += 1
+        tensors, count = Watched({name: tensor.clone() for name, tensor in found.tensors.items()}), len(found.tensors)
+        found = replace(found, tensors=tensors)
+        with two_devices.watched() as seen:
+            identity = Model.from_checkpoint(found, "triton", weights).identity
+        copies = [copy for copy in seen.to_device() if 0 not in copy.shape]
+        assert not seen.to_host() and len(copies) == count + 2  # cos and sin
+        return identity
+
+    identity = load()
+    assert identity == load() != load(changed=True)
+    assert load(weights="int15") not in (identity, load(weights="q4_0"))
 
 
 @pytest.mark.parametrize(("backend", "device", "message"), [
