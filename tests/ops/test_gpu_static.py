@@ -60,7 +60,7 @@ def test_every_kernel_of_the_steps_was_read(report):
     assert {name for name, _ in kernels} >= {"_join_rows_kernel", "_attend_kernel", "_merge_kernel",
                                              "_accept_draft_kernel", "_take_draft_kernel", "_scale_kernel",
                                              "_count_kernel", "_choose_kernel", "_add_masses_kernel",
-                                             "_residual_kernel", "_settle_kernel"}  # fmt: skip
+                                             "_residual_kernel", "_settle_kernel", "_edit_kernel"}  # fmt: skip
     assert not [kernel for kernel in report["kernels"] if kernel["problems"]]
 
 
