@@ -290,8 +290,8 @@ def packed_offsets(n, steps):
 
     n int32 [C], inside the padded columns -> int64 [C, 8, 8]. The threads of a warp are to hold columns of one segment:
     they share their x, and their weights are neighbours. Triton lays threads along the most contiguous dimension first,
-    and where two are equal its versions differ, so columns are said to be more contiguous than segments. Loads are as
-    wide as k is contiguous; nothing else asks.
+    and where two are equal its versions differ, so columns are said to be more contiguous than segments, which they are
+    not. Loads are as wide as k is contiguous; `make gpu-static` checks that and the layout which comes of it.
     """
     segment = tl.arange(0, 8)[None, :, None]
     k = tl.arange(0, 8)[None, None, :]
