@@ -21,14 +21,13 @@ from .random import gumbel, philox
 from .rejection_sample import rejection_sample
 from .rms_norm import rms_norm
 from .sampling import filter_logits, gumbel_argmax
-from .steps import draft_pass, run_layers, verify_pass
+from .steps import run_layers
 from .transfer import to_device, to_host
 
 __all__ = [
     "accept_draft",
     "check_error",
     "down_residual",
-    "draft_pass",
     "edit_logits",
     "embed_tokens",
     "error_of",
@@ -57,5 +56,4 @@ __all__ = [
     "tanh",
     "to_device",
     "to_host",
-    "verify_pass",
 ]

@@ -42,6 +42,8 @@ def _edit_kernel(
     pid = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
     sequence = tl.load(sequence_ptr + row).to(tl.int64)
+    if sequence < 0:
+        return
     repetition = tl.load(repetitions_ptr + sequence)
     frequency, presence = tl.load(frequencies_ptr + sequence), tl.load(presences_ptr + sequence)
     drafted, drafts_ptr = tl.load(drafted_ptr + row), tokens_ptr + tl.load(first_ptr + row)
@@ -92,7 +94,7 @@ def _edit_kernel(
 class Preceding:
     """Which drafts stand before each of T rows: ``drafted`` of them, from ``first`` on among tokens; int32 [T] both.
 
-    most: the greatest of ``drafted``, on the host.
+    most: at least the greatest of ``drafted``, on the host.
     """
 
     def __init__(self, first: Tensor, drafted: Tensor, most: int) -> None:
@@ -103,7 +105,8 @@ def edit_rows(
     logits: Tensor, sequences: Tensor, places: Tensor, positions: Tensor, tokens: Tensor, preceding: Preceding,
     edits: LogitEdits, vocab_size: int, columns: Tensor | None = None, position_step: int = 0,
 ) -> None:  # fmt: skip
-    """Edit rows of logits fp32 [T, N] in place: row r is sequences[r]'s, at positions[places[r]] + position_step.
+    """Edit rows of logits fp32 [T, N] in place: row r is sequences[r]'s (-1: nobody's), at positions[places[r]] +
+    position_step.
 
     sequences, places int32 [T]; positions, tokens int64; columns int32 [V]: where each token stands in a row, -1 for
     nowhere (None: token n is column n).

@@ -36,7 +36,10 @@ def _scale_kernel(
     n = pid * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(logits_ptr + row * N + n, mask=n < N, other=-float("inf"))
     if SCALE:
-        temperature = tl.load(temperatures_ptr + tl.load(sequence_ptr + row))
+        sequence = tl.load(sequence_ptr + row)
+        if sequence < 0:
+            return
+        temperature = tl.load(temperatures_ptr + sequence)
         x = tl.div_rn(x, tl.where(temperature == 0.0, 1.0, temperature))
         tl.store(scores_ptr + row * N + n, x, mask=n < N)
     tl.store(maxima_ptr + row * num_blocks + pid, tl.max(tl.where(x == x, x, float("inf"))))
@@ -99,6 +102,8 @@ def _count_kernel(
     pid = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
     sequence = tl.load(sequence_ptr + row)
+    if sequence < 0:
+        return
     scaled = tl.load(temperatures_ptr + sequence) != 0.0
     top_k, top_p = tl.load(top_ks_ptr + sequence), tl.load(top_ps_ptr + sequence)
     by_count, by_mass = scaled & (top_k > 0) & (top_k < N), scaled & (top_p < 1.0)
@@ -182,7 +187,7 @@ def scale_rows(
 ) -> None:  # fmt: skip
     """Scores fp32 [T, N] of T = len(sequences) rows of logits, and the greatest of each block, fp32 [T, blocks].
 
-    sequences int32 [T]: where each row has its settings. Temperatures None: maxima alone.
+    sequences int32 [T]: where each row has its settings, -1: left out. Temperatures None: maxima alone.
     """
     _scale_kernel[(maxima.size(1), len(sequences))](
         logits_ptr=logits,

@@ -1,16 +1,19 @@
 """Passes, kept and replayed: the second step of a kind is captured in a CUDA graph, later ones replay it.
 
-A kind is everything that decides which kernels run on which buffers: draft counts, depths, rows per sequence, exit
-layer, the block table's width. Tokens, positions and pages are copied into the pass's own inputs first. On the CPU
+A kind is everything that decides which kernels run on which buffers: exit layer, the block table's width, and, in
+buckets, how many rows, sequences and drafts there are. Which rows these are, tokens, positions and pages are data,
+which is copied into the pass's own inputs first, so that ragged batches seldom are of a new kind. On the CPU
 (interpreted) a pass is kept, too, and run kernel by kernel.
 """
 
 from __future__ import annotations
 
+import math
 import warnings
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from threading import RLock
 from typing import Any
@@ -34,9 +37,10 @@ from layerskip_kernels.operands import (
 from .contract import CHUNK
 from .edit_logits import columns_of_ids, with_room
 from .launch import blocks
-from .paged_attention import ScratchMemory
+from .row_maps import bucket, draft_rows, draft_steps, packed, packed_length, split, verify_rows
 from .steps import Adapter, DraftPass, Drawing, Llama, PagedCache, VerifyPass, head_of
 from .transfer import to_device
+from .workspace import Workspace
 
 __all__ = ["KeptPasses"]
 
@@ -89,25 +93,30 @@ class Recorded:
 
 
 class StaticInputs:
-    """Where a pass reads tokens, positions int64 [N], block_table int32 [B, width] and ``others`` from."""
+    """Where a pass reads tokens, positions int64 [N], block_table int32 [B, width], maps and ``others`` from.
+
+    maps: int32 of these lengths (row_maps.packed). others: how many rows there is room for, and the first step's.
+    """
 
     def __init__(
-        self, num_tokens: int, num_sequences: int, width: int, device: torch.device, others: Sequence[Tensor] = ()
+        self, num_tokens: int, num_sequences: int, width: int, maps: Sequence[int], device: torch.device,
+        others: Sequence[tuple[int, Tensor]] = (),
     ) -> None:  # fmt: skip
         self.tokens = torch.zeros(num_tokens, dtype=torch.int64, device=device)
         self.positions = torch.zeros(num_tokens, dtype=torch.int64, device=device)
         self.block_table = torch.full((num_sequences, width), -1, dtype=torch.int32, device=device)
-        self.others = [torch.empty(other.shape, dtype=other.dtype, device=device) for other in others]
+        self._maps = torch.zeros(packed_length(maps), dtype=torch.int32, device=device)
+        self.maps = split(self._maps, maps)
+        self.others = [torch.zeros(n, *like.shape[1:], dtype=like.dtype, device=device) for n, like in others]
 
-    def copy(self, tokens: Tensor, positions: Tensor, block_table: Tensor, *others: Tensor) -> None:
-        """The inputs of a step. Pages of an earlier one, of other sequences perhaps, do not stay behind the table's."""
-        width = block_table.size(1)
-        self.tokens.copy_(tokens, non_blocking=True)
-        self.positions.copy_(positions, non_blocking=True)
-        self.block_table[:, :width].copy_(block_table, non_blocking=True)
-        self.block_table[:, width:].fill_(-1)
-        for kept, other in zip(self.others, to_device(self.tokens.device, *others), strict=True):
-            kept.copy_(other)
+    def copy(self, tokens: Tensor, positions: Tensor, block_table: Tensor, maps: Tensor, *others: Tensor) -> None:
+        """The inputs of a step. Pages of an earlier one, of other sequences perhaps, do not stay beside the table's."""
+        self.block_table.fill_(-1)
+        table = self.block_table[: len(block_table), : block_table.size(1)]
+        targets = [table, self.tokens, self.positions, self._maps, *self.others]
+        given = to_device(self.tokens.device, block_table, tokens, positions, maps, *others)
+        for target, tensor in zip(targets, given, strict=True):
+            target[: len(tensor)].copy_(tensor, non_blocking=True)
 
 
 def table_width(max_blocks: int, page_size: int) -> int:
@@ -116,16 +125,41 @@ def table_width(max_blocks: int, page_size: int) -> int:
     return blocks((1 << max(0, chunks - 1).bit_length()) * CHUNK, page_size)
 
 
+class Kept:
+    """A pass's inputs, and what it launches: one function, or one for each number of rows."""
+
+    def __init__(self, inputs: StaticInputs, step_of: Callable[[int], Callable[[], Any]]) -> None:
+        self.inputs, self._step_of = inputs, step_of
+        self._steps: dict[int, Recorded] = {}
+
+    def run(self, num_rows: int) -> Any:
+        if num_rows not in self._steps:
+            self._steps[num_rows] = Recorded(self._step_of(num_rows), self.inputs.tokens.is_cuda)
+        return self._steps[num_rows]()
+
+    @property
+    def captured(self) -> int:
+        return sum(step.captured for step in self._steps.values())
+
+
+class KeptDraft(Kept):
+    """With the memory of its steps, which is read and written between them."""
+
+    def __init__(self, inputs: StaticInputs, draft: DraftPass, step_of: Callable[[int], Callable[[], Any]]) -> None:
+        super().__init__(inputs, step_of)
+        self.draft = draft
+
+
 class OfCache:
-    """What steps on a cache share: their passes, the least recently used first, and attention's memory."""
+    """What steps on a cache share: their passes, the least recently used first, and memory."""
 
     def __init__(self) -> None:
-        self.passes: OrderedDict[Hashable, tuple[StaticInputs, Recorded]] = OrderedDict()
-        self.scratch = ScratchMemory()
+        self.passes: OrderedDict[Hashable, Kept] = OrderedDict()
+        self.workspace = Workspace()
 
 
 class KeptPasses:
-    """draft_pass and verify_pass, kept by kind; their arguments and results as in steps.py.
+    """draft_pass and verify_pass, kept by kind; their arguments and results as in Backend.
 
     num_drafts, judged, depths and query_start_loc are read on the host. Steps of different threads and streams run
     one after the other, since they share the passes' buffers.
@@ -143,102 +177,110 @@ class KeptPasses:
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """The drafts, and the scores that they were drawn from [B, max_drafts, V] ([0, ...] if not kept)."""
         counts = rows.num_drafts.tolist()
-        weight, size, ids = head_of(weights, sizes, head)
+        size, room, *steps = draft_steps(counts, max_drafts)
+        order, maps = draft_rows(counts, size)
+        weight, head_size, ids = head_of(weights, sizes, head)
         width = table_width(rows.block_table.size(1), cache.hidden.size(1))
         edits = with_room(sampling.edits) if sampling and sampling.edits else None
-        drawing, others = Drawing.of(sampling, edits), replace(sampling, edits=edits).flat if sampling else []
+        drawing, settings = Drawing.of(sampling, edits), replace(sampling, edits=edits).flat if sampling else []
 
-        def make() -> tuple[StaticInputs, Recorded]:
-            inputs = StaticInputs(len(counts), len(counts), width, cache.k.device, others)
-            scratch = self._shared(cache.k).scratch
-            llama, paged = Llama(weights, sizes), _weak_cache(cache, inputs, scratch)
-            pages = _weak_cache(adapter.cache, inputs, scratch) if adapter else None
+        def make() -> KeptDraft:
+            lengths, others = [size] * (DraftPass.MAPS + 1), [(size, tensor) for tensor in settings]
+            inputs = StaticInputs(size, size, width, lengths, cache.k.device, others)
+            workspace, llama = self._shared(cache.k).workspace, Llama(weights, sizes)
+            paged = _weak_cache(cache, inputs, workspace)
+            pages = _weak_cache(adapter.cache, inputs, workspace) if adapter else None
             onward = Llama(adapter.weights, adapter.sizes) if adapter else None
+            device_ids = None if ids is None else ids.to(inputs.tokens.device)
+            columns = None if device_ids is None else columns_of_ids(device_ids, sizes.vocab_size)
+            draft = DraftPass(
+                llama, paged(), inputs.maps[: DraftPass.MAPS], inputs.tokens, inputs.positions, room, weight, head_size,
+                drawing, keep_scores, columns,
+            )  # fmt: skip
+            draws = DraftSampling.of_flat(inputs.others) if drawing else None
 
             def adapted() -> Adapter | None:
                 return Adapter(onward, pages()) if onward is not None and pages is not None else None
 
-            device_ids = None if ids is None else ids.to(inputs.tokens.device)
-            columns = columns_of_ids(device_ids, sizes.vocab_size) if device_ids is not None else None
-            draft = DraftPass(
-                llama, paged(), counts, max_drafts, weight, size, drawing, keep_scores, adapted(), columns
-            )  # fmt: skip
-            settings = DraftSampling.of_flat(inputs.others) if drawing else None
-            return inputs, Recorded(
-                lambda: draft.run(
-                    llama,
-                    paged(),
-                    inputs.tokens,
-                    inputs.positions,
-                    weight,
-                    size,
-                    device_ids,
-                    exit_layer,
-                    settings,
-                    adapted(),
-                ),
-                inputs.tokens.is_cuda,
-            )
+            def step_of(num_rows: int) -> Callable[[], None]:
+                move, last = draft.move(llama, paged(), num_rows), adapted()
+                further = draft.move(last.llama, last.cache, num_rows, depth=1) if last else None
+                return lambda: draft.step(llama, paged(), move, device_ids, exit_layer, draws, adapted(), further)
 
-        key = ("draft", id(weights), weight.data_ptr(), size, tuple(counts), max_drafts, exit_layer, width, sizes,
-               drawing, keep_scores, adapter and id(adapter.weights), adapter and adapter.sizes)  # fmt: skip
-        return self._run(cache.k, key, make, rows.tokens, rows.positions, rows.block_table, *others)
+            return KeptDraft(inputs, draft, step_of)
+
+        key = ("draft", id(weights), weight.data_ptr(), head_size, size, room, exit_layer, width, sizes, drawing,
+               keep_scores, adapter and id(adapter.weights), adapter and adapter.sizes)  # fmt: skip
+        given = [rows.tokens, rows.positions, rows.block_table, *settings]
+        tokens, positions, table, *settings = given if order == sorted(order) else [tensor[order] for tensor in given]
+        with self._turn(cache.k):
+            kept = self._pass_of(cache.k, key, make)
+            draft = kept.draft
+            kept.inputs.copy(tokens, positions, table, packed(maps), *settings)
+            draft.begin()
+            for num_rows in steps:
+                kept.run(num_rows)
+            back = kept.inputs.maps[-1][: len(counts)]
+            scores = draft.scores.index_select(0, back) if keep_scores else draft.scores
+            return draft.drafts.index_select(0, back)[:, :max_drafts], scores[:, :max_drafts]
 
     def verify_pass(
         self, weights: ModelWeights, sizes: ModelSizes, cache: CacheTensors, rows: PendingRows, num_drafts: Tensor,
         judged: Tensor, sampling: JudgeSampling | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        kind = rows.depths.tolist(), rows.query_start_loc.tolist(), num_drafts.tolist(), judged.tolist()
-        width = table_width(rows.block_table.size(1), cache.hidden.size(1))
-
-        kept = len(rows.tokens) <= MAX_KEPT_ROWS
+        size = bucket if len(rows.tokens) <= MAX_KEPT_ROWS else int
         edits = with_room(sampling.edits) if sampling and sampling.edits else None
-        drawing, rejecting = (
-            Drawing.of(sampling.draws if sampling else None, edits),
-            sampling.rejecting if sampling else (),
+        drawing = Drawing.of(sampling.draws if sampling else None, edits)
+        rejecting = sampling.rejecting if sampling else ()
+        kind, maps = verify_rows(
+            rows.depths.tolist(), rows.query_start_loc.tolist(), num_drafts.tolist(), judged.tolist(), rejecting, size
         )
-        others = [*sampling.draws.flat, sampling.positions, sampling.draft_scores] if sampling else []
-        others += edits.flat if edits else []
+        width = table_width(rows.block_table.size(1), cache.hidden.size(1))
+        settings = [*sampling.draws.flat, sampling.positions, sampling.draft_scores] if sampling else []
+        edited = edits.flat if edits else []
 
-        def make() -> tuple[StaticInputs, Recorded]:
-            inputs = StaticInputs(len(rows.tokens), len(num_drafts), width, cache.k.device, others)
-            scratch = self._shared(cache.k).scratch if kept else ScratchMemory()
-            llama, paged = Llama(weights, sizes), _weak_cache(cache, inputs, scratch)
-            verify = VerifyPass(llama, paged(), *kind, drawing, rejecting)
-            draws = DraftSampling.of_flat(inputs.others[:6]) if drawing else None
-            positions, scores = inputs.others[6:8] if drawing else (None, None)
-            own_edits = LogitEdits(*inputs.others[8:]) if edits else None
-            return inputs, Recorded(
-                lambda: verify.run(
-                    llama, paged(), inputs.tokens, inputs.positions, draws, positions, scores, own_edits
-                ),
-                inputs.tokens.is_cuda,
+        def make() -> Kept:
+            rooms = [*[kind.num_judged] * 7, 0, *[kind.move.num_sequences] * 8]
+            others = list(zip(rooms, settings + edited, strict=False))
+            inputs = StaticInputs(
+                kind.move.num_rows, kind.move.num_sequences, width, kind.lengths(), cache.k.device, others
             )
+            workspace = self._shared(cache.k).workspace if size is bucket else Workspace()
+            if drawing:
+                scores = kind.num_rejecting, sizes.vocab_size
+                inputs.others[7] = workspace.scores.take(math.prod(scores), cache.k.device).view(scores)
+            llama, paged = Llama(weights, sizes), _weak_cache(cache, inputs, workspace)
+            verify = VerifyPass(llama, paged(), kind, inputs.maps, drawing)
+            draws = DraftSampling.of_flat(inputs.others[:6]) if drawing else None
+            drawn = [draws, *(inputs.others[6:8] or (None, None)), LogitEdits(*inputs.others[8:]) if edits else None]
+            return Kept(
+                inputs, lambda _: lambda: verify.run(llama, paged(), inputs.tokens, inputs.positions, *drawn)
+            )  # fmt: skip
 
-        key = ("verify", id(weights), *map(tuple, kind), width, sizes, drawing, rejecting) if kept else None
-        return self._run(cache.k, key, make, rows.tokens, rows.positions, rows.block_table, *others)
+        key = ("verify", id(weights), kind, width, sizes, drawing) if size is bucket else None
+        with self._turn(cache.k):
+            kept = make() if key is None else self._pass_of(cache.k, key, make)
+            kept.inputs.copy(rows.tokens, rows.positions, rows.block_table, packed(maps), *settings, *edited)
+            num_accepted, next_tokens, logits = kept.run(kind.move.num_rows)
+            count, num_judged = len(num_drafts), int(((num_drafts + 1) * judged).sum())
+            return num_accepted[:count].clone(), next_tokens[:count].clone(), logits[:num_judged].clone()
 
     def captured(self) -> int:
-        """How many passes are CUDA graphs, over all caches that are there."""
-        return sum(recorded.captured for of in self._of_cache.values() for _, recorded in of.passes.values())
+        """How many CUDA graphs there are, over all caches that are there."""
+        return sum(kept.captured for of in self._of_cache.values() for kept in of.passes.values())
 
-    def _run(
-        self, k_cache: Tensor, key: Hashable | None, make: Callable[[], tuple[StaticInputs, Recorded]], *inputs: Tensor
-    ) -> Any:
-        """A step of a kind (None: of one that is not kept), after the one before it. The results are copies."""
+    @contextmanager
+    def _turn(self, k_cache: Tensor) -> Iterator[None]:
+        """A step, after the one before it. Its results must be copies: its next run overwrites the pass's buffers."""
         with self._lock:
             if self._done is not None:
                 torch.cuda.current_stream(k_cache.device).wait_event(self._done)
-            static, recorded = make() if key is None else self._pass_of(k_cache, key, make)
-            static.copy(*inputs)
-            results = recorded()  # in buffers of the pass, which its next run overwrites
-            copies = tuple(result.clone() for result in results)
+            yield
             if k_cache.is_cuda:
                 self._done = self._done or torch.cuda.Event()
                 self._done.record(torch.cuda.current_stream(k_cache.device))
-            return copies
 
-    def _pass_of(self, k_cache: Tensor, key: Hashable, make: Callable[[], Any]) -> tuple[StaticInputs, Recorded]:
+    def _pass_of(self, k_cache: Tensor, key: Hashable, make: Callable[[], Any]) -> Any:
         """The pass of a kind, the least recently used one making room; all go when their cache goes."""
         passes = self._shared(k_cache).passes
         if key not in passes:
@@ -256,13 +298,13 @@ class KeptPasses:
         return found
 
 
-def _weak_cache(cache: CacheTensors, inputs: StaticInputs, scratch: ScratchMemory) -> Callable[[], PagedCache]:
+def _weak_cache(cache: CacheTensors, inputs: StaticInputs, workspace: Workspace) -> Callable[[], PagedCache]:
     """The cache's tensors with the pass's own block table, not kept alive by the pass."""
     references = [weakref.ref(tensor) for tensor in (cache.k, cache.v, cache.hidden)]
 
     def paged() -> PagedCache:
         k, v, hidden = (reference() for reference in references)
         assert k is not None and v is not None and hidden is not None  # the passes of a cache go with it
-        return PagedCache(k, v, hidden, inputs.block_table, scratch)
+        return PagedCache(k, v, hidden, inputs.block_table, workspace)
 
     return paged

@@ -23,31 +23,33 @@ __all__ = ["join_rows"]
 def _join_rows_kernel(
     tokens_ptr, given_positions_ptr, order_ptr, sequence_ptr, block_table_ptr, embedding_ptr, hidden_cache_ptr,
     norm_ptr, positions_ptr, slots_ptr, hidden_ptr, x_ptr, error_ptr,
-    first_row, position_step, vocab_size, max_positions, max_blocks, num_pages, S, D, steps, stride_x, eps,
+    first_row, vocab_size, max_positions, max_blocks, num_pages, S, D, steps, stride_x, eps,
     norm_offset, multiplier,
     HAS_NORM: tl.constexpr, FROM_EMBEDDING: tl.constexpr, KIND: tl.constexpr,
     BAD_TOKEN: tl.constexpr, BAD_POSITION: tl.constexpr, BAD_PAGE: tl.constexpr,
 ):  # fmt: skip
     row = first_row + tl.program_id(0).to(tl.int64)
     given = tl.load(order_ptr + row)
-    position = tl.load(given_positions_ptr + given).to(tl.int32) + position_step
+    real = given >= 0
+    position = tl.load(given_positions_ptr + given, mask=real, other=0).to(tl.int32)
     sequence = tl.load(sequence_ptr + row).to(tl.int64)
     block = position // S
-    placed = (position >= 0) & (position < max_positions) & (block < max_blocks)
+    placed = real & (position >= 0) & (position < max_positions) & (block < max_blocks)
     page = tl.load(block_table_ptr + sequence * max_blocks + block, mask=placed, other=-1).to(tl.int64)
     paged = (page >= 0) & (page < num_pages)
-    if not placed:
-        tl.atomic_max(error_ptr, BAD_POSITION)
-    elif not paged:
-        tl.atomic_max(error_ptr, BAD_PAGE)
+    if real:
+        if not placed:
+            tl.atomic_max(error_ptr, BAD_POSITION)
+        elif not paged:
+            tl.atomic_max(error_ptr, BAD_PAGE)
     slot = tl.where(paged, page * S + position % S, -1)
     tl.store(positions_ptr + row, tl.where(placed, position, 0).to(tl.int64))
     tl.store(slots_ptr + row, slot)
 
-    token = tl.load(tokens_ptr + given)
+    token = tl.load(tokens_ptr + given, mask=real, other=-1)
     known = (token >= 0) & (token < vocab_size)
     if FROM_EMBEDDING:
-        if not known:
+        if real & ~known:
             tl.atomic_max(error_ptr, BAD_TOKEN)
     length = (D + 7) // 8
     for start in range(0, D, 256):
@@ -74,13 +76,14 @@ def join_rows(
     tokens: Tensor, positions: Tensor, order: Tensor, sequence_of_row: Tensor, block_table: Tensor, embedding: Tensor,
     hidden_cache: Tensor, norm_weight: Tensor | None, row_positions: Tensor, slots: Tensor, hidden: Tensor, x: Rows,
     error: Tensor, first_row: int, num_rows: int, vocab_size: int, max_positions: int, eps: float,
-    from_embedding: bool, position_step: int = 0, norm_offset: float = 0.0, multiplier: float = 1.0,
+    from_embedding: bool, norm_offset: float = 0.0, multiplier: float = 1.0,
 ) -> None:  # fmt: skip
     """Rows first_row .. first_row + num_rows - 1 of the step's buffers join.
 
-    tokens, positions int64, as given to the step; order int32 [T]: which given row each is; sequence_of_row int32
-    [T]; block_table int32 [B, max_blocks]; embedding packed [V, D]; hidden_cache [P, S, D]. Writes row_positions,
-    slots int64 [T] (-1 where the table names no page), hidden [T, D] and the numbers of x [T, D].
+    tokens, positions int64, as given to the step; order int32 [T]: which given row each is, -1: none, a row that has
+    no slot and notes nothing; sequence_of_row int32 [T]; block_table int32 [B, max_blocks]; embedding packed [V, D];
+    hidden_cache [P, S, D]. Writes row_positions, slots int64 [T] (-1 where the table names no page), hidden [T, D] and
+    the numbers of x [T, D].
     """
     num_pages, page_size, hidden_size = hidden_cache.shape
     _join_rows_kernel[(num_rows,)](
@@ -98,7 +101,6 @@ def join_rows(
         x_ptr=x.numbers,
         error_ptr=error,
         first_row=first_row,
-        position_step=position_step,
         vocab_size=vocab_size,
         max_positions=max_positions,
         max_blocks=block_table.size(1),

@@ -87,21 +87,46 @@ def best_token(best_ptr, token_ptr, rows, mask_rows, num_blocks, ROWS: tl.conste
     return tl.where(lowest < 0, -1, token)
 
 
-@triton.jit
-def _take_draft_kernel(
-    best_ptr, token_ptr, ids_ptr, sequence_ptr, drafts_ptr, next_ptr, error_ptr, num_blocks, max_drafts, column,
-    HAS_IDS: tl.constexpr, TILE: tl.constexpr, NAN_LOGITS: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
+@device_function
+def _token_of_row(best_ptr, token_ptr, row, error_ptr, num_blocks, TILE: tl.constexpr, NAN_LOGITS: tl.constexpr):
     rows = row + tl.arange(0, 1)
     token = tl.max(best_token(best_ptr, token_ptr, rows, rows >= 0, num_blocks, 1, TILE)).to(tl.int64)
     if token < 0:
         tl.atomic_max(error_ptr, NAN_LOGITS)
-    elif HAS_IDS:
-        token = tl.load(ids_ptr + token)
-    sequence = tl.load(sequence_ptr + row).to(tl.int64)
-    tl.store(drafts_ptr + sequence * max_drafts + column, token)
-    tl.store(next_ptr + sequence, token)
+    return token
+
+
+@triton.jit
+def _take_target_kernel(
+    best_ptr, token_ptr, rows_ptr, targets_ptr, error_ptr, num_blocks, TILE: tl.constexpr, NAN_LOGITS: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    if tl.load(rows_ptr + row) < 0:
+        return
+    tl.store(targets_ptr + row, _token_of_row(best_ptr, token_ptr, row, error_ptr, num_blocks, TILE, NAN_LOGITS))
+
+
+@triton.jit
+def _take_draft_kernel(
+    best_ptr, token_ptr, ids_ptr, order_ptr, counts_ptr, columns_ptr, drafts_ptr, tokens_ptr, positions_ptr, error_ptr,
+    num_blocks, max_drafts, HAS_IDS: tl.constexpr, TILE: tl.constexpr, NAN_LOGITS: tl.constexpr,
+):  # fmt: skip
+    """All is read before the token is found, which takes barriers, and written after it."""
+    row = tl.program_id(0).to(tl.int64)
+    if tl.load(order_ptr + row) < 0:
+        return
+    count, column = tl.load(counts_ptr + row), tl.load(columns_ptr + row)
+    position = tl.load(positions_ptr + row)
+    token = _token_of_row(best_ptr, token_ptr, row, error_ptr, num_blocks, TILE, NAN_LOGITS)
+    if HAS_IDS:
+        if token >= 0:
+            token = tl.load(ids_ptr + token)
+    tl.store(drafts_ptr + row * max_drafts + column, token)
+    tl.store(tokens_ptr + row, token)
+    tl.store(positions_ptr + row, position + 1)
+    tl.store(columns_ptr + row, column + 1)
+    if column + 1 >= count:
+        tl.store(order_ptr + row, -1)
 
 
 class Candidates:
@@ -147,24 +172,28 @@ def head_candidates(
 
 
 def take_draft(
-    candidates: Candidates, draft_ids: Tensor | None, sequences: Tensor, drafts: Tensor, column: int,
-    next_tokens: Tensor, error: Tensor,
+    candidates: Candidates, draft_ids: Tensor | None, order: Tensor, counts: Tensor, columns: Tensor, drafts: Tensor,
+    tokens: Tensor, positions: Tensor, error: Tensor,
 ) -> None:  # fmt: skip
-    """The token of each row of candidates -> drafts int64 [B, max_drafts] and next_tokens int64 [B] of its sequence.
+    """The token of each row of candidates becomes the next draft of its sequence, which has the same number.
 
-    sequences int32 [T]; draft_ids int64: the token ids that the head's columns stand for (None: themselves).
+    order int32 [T]: -1 where a row drafts nothing, and, afterwards, nothing more; counts int32 [B]: how many drafts a
+    sequence takes; columns int32 [B]: how many it has; drafts int64 [B, max_drafts]. tokens, positions int64 [B]: the
+    next row to draft from. draft_ids int64: the token ids that the head's columns stand for (None: themselves).
     """
-    _take_draft_kernel[(len(sequences),)](
+    _take_draft_kernel[(len(order),)](
         best_ptr=candidates.best,
         token_ptr=candidates.tokens,
         ids_ptr=drafts if draft_ids is None else draft_ids,
-        sequence_ptr=sequences,
+        order_ptr=order,
+        counts_ptr=counts,
+        columns_ptr=columns,
         drafts_ptr=drafts,
-        next_ptr=next_tokens,
+        tokens_ptr=tokens,
+        positions_ptr=positions,
         error_ptr=error,
         num_blocks=candidates.num_blocks,
         max_drafts=drafts.size(1),
-        column=column,
         HAS_IDS=draft_ids is not None,
         TILE=COMPARED,
         NAN_LOGITS=NAN_LOGITS,
@@ -174,8 +203,19 @@ def take_draft(
 
 
 def take_targets(candidates: Candidates, rows: Tensor, targets: Tensor, error: Tensor) -> None:
-    """The token of each row of candidates -> targets int64 [T]. rows int32 [T]: 0 .. T - 1."""
-    take_draft(candidates, None, rows, targets.view(-1, 1), 0, targets, error)
+    """The token of each row of candidates -> targets int64 [T]. rows int32 [T]: -1 where there is none."""
+    _take_target_kernel[(len(rows),)](
+        best_ptr=candidates.best,
+        token_ptr=candidates.tokens,
+        rows_ptr=rows,
+        targets_ptr=targets,
+        error_ptr=error,
+        num_blocks=candidates.num_blocks,
+        TILE=COMPARED,
+        NAN_LOGITS=NAN_LOGITS,
+        num_warps=4,
+        **OPTIONS,
+    )
 
 
 def norm_head_argmax(

@@ -4,7 +4,7 @@
     m = max s;  p_j = to_dtype(exp(s_j - m));  l = fold_j(p_j);  o = fold_j(p_j v_j)
     merged: m' = max(m, m_new);  l exp(m - m') + l_new exp(m_new - m');  o likewise;  to_dtype(o / l)
 
-A program has a chunk of one sequence's KV head and up to 8 of its rows, with all query heads of that KV head: each of
+A program has chunks of one sequence's KV head and up to 8 of its rows, with all query heads of that KV head: each of
 them reads what the first one loaded. With a window, a row sees no more than the last positions. Moves 2 K numbers for
 each position, KV head and 8 rows of a sequence.
 """
@@ -16,7 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .contract import CHUNK, INTERPRETED, device_function, exp, multiply_add, rounded, segment_offset, soft_cap
+from .attention_chunk import attend_to_chunk
+from .contract import CHUNK, INTERPRETED, exp, rounded, segment_offset
 from .launch import OPTIONS, blocks, exact_products
 from .packing import row_stride
 from .rms_norm import from_segments
@@ -26,66 +27,31 @@ __all__ = ["AttentionScratch", "ScratchMemory", "attend", "paged_attention"]
 MAX_ROWS = 8
 TILE = 128  # positions whose scores are computed at once
 WARPS = 8
+ENOUGH_PROGRAMS = 256  # that have all chunks of their rows: about as many as a large GPU runs at a time
+MOST_PROGRAMS = 1024  # that chunks are split over
+MOST_OF_PARTS = 256 << 20  # bytes for chunks that a merge waits for
 
 
-def at_once(tile_rows: int) -> int:
-    """Loads of K or V on their way at one time, as many as registers hold: sums wait for memory, not for arithmetic."""
+def at_once(tile_rows: int, in_turn: bool = False) -> int:
+    """Loads of K or V on their way at one time, as many as registers hold: sums wait for memory, not for arithmetic.
+    Where chunks are merged in the program, their sums take registers, too."""
     if INTERPRETED:
         return 1
-    return 32 if tile_rows <= 8 else 8
-
-
-@device_function
-def _add_positions(
-    l, o, first, chunk, unseen, visible, n, table_ptr, v_ptrs, page_size, scores_ptrs, num_pages, d,  # noqa: E741
-    S: tl.constexpr, K: tl.constexpr, K_PADDED: tl.constexpr, AT_ONCE: tl.constexpr, SOME: tl.constexpr,
-    FMA: tl.constexpr,
-):  # fmt: skip
-    """l and o after AT_ONCE more positions of a chunk, from ``first`` on; SOME: not every row sees each of them.
-
-    Where pages and AT_ONCE divide one another, a page is looked up once and all offsets are constants.
-    """
-    start = chunk * 256 + first
-    ALIGNED: tl.constexpr = AT_ONCE % S == 0 or S % AT_ONCE == 0
-    LOOKED_UP: tl.constexpr = (AT_ONCE + S - 1) // S if ALIGNED else AT_ONCE
-    bases = ()
-    valid = ()
-    for b in tl.static_range(LOOKED_UP):
-        at = first + b * S if ALIGNED else first + b
-        page = tl.load(table_ptr + (chunk * 256 + at) // S, mask=at < n, other=-1).to(tl.int64)
-        bases = bases + (v_ptrs + page * page_size + (start % S * K if ALIGNED else (start + b) % S * K),)
-        valid = valid + ((page >= 0) & (page < num_pages),)
-    ps = ()
-    vs = ()
-    for i in tl.static_range(AT_ONCE):
-        v_of_i = bases[i // S if ALIGNED else i] + (i % S * K if ALIGNED else 0)
-        if K == K_PADDED:
-            vs = vs + (tl.load(v_of_i, mask=valid[i // S if ALIGNED else i], other=0.0),)
-        else:
-            vs = vs + (tl.load(v_of_i, mask=valid[i // S if ALIGNED else i] & (d < K), other=0.0),)
-        ps = ps + (tl.load(scores_ptrs + first + i),)  # 0 where a row does not see the position
-    for i in tl.static_range(AT_ONCE):
-        l = l + ps[i]  # noqa: E741
-        added = multiply_add(tl.broadcast_to(ps[i], o.shape), tl.broadcast_to(vs[i].to(tl.float32), o.shape), o, FMA)
-        if SOME:  # 0 times an infinite v that a row must not see is NaN
-            o = tl.where((first + i >= unseen) & (first + i < visible), added, o)
-        else:
-            o = added
-    return l, o
+    return 32 if tile_rows <= 8 else 4 if in_turn else 8
 
 
 @triton.jit
 def _attend_kernel(
     q_ptr, k_ptr, v_ptr, block_table_ptr, rows_ptr, starts_ptr, positions_ptr, scores_ptr, m_ptr, l_ptr, o_ptr,
-    out_ptr, stride_out, num_heads, num_kv_heads, num_pages, max_blocks, row_blocks, scale, cap, window,
+    out_ptr, stride_out, num_heads, num_kv_heads, num_pages, max_blocks, row_blocks, num_chunks, scale, cap, window,
     CAPPED: tl.constexpr, WINDOW: tl.constexpr, S: tl.constexpr,
     K: tl.constexpr, ROWS: tl.constexpr, RATIO: tl.constexpr, R: tl.constexpr, K_PADDED: tl.constexpr,
-    TILE: tl.constexpr, AT_ONCE: tl.constexpr, ONE_CHUNK: tl.constexpr, FMA: tl.constexpr,
+    TILE: tl.constexpr, AT_ONCE: tl.constexpr, ONE_CHUNK: tl.constexpr, IN_TURN: tl.constexpr, FMA: tl.constexpr,
 ):  # fmt: skip
+    """IN_TURN: a program has all chunks of its rows, and merges them itself."""
     sequence = (tl.program_id(0) // row_blocks).to(tl.int64)
     row_block = tl.program_id(0) % row_blocks
     kv_head = tl.program_id(1).to(tl.int64)
-    chunk = tl.program_id(2)
     dtype: tl.constexpr = k_ptr.dtype.element_ty
 
     # Rows of the tile: every query head of this KV head, for every row.
@@ -95,77 +61,58 @@ def _attend_kernel(
     row = tl.load(rows_ptr + nth, mask=in_rows, other=0).to(tl.int64)
     head = kv_head * RATIO + r % RATIO
     position = tl.load(positions_ptr + row, mask=in_rows, other=-1)
-    visible = tl.minimum(tl.maximum(position + 1 - chunk * 256, 0), 256).to(tl.int32)
-    unseen = tl.zeros_like(visible)  # positions of the chunk before those that a row sees
+    program = (tl.program_id(0) * num_kv_heads + kv_head) * tl.num_programs(2) + tl.program_id(2)
+    scores_ptrs = scores_ptr + program * (R * 256) + r * 256
+    q_ptrs = q_ptr + (row * num_heads + head) * K
+    table_ptr = block_table_ptr + sequence * max_blocks
+    d = tl.arange(0, K_PADDED)[None, :]
+    out_ptrs = out_ptr + row * stride_out + segment_offset(head * K + d, (num_heads * K + 7) // 8)
+
+    last = tl.max(position)  # -1: there are no rows
+    first_chunk = 0
     if WINDOW:
-        unseen = tl.maximum(position + 1 - window - chunk * 256, 0).to(tl.int32)
-    n = tl.max(tl.where(unseen < visible, visible, 0))
-    seen_by_all = 0  # as many positions, from the first on, need no look at who sees them
-    if not WINDOW:
-        seen_by_all = tl.min(tl.where(in_rows, visible, 256)) // AT_ONCE * AT_ONCE
-    if n > 0:
-        program = (tl.program_id(0) * num_kv_heads + kv_head) * tl.num_programs(2) + chunk
-        scores_ptrs = scores_ptr + program * (R * 256) + r * 256
-        q_ptrs = q_ptr + (row * num_heads + head) * K
+        seen = tl.where(in_rows, tl.maximum(position + 1 - window, 0), last)
+        first_chunk = (tl.min(seen) // 256).to(tl.int32)
+    if ONE_CHUNK:
+        if last >= 0:
+            m, l, o, sees = attend_to_chunk(  # noqa: E741
+                0, q_ptrs, k_ptr, v_ptr, table_ptr, scores_ptrs, in_rows, position, kv_head, num_kv_heads, num_pages,
+                scale, cap, window, CAPPED, WINDOW, S, K, R, K_PADDED, TILE, AT_ONCE, FMA,
+            )  # fmt: skip
+            out = rounded(tl.div_rn(o, tl.broadcast_to(l, [R, K_PADDED])), dtype)
+            tl.store(out_ptrs, out, mask=in_rows & (d < K))
+    elif IN_TURN:
         m = tl.full([R, 1], -float("inf"), tl.float32)
-        for start in range(0, n, TILE):
-            j = start + tl.arange(0, TILE)[None, :]
-            at = chunk * 256 + j
-            page = tl.load(block_table_ptr + sequence * max_blocks + at // S, mask=j < n, other=-1).to(tl.int64)
-            paged = (page >= 0) & (page < num_pages)
-            k_ptrs = k_ptr + (page * num_kv_heads + kv_head) * K * S + at % S
-            s = tl.zeros([R, TILE], tl.float32)
-            for first in range(0, K, AT_ONCE):
-                qs = ()
-                ks = ()
-                for i in tl.static_range(AT_ONCE):
-                    d = first + i
-                    if K % AT_ONCE == 0:
-                        qs = qs + (tl.load(q_ptrs + d, mask=in_rows, other=0.0),)
-                        ks = ks + (tl.load(k_ptrs + d * S, mask=paged, other=0.0),)
-                    else:
-                        qs = qs + (tl.load(q_ptrs + d, mask=in_rows & (d < K), other=0.0),)
-                        ks = ks + (tl.load(k_ptrs + d * S, mask=paged & (d < K), other=0.0),)
-                for i in tl.static_range(AT_ONCE):
-                    q = tl.broadcast_to(qs[i].to(tl.float32), [R, TILE])
-                    s = multiply_add(q, tl.broadcast_to(ks[i].to(tl.float32), [R, TILE]), s, FMA)
-            s = s * scale
-            if CAPPED:
-                s = soft_cap(s, cap)
-            s = tl.where((j >= unseen) & (j < visible), s, -float("inf"))
-            m = tl.maximum(m, tl.max(s, axis=1, keep_dims=True))
-            tl.store(scores_ptrs + j, s)
-        tl.debug_barrier()
-        for start in range(0, n, TILE):
-            j = start + tl.arange(0, TILE)[None, :]
-            p = rounded(exp(tl.load(scores_ptrs + j) - m), dtype)
-            tl.store(scores_ptrs + j, tl.where((j >= unseen) & (j < visible), p, 0.0))
-        tl.debug_barrier()
-        d = tl.arange(0, K_PADDED)[None, :]
         l = tl.zeros([R, 1], tl.float32)  # noqa: E741
         o = tl.zeros([R, K_PADDED], tl.float32)
-        table_ptr = block_table_ptr + sequence * max_blocks
-        v_ptrs = v_ptr + kv_head * (S * K) + d
-        page_size = num_kv_heads * (S * K)
-        for first in range(0, seen_by_all, AT_ONCE):
-            l, o = _add_positions(  # noqa: E741
-                l, o, first, chunk, unseen, visible, n, table_ptr, v_ptrs, page_size, scores_ptrs, num_pages, d, S, K,
-                K_PADDED, AT_ONCE, False, FMA,
+        begun = tl.zeros([R, 1], tl.int32)
+        for chunk in range(first_chunk, ((last + 256) // 256).to(tl.int32)):
+            m_new, l_new, o_new, sees = attend_to_chunk(
+                chunk, q_ptrs, k_ptr, v_ptr, table_ptr, scores_ptrs, in_rows, position, kv_head, num_kv_heads,
+                num_pages, scale, cap, window, CAPPED, WINDOW, S, K, R, K_PADDED, TILE, AT_ONCE, FMA,
             )  # fmt: skip
-        for first in range(seen_by_all, n, AT_ONCE):
-            l, o = _add_positions(  # noqa: E741
-                l, o, first, chunk, unseen, visible, n, table_ptr, v_ptrs, page_size, scores_ptrs, num_pages, d, S, K,
-                K_PADDED, AT_ONCE, True, FMA,
+            m_max = tl.maximum(m, m_new)
+            a = exp(m - m_max)
+            b = exp(m_new - m_max)
+            more = begun > 0  # a row's first chunk is taken as it is
+            l = tl.where(sees, tl.where(more, l * a + l_new * b, l_new), l)  # noqa: E741
+            o = tl.where(sees, tl.where(more, o * a + o_new * b, o_new), o)
+            m = tl.where(sees, tl.where(more, m_max, m_new), m)
+            begun = tl.maximum(begun, sees.to(tl.int32))
+            tl.debug_barrier()  # the next chunk's scores take the place of these
+        out = rounded(tl.div_rn(o, tl.broadcast_to(l, [R, K_PADDED])), dtype)
+        tl.store(out_ptrs, out, mask=in_rows & (d < K))
+    else:
+        for chunk in range(first_chunk + tl.program_id(2), ((last + 256) // 256).to(tl.int32), tl.num_programs(2)):
+            m, l, o, sees = attend_to_chunk(  # noqa: E741
+                chunk, q_ptrs, k_ptr, v_ptr, table_ptr, scores_ptrs, in_rows, position, kv_head, num_kv_heads,
+                num_pages, scale, cap, window, CAPPED, WINDOW, S, K, R, K_PADDED, TILE, AT_ONCE, FMA,
             )  # fmt: skip
-        if ONE_CHUNK:
-            out = rounded(tl.div_rn(o, tl.broadcast_to(l, [R, K_PADDED])), dtype)
-            offs = segment_offset(head * K + d, (num_heads * K + 7) // 8)
-            tl.store(out_ptr + row * stride_out + offs, out, mask=in_rows & (d < K))
-        else:
-            part = (row * num_heads + head) * tl.num_programs(2) + chunk
+            part = (row * num_heads + head) * num_chunks + chunk
             tl.store(m_ptr + part, m, mask=in_rows)
             tl.store(l_ptr + part, l, mask=in_rows)
             tl.store(o_ptr + part * K + d, o, mask=in_rows & (d < K))
+            tl.debug_barrier()
 
 
 @triton.jit
@@ -174,6 +121,8 @@ def _merge_kernel(
     WINDOW: tl.constexpr, K_PADDED: tl.constexpr,
 ):  # fmt: skip
     row = tl.load(rows_ptr + tl.program_id(0)).to(tl.int64)
+    if row < 0:
+        return
     head = tl.program_id(1)
     d = tl.arange(0, K_PADDED)
     position = tl.load(positions_ptr + row)
@@ -215,7 +164,9 @@ class ScratchMemory:
 class AttentionScratch:
     """What programs keep between their passes, and chunks for the merge: reused by all layers of a step.
 
-    For T rows of B sequences, at most ``max_rows`` of one, and block tables that reach ``max_positions``.
+    For T rows of B sequences, at most ``max_rows`` of one, and block tables that reach ``max_positions``. A program has
+    every ``programs``-th chunk of its rows. ``in_turn``: it has all, and merges them itself: where there are enough
+    programs without, or chunks would take too much memory.
     """
 
     def __init__(
@@ -226,9 +177,14 @@ class AttentionScratch:
         self.row_blocks = blocks(max_rows, self.rows)
         self.num_chunks = max(1, blocks(max_positions, CHUNK))
         tile_rows = 1 << (self.rows * (num_heads // num_kv_heads) - 1).bit_length()
-        programs = num_sequences * self.row_blocks * num_kv_heads * self.num_chunks
-        parts = (num_rows, num_heads, self.num_chunks) if self.num_chunks > 1 else (1, 1, 1)
-        shapes = (programs, tile_rows, CHUNK), parts, parts, (*parts, head_dim)
+        of_chunk = num_sequences * self.row_blocks * num_kv_heads
+        parts = num_rows, num_heads, self.num_chunks
+        too_large = math.prod(parts) * (head_dim + 2) * 4 > MOST_OF_PARTS
+        self.in_turn = self.num_chunks > 1 and (of_chunk >= ENOUGH_PROGRAMS or too_large)
+        self.programs = 1 if self.in_turn else min(self.num_chunks, max(1, MOST_PROGRAMS // of_chunk))
+        if self.in_turn or self.num_chunks == 1:
+            parts = 1, 1, 1
+        shapes = (of_chunk * self.programs, tile_rows, CHUNK), parts, parts, (*parts, head_dim)
         sizes = [-(-math.prod(shape) // 4) * 4 for shape in shapes]  # each begins at a multiple of 16 bytes
         pieces = memory.take(sum(sizes), device).split(sizes)
         self.scores, self.m, self.l, self.o = (
@@ -242,14 +198,14 @@ def attend(
 ) -> None:  # fmt: skip
     """out fp32 [T, row_stride(H*K)] of some rows of q [T, H, K].
 
-    rows int32 [N]: them, by sequence; starts int32 [B+1]: sequence b has rows[starts[b]:starts[b+1]], at most as many
-    as the scratch was made for; positions int64 [T] of all rows of q.
+    rows int32 [N]: them, by sequence, and -1 behind; starts int32 [B+1]: sequence b has rows[starts[b]:starts[b+1]], at
+    most as many as the scratch was made for; positions int64 [T] of all rows of q.
     """
     num_heads, head_dim = q.shape[1:]
     num_pages, num_kv_heads, _, page_size = k_pages.shape
     ratio, padded = num_heads // num_kv_heads, triton.next_power_of_2(head_dim)
     one_chunk = scratch.num_chunks == 1
-    _attend_kernel[((len(starts) - 1) * scratch.row_blocks, num_kv_heads, scratch.num_chunks)](
+    _attend_kernel[((len(starts) - 1) * scratch.row_blocks, num_kv_heads, scratch.programs)](
         q_ptr=q,
         k_ptr=k_pages,
         v_ptr=v_pages,
@@ -268,6 +224,7 @@ def attend(
         num_pages=num_pages,
         max_blocks=block_table.size(1),
         row_blocks=scratch.row_blocks,
+        num_chunks=scratch.num_chunks,
         scale=scale,
         cap=cap,
         window=window,
@@ -280,13 +237,14 @@ def attend(
         R=scratch.scores.size(1),
         K_PADDED=padded,
         TILE=TILE,
-        AT_ONCE=at_once(scratch.scores.size(1)),
+        AT_ONCE=at_once(scratch.scores.size(1), scratch.in_turn),
         ONE_CHUNK=one_chunk,
+        IN_TURN=scratch.in_turn,
         FMA=exact_products(q.dtype),
         num_warps=WARPS,
         **OPTIONS,
     )
-    if not one_chunk:
+    if not one_chunk and not scratch.in_turn:
         _merge_kernel[(len(rows), num_heads)](
             rows_ptr=rows,
             positions_ptr=positions,

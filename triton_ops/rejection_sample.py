@@ -27,6 +27,8 @@ def _add_masses_kernel(
     """The sums of a draft's masses: of q, and of p."""
     draft = tl.program_id(1).to(tl.int64)
     row = tl.load(rows_ptr + draft).to(tl.int64)
+    if row < 0:
+        return
     n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     q_maximum = maximum_of(draft_maxima_ptr, draft, num_blocks, BLOCKS)
     p_maximum = maximum_of(maxima_ptr, row, num_blocks, BLOCKS)
@@ -50,6 +52,8 @@ def _residual_kernel(
     pid = tl.program_id(0)
     draft = tl.program_id(1).to(tl.int64)
     row = tl.load(rows_ptr + draft).to(tl.int64)
+    if row < 0:
+        return
     n = pid * BLOCK + tl.arange(0, BLOCK)
     q_maximum = maximum_of(draft_maxima_ptr, draft, num_blocks, BLOCKS)
     p_maximum = maximum_of(maxima_ptr, row, num_blocks, BLOCKS)
@@ -89,6 +93,8 @@ def _settle_kernel(
     """The draft, or what was drawn in its place -> targets."""
     draft = tl.program_id(0).to(tl.int64)
     row = tl.load(rows_ptr + draft)
+    if row < 0:
+        return
     if tl.load(kept_ptr + draft) > 0:
         tl.store(targets_ptr + row, tl.load(tokens_ptr + tl.load(places_ptr + draft)))
     else:
@@ -106,7 +112,7 @@ def _settle_kernel(
 class Rejection:
     """Buffers to judge drafts by the rejection rule.
 
-    rows int32 [R]: which row of scores judges each draft; places int32 [R]: where among the tokens it is.
+    rows int32 [R]: which row of scores judges each draft, -1: none; places int32 [R]: where among the tokens it is.
     """
 
     def __init__(self, rows: Tensor, places: Tensor, size: int) -> None:

@@ -30,15 +30,19 @@ __all__ = ["Chooser", "Drawing", "filter_logits", "gumbel_argmax"]
 @triton.jit
 def _choose_kernel(
     scores_ptr, maxima_ptr, sequence_ptr, cut_ptr, ties_ptr, temperatures_ptr, min_ps_ptr, positions_ptr, seeds_ptr,
-    samples_ptr, ids_ptr, kept_ptr, best_ptr, token_ptr, error_ptr, N, num_blocks, position_step, kept_rows, kept_row,
-    kept_size,
+    samples_ptr, ids_ptr, kept_ptr, best_ptr, token_ptr, error_ptr, N, num_blocks, position_step, kept_rows,
+    columns_ptr, kept_size,
     FILTER: tl.constexpr, CUT: tl.constexpr, KEEP: tl.constexpr, DRAW: tl.constexpr, HAS_IDS: tl.constexpr,
+    HAS_COLUMNS: tl.constexpr,
     STREAM: tl.constexpr, BAD_SCORES: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """KEEP: write the filtered scores to row kept_rows * sequence + kept_row; DRAW: add noise, leave the best."""
+    """KEEP: write the filtered scores to row kept_rows * sequence + columns[sequence]; DRAW: add noise, leave the
+    best."""
     pid = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
     sequence = tl.load(sequence_ptr + row).to(tl.int64)
+    if sequence < 0:
+        return
     n = pid * BLOCK + tl.arange(0, BLOCK)
     score = tl.load(scores_ptr + row * N + n, mask=n < N, other=-float("inf"))
     maximum = maximum_of(maxima_ptr, row, num_blocks, BLOCKS)
@@ -56,7 +60,10 @@ def _choose_kernel(
     if HAS_IDS:
         column = tl.load(ids_ptr + n, mask=n < N, other=0).to(tl.int32)
     if KEEP:
-        tl.store(kept_ptr + (sequence * kept_rows + kept_row) * kept_size + column, score, mask=n < N)
+        kept_row = sequence * kept_rows
+        if HAS_COLUMNS:
+            kept_row += tl.load(columns_ptr + sequence)
+        tl.store(kept_ptr + kept_row * kept_size + column, score, mask=n < N)
     if DRAW:
         if temperature != 0.0:
             position = tl.load(positions_ptr + sequence) + position_step
@@ -87,14 +94,15 @@ class Chooser:
     def run(
         self, logits: Tensor, scores: Tensor | None, sequences: Tensor, sampling: DraftSampling, positions: Tensor,
         error: Tensor, position_step: int = 0, draw: bool = True, ids: Tensor | None = None, kept: Tensor | None = None,
-        kept_row: int = 0,
+        columns: Tensor | None = None,
     ) -> None:  # fmt: skip
-        """The candidates of rows of logits fp32 [T, N], row r with the settings and position of sequences[r] int32.
+        """The candidates of rows of logits fp32 [T, N], row r with the settings and position of sequences[r] int32;
+        -1: that row is left out.
 
         scores fp32 [T, N]: where the logits go, divided by the temperature (None: there are no filters); may be they.
         draw: add noise where the temperature is not 0. ids int64 [N]: the tokens that columns stand for, ascending.
-        kept fp32 [B, rows, V]: where the filtered scores go, to [sequence, kept_row]; may be scores. Notes what cannot
-        be drawn.
+        kept fp32 [B, rows, V]: where the filtered scores go, to [sequence, columns[sequence] int32 (None: 0)]; may be
+        scores. Notes what cannot be drawn.
         """
         s = sampling
         filtered, scores = scores is not None, logits if scores is None else scores
@@ -121,13 +129,14 @@ class Chooser:
             num_blocks=self.num_blocks,
             position_step=position_step,
             kept_rows=0 if kept is None else kept.size(1),
-            kept_row=kept_row,
+            columns_ptr=sequences if columns is None else columns,
             kept_size=0 if kept is None else kept.size(2),
             FILTER=filtered,
             CUT=self.cuts is not None,
             KEEP=kept is not None,
             DRAW=draw,
             HAS_IDS=ids is not None,
+            HAS_COLUMNS=columns is not None,
             STREAM=TOKEN_STREAM,
             BAD_SCORES=BAD_SCORES,
             BLOCK=BLOCK,

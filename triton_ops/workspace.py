@@ -1,16 +1,18 @@
 """What a move of the staircase needs besides its inputs: the rows' order, and buffers that all layers share."""
 
+from __future__ import annotations
+
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from .integer_rows import Rows
 from .paged_attention import AttentionScratch, ScratchMemory
-from .transfer import to_device
+from .row_maps import MoveKind
 
-__all__ = ["BufferSizes", "Level", "Move", "int32"]
+__all__ = ["BufferSizes", "Buffers", "Level", "Move", "Workspace"]
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,45 @@ class BufferSizes:
     forms: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]] = ((), (), ())
 
 
+class Buffers:
+    """Up to ``num_rows`` rows on their way through the layers."""
+
+    def __init__(self, sizes: BufferSizes, num_rows: int) -> None:
+        device, self.num_rows = sizes.device, num_rows
+        self.positions = torch.zeros(num_rows, dtype=torch.int64, device=device)
+        self.slots = torch.zeros(num_rows, dtype=torch.int64, device=device)
+        self.hidden = torch.empty(num_rows, sizes.hidden_size, dtype=sizes.dtype, device=device)
+        self.q = torch.empty(num_rows, sizes.num_heads, sizes.head_dim, dtype=sizes.dtype, device=device)
+        # K and what is added to hidden, before their norms, in models that have these.
+        self.k = torch.empty(num_rows, sizes.num_kv_heads, sizes.head_dim, dtype=sizes.dtype, device=device)
+        self.projected = torch.empty_like(self.hidden)
+        widths = sizes.hidden_size, sizes.num_heads * sizes.head_dim, sizes.intermediate_size
+        self.x, self.attention, self.activation = (
+            Rows(num_rows, width, forms, device) for width, forms in zip(widths, sizes.forms, strict=True)
+        )
+        self.arrivals = torch.zeros(num_rows, dtype=torch.int32, device=device)
+
+
+class Workspace:
+    """Memory that steps use one after the other, as much as the largest of them needs: of one cache, or of one step.
+
+    scratch: attention's and, when that is done, logits. scores: what drafts were drawn from, kept through a draft_pass,
+    and, in a verify_pass, what they are judged by.
+    """
+
+    def __init__(self) -> None:
+        self.scratch, self.scores = ScratchMemory(), ScratchMemory()
+        self._buffers: dict[BufferSizes, Buffers] = {}
+
+    def buffers(self, sizes: BufferSizes, num_rows: int) -> Buffers:
+        """Those of earlier calls while they suffice. Graphs keep what they were captured with."""
+        found = self._buffers.get(sizes)
+        if found is None or found.num_rows < num_rows:
+            held = 0 if found is None else found.num_rows
+            found = self._buffers[sizes] = Buffers(sizes, max(num_rows, 2 * held))
+        return found
+
+
 @dataclass(frozen=True)
 class Level:
     """The rows that are on their way from ``depth`` on: the first ``num_rows`` of the buffers.
@@ -42,57 +83,20 @@ class Level:
 
 
 class Move:
-    """Rows of known depths, and their buffers.
+    """Rows of a kind on their way: maps that are on the device (row_maps.move_rows), and buffers.
 
-    Rows stand in the buffers by depth, so that those on their way through a layer are always the first: ``order`` int32
-    [T] says which given row each is, ``sequence_of_row`` int32 [T] whose. Depends on depths and query_start_loc alone,
-    not on tokens, positions or pages: one Move serves every step of its kind.
+    ``order`` int32 [T] says which given row each row of the buffers is, -1 none; ``sequence_of_row`` int32 [T] whose.
+    One Move serves every step of its kind: which rows these are, tokens, positions and pages are data.
     """
 
     def __init__(
-        self, sizes: BufferSizes, depths: list[int], starts: list[int], max_positions: int, scratch: ScratchMemory
+        self, sizes: BufferSizes, kind: MoveKind, maps: Sequence[Tensor], max_positions: int, workspace: Workspace
     ) -> None:
-        num_rows, device = len(depths), sizes.device
-        sequence_of = [b for b in range(len(starts) - 1) for _ in range(starts[b], starts[b + 1])]
-        order = sorted(range(num_rows), key=depths.__getitem__)
-        self.num_rows = num_rows
-        self.place = {given: row for row, given in enumerate(order)}
-        levels = {depth: self._level(depth, depths, starts) for depth in sorted(set(depths))}
-        self.order, self.sequence_of_row, *of_levels = to_device(
-            device,
-            int32(order),
-            int32([sequence_of[given] for given in order]),
-            *(int32(values) for level in levels.values() for values in level),
-        )
-        pairs = zip(levels, of_levels[::2], of_levels[1::2], strict=True)
-        self.levels = [Level(depth, len(rows), rows, level_starts) for depth, rows, level_starts in pairs]
-
-        self.positions = torch.zeros(num_rows, dtype=torch.int64, device=device)
-        self.slots = torch.zeros(num_rows, dtype=torch.int64, device=device)
-        self.hidden = torch.empty(num_rows, sizes.hidden_size, dtype=sizes.dtype, device=device)
-        self.q = torch.empty(num_rows, sizes.num_heads, sizes.head_dim, dtype=sizes.dtype, device=device)
-        # K and what is added to hidden, before their norms, in models that have these.
-        self.k = torch.empty(num_rows, sizes.num_kv_heads, sizes.head_dim, dtype=sizes.dtype, device=device)
-        self.projected = torch.empty_like(self.hidden)
-        widths = sizes.hidden_size, sizes.num_heads * sizes.head_dim, sizes.intermediate_size
-        self.x, self.attention, self.activation = (
-            Rows(num_rows, width, forms, device) for width, forms in zip(widths, sizes.forms, strict=True)
-        )
-        self.arrivals = torch.zeros(num_rows, dtype=torch.int32, device=device)
+        self.order, self.sequence_of_row, *of_levels = maps
+        levels = zip(kind.levels, of_levels[::2], of_levels[1::2], strict=True)
+        self.levels = [Level(depth, num_rows, rows, starts) for (depth, num_rows), rows, starts in levels]
+        self.buffers = workspace.buffers(sizes, kind.num_rows)
         self.scratch = AttentionScratch(
-            num_rows, len(starts) - 1, max(stop - start for start, stop in pairwise(starts)),
-            sizes.num_heads, sizes.num_kv_heads, sizes.head_dim, max_positions, device, scratch,
+            kind.num_rows, kind.num_sequences, kind.most_rows, sizes.num_heads, sizes.num_kv_heads, sizes.head_dim,
+            max_positions, sizes.device, workspace.scratch,
         )  # fmt: skip
-
-    def _level(self, depth: int, depths: list[int], starts: list[int]) -> tuple[list[int], list[int]]:
-        """Of each sequence the rows that are no deeper, its last ones; and where each sequence's begin."""
-        rows, level_starts = [], [0]
-        for start, stop in pairwise(starts):
-            rows += [self.place[given] for given in range(start, stop) if depths[given] <= depth]
-            level_starts.append(len(rows))
-        return rows, level_starts
-
-
-def int32(values: list[int]) -> Tensor:
-    """On the host."""
-    return torch.tensor(values, dtype=torch.int32)

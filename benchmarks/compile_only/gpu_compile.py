@@ -30,6 +30,7 @@ from layerskip_kernels.triton_ops import steps
 from layerskip_kernels.triton_ops.graphs import table_width
 from layerskip_kernels.triton_ops.packing import num_steps
 from layerskip_kernels.triton_ops.quantised import BY_SEGMENT, KINDS, Kind
+from layerskip_kernels.triton_ops.row_maps import packed, split, verify_rows
 
 PAGE_SIZE = 16
 EXIT_LAYER = 2
@@ -46,12 +47,10 @@ NUMBERS: dict[str, tuple[torch.dtype, str | None]] = {
     **{name: (torch.bfloat16, name) for name in (*KIND_NAMED, "q4_k_m")},
 }  # fmt: skip
 
-# All that a step may ask of torch: views, copies within the device, and memory. What would bring a number to the host
-# (aten::_local_scalar_dense, aten::nonzero, a copy to the CPU) is not among it.
-DEVICE_OPS = {
-    "aten::copy_", "aten::empty_like", "aten::empty.memory_format", "aten::select.int", "aten::slice.Tensor",
-    "aten::view", "aten::zeros", "aten::zero_", "aten::detach",
-}  # fmt: skip
+# All that a step may ask of torch: views and copies within the device. What would bring a number to the host
+# (aten::_local_scalar_dense, aten::nonzero, a copy to the CPU) is not among it, nor memory: what a CUDA graph allocates
+# while it is captured stays its own.
+DEVICE_OPS = {"aten::copy_", "aten::select.int", "aten::slice.Tensor", "aten::view", "aten::zero_", "aten::detach"}
 
 
 @dataclass(frozen=True)
@@ -91,7 +90,7 @@ class StaysOnDevice(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         tensors = [value for value in (*args, result) if isinstance(value, Tensor)]
         if func.name() not in DEVICE_OPS or any(tensor.device.type != "meta" for tensor in tensors):
-            raise RuntimeError(f"a step waits for the device, or may: {func.name()}")
+            raise RuntimeError(f"a step waits for the device or takes memory, or may: {func.name()}")
         return result
 
 
@@ -180,14 +179,21 @@ def record(config: ModelConfig, numbers: str, step: Step) -> list[Launch]:
     tokens, positions = (torch.empty(step.rows, dtype=torch.int64, device="meta") for _ in range(2))
     launches: list[Launch] = []
     if step.kind == "draft":
-        draft = steps.DraftPass(llama, cache, [1], 1, llama.weights.lm_head, llama.sizes.vocab_size)
+        maps = [torch.empty(1, dtype=torch.int32, device="meta") for _ in range(steps.DraftPass.MAPS)]
+        head, size = llama.weights.lm_head, llama.sizes.vocab_size
+        draft = steps.DraftPass(llama, cache, maps, tokens, positions, 1, head, size)
+        move = draft.move(llama, cache, 1)
         steps.error_of(cache.k)  # made once for a cache
         with recording(launches), StaysOnDevice():
-            draft.run(llama, cache, tokens, positions, llama.weights.lm_head, llama.sizes.vocab_size, None, EXIT_LAYER)
+            draft.step(llama, cache, move, None, EXIT_LAYER)
     else:
         drafts = 0 if step.kind == "prompt" else step.rows - 1
         depths = [EXIT_LAYER] * drafts + [0] if step.kind == "verify" else [0] * step.rows
-        verify = steps.VerifyPass(llama, cache, depths, [0, step.rows], [drafts], [True])
+        kind, maps = verify_rows(depths, [0, step.rows], [drafts], [True], size=int)
+        verify = steps.VerifyPass(llama, cache, kind, split(packed(maps).to("meta"), kind.lengths()))
+        rows = verify.move.buffers
+        for each in (rows.x, rows.attention, rows.activation):
+            each.turned()  # made once for a cache
         steps.error_of(cache.k)
         with recording(launches), StaysOnDevice():
             verify.run(llama, cache, tokens, positions)
@@ -207,16 +213,19 @@ def record_sampling(config: ModelConfig, rows: int) -> list[Launch]:
     sampling = DraftSampling(reals, numbers, empty(rows, dtype=torch.float64), reals, numbers, numbers)
     chooser = steps.Drawing(top_k=True, top_p=True).chooser(rows, size, torch.device("meta"))
     rejection, kept = steps.Rejection(indices, indices, size), empty(rows, 1, size)
-    ids = empty(size, dtype=torch.int64)
+    ids, drafts = empty(size, dtype=torch.int64), empty(rows, 8, dtype=torch.int64)
     listed = [empty(rows, 64, dtype=dtype) for dtype in (torch.int64, torch.float32, torch.int64, torch.bool)]
     edits, before = LogitEdits(reals, reals, reals, numbers, *listed), steps.Preceding(indices, indices, 4)
+    columns = empty(size, dtype=torch.int32)
     launches: list[Launch] = []
+    logits = empty(rows, size)
     with recording(launches), StaysOnDevice():
         for known in (None, ids):
-            logits, columns = empty(rows, size), None if known is None else empty(size, dtype=torch.int32)
-            steps.edit_rows(logits, indices, indices, numbers, numbers, before, edits, size, columns, 3)
-            chooser.run(logits, logits, indices, sampling, numbers, error, 3, ids=known, kept=kept, kept_row=2)
+            stands = None if known is None else columns
+            steps.edit_rows(logits, indices, indices, numbers, numbers, before, edits, size, stands, 1)
+            chooser.run(logits, logits, indices, sampling, numbers, error, 1, ids=known, kept=kept, columns=indices)
         steps.take_targets(chooser.candidates, indices, numbers, error)
+        steps.take_draft(chooser.candidates, ids, indices, indices, indices, drafts, numbers, numbers, error)
         scores = kept.view(rows, size)
         rejection.run(scores, scores, chooser.maxima, numbers, numbers, numbers, numbers, numbers, error)
     return launches

@@ -127,12 +127,12 @@ def _draft(
     stops: DraftStops | None,
 ) -> Draft:
     ids = [s.id for s in sequences]
-    tokens, positions, block_table = model.ops.to_device(
-        torch.tensor([s.tokens[-1] for s in sequences]),
-        torch.from_numpy(cache.pool.committed_lengths(ids)),
-        torch.from_numpy(cache.pool.block_table(ids)),
+    rows = DraftRows(
+        tokens=torch.tensor([s.tokens[-1] for s in sequences]),
+        positions=torch.from_numpy(cache.pool.committed_lengths(ids)),
+        num_drafts=torch.tensor(counts),
+        block_table=torch.from_numpy(cache.pool.block_table(ids)),
     )
-    rows = DraftRows(tokens=tokens, positions=positions, num_drafts=torch.tensor(counts), block_table=block_table)
     rejecting = [b for b, sampler in enumerate(samplers) if sampler is not None and sampler.rejects]
     sampling = draft_sampling(samplers, [s.tokens for s in sequences])
     drafted = model.ops.draft_pass(

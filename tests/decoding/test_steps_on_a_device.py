@@ -258,8 +258,8 @@ def test_copies_and_waits_of_a_greedy_cycle(two_devices):
         assert not any(copy.blocking for copy in drafting.copies + verifying.copies)
         # num_accepted and next_tokens int64 [2], drafts int64 [2, 1], the error word: each in 16 bytes
         assert drafting.to_host() + verifying.to_host() == [Copy(False, (4 * 16,), False)]
-        if cycle == 2:  # a kind that is captured by now: its inputs are copied, nothing else
-            assert (len(drafting.to_device()), len(verifying.to_device())) == (1, 1)
+        if cycle == 2:  # a kind that is captured by now: its inputs are copied, and which rows they are
+            assert (len(drafting.to_device()), len(verifying.to_device())) == (1, 2)
             assert (drafting.waits, verifying.waits) == (0, 1)
     assert on_device(verdict.logits) and not on_device(verdict.next_tokens)
 
@@ -284,7 +284,7 @@ def test_a_sampled_cycle_copies_no_logits(two_devices, acceptance, penalty):
         assert seen.launches.count("_choose_kernel") == 2 and ("_settle_kernel" in seen.launches) == rejecting
         if cycle == 2:
             assert seen.waits == 1
-            assert len(seen.to_device()) == 4  # of each step: what it reads, and how it draws
+            assert len(seen.to_device()) == 3  # what the steps read, and how they draw
 
 
 def test_a_kind_of_step_is_launched_the_same_whether_captured_or_not(two_devices):
@@ -370,7 +370,7 @@ def test_aborted_launches_do_not_spoil_later_ones(two_devices):
             cache.rollback(sequences)
             found += [verdict.draft.tokens, verdict.next_tokens, verdict.logits]
             for move in moves:
-                move.arrivals.fill_(1)
+                move.buffers.arrivals.fill_(1)
         return found
 
     moves = []
@@ -404,8 +404,51 @@ def test_passes_of_a_cache_share_attentions_memory(two_devices, monkeypatch):
         verify_step(model, cache, draft_step(model, cache, sequences, 1, count))
         cache.rollback(sequences)
     addresses = {scratch.scores.untyped_storage().data_ptr() for scratch in made[1:]}  # the first: the prompts
-    assert len(made) == 6 and len(addresses) == 1
+    assert len(made) == 4 and len(addresses) == 1
     assert all(scratch.scores.data_ptr() != scratch.o.data_ptr() for scratch in made)
+
+
+def test_a_smaller_batch_replays_the_steps_of_a_larger_one(two_devices):
+    """Three sequences in the place of four: the fourth's rows, which the replayed launches had before, are no row's."""
+
+    def run(model):
+        cache, sequences = prefilled(model, [random_tokens(n, seed=n) for n in (3, 1, 4, 2)], page_size=4)
+        found = []
+        for counts in ([2, 2, 1, 2], [1, 2, 2, 2], [2, 1, 2]):
+            batch = sequences[: len(counts)]
+            before, graphs_before = cache.pool.block_table([sequences[3].id]), captured(model)
+            pages = [cache.k[:, before[0, 0]].clone(), cache.v[:, before[0, 0]].clone()]
+            verdict = verify_step(model, cache, draft_step(model, cache, batch, 1, counts))
+            if len(counts) == 3:
+                assert captured(model) == graphs_before
+                assert same_bits(pages, [cache.k[:, before[0, 0]], cache.v[:, before[0, 0]]])
+            cache.rollback(batch)
+            found += [verdict.draft.tokens, verdict.num_accepted, verdict.next_tokens, verdict.logits]
+        return found
+
+    def captured(model):
+        return model.ops.captured_steps() if model.backend == "triton" else None
+
+    device, cpu = on_both(run)
+    assert same_bits(device, cpu)
+
+
+def test_what_padding_holds_is_nobodys_error(two_devices):
+    """A token and a position that no model has, where a step before had its rows; and numbers that are none."""
+    model = agreeing_model(backend="triton", **TWO_LAYERS)
+    cache, sequences = prefilled(model, [PROMPTS[0]] * 3)
+    kept = model.ops._steps
+    for batch in (sequences, sequences, sequences):
+        cache.commit(verify_step(model, cache, draft_step(model, cache, batch, 1, 1)))
+        for of_cache in kept._of_cache.values():
+            for a_pass in of_cache.passes.values():
+                a_pass.inputs.tokens.fill_(-7)
+                a_pass.inputs.positions.fill_(10**6)
+            for buffers in of_cache.workspace._buffers.values():
+                buffers.hidden.fill_(torch.nan)
+                numbers = buffers.attention.numbers  # what fills segments up stays 0
+                numbers.copy_(torch.where(numbers != 0, torch.nan, numbers))
+    assert all(len(sequence.tokens) > len(PROMPTS[0]) + 3 for sequence in sequences)
 
 
 def test_threads_take_turns_at_a_pass(two_devices):

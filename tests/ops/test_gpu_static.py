@@ -58,8 +58,8 @@ def test_every_kernel_of_the_steps_was_read(report):
     for name in gpu_static.STREAMING:
         assert {(name, 1), (name, 8)} <= kernels
     assert {name for name, _ in kernels} >= {"_join_rows_kernel", "_attend_kernel", "_merge_kernel",
-                                             "_accept_draft_kernel", "_take_draft_kernel", "_scale_kernel",
-                                             "_count_kernel", "_choose_kernel", "_add_masses_kernel",
+                                             "_accept_draft_kernel", "_take_draft_kernel", "_take_target_kernel",
+                                             "_scale_kernel", "_count_kernel", "_choose_kernel", "_add_masses_kernel",
                                              "_residual_kernel", "_settle_kernel", "_edit_kernel"}  # fmt: skip
     assert not [kernel for kernel in report["kernels"] if kernel["problems"]]
 
@@ -149,9 +149,9 @@ import sys
 sys.path[:0] = sys.argv[1:3]
 import torch, gpu_compile
 for line in sys.argv[3:]:
-    x = torch.empty(4, device="meta")
+    x, y = torch.empty(4, device="meta"), torch.empty(4, device="meta")
     with gpu_compile.StaysOnDevice():
-        x[1:].copy_(torch.empty_like(x)[:3])
+        x[1:].copy_(y[:3])
         try:
             exec(line)
         except (RuntimeError, NotImplementedError):
@@ -159,9 +159,10 @@ for line in sys.argv[3:]:
     print("not seen:", line)
 """
 LINES = ["x.tolist()", "bool(x[0])", "x.nonzero()", "x.to('cpu')", "torch.ones(3, device='cpu')", "torch.ones(3).sum()"]
+LINES += ["torch.empty_like(x)", "torch.zeros(3, device='meta')", "x.clone()", "x + x"]
 
 
-def test_a_step_that_waits_for_the_device_is_seen():
+def test_a_step_that_waits_for_the_device_or_takes_memory_is_seen():
     command = [sys.executable, "-c", WAITS, ROOT, HARNESS, *LINES]
     environment = os.environ | {"TRITON_INTERPRET": "0"}
     result = subprocess.run(command, capture_output=True, text=True, env=environment)

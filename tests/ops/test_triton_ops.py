@@ -147,7 +147,7 @@ def test_paged_attention(dtype, heads, kv_heads, head_dim, page_size, start, row
 @pytest.mark.parametrize(("page_size", "window"), [(4, 0), (7, 0), (16, 0), (16, 5)])
 def test_several_positions_at_once(monkeypatch, page_size, window):
     """As on a GPU, where pages are looked up for as many as are loaded at once; the interpreter takes one by one."""
-    monkeypatch.setattr(sys.modules[triton_ops.paged_attention.__module__], "at_once", lambda rows: 8)
+    monkeypatch.setattr(sys.modules[triton_ops.paged_attention.__module__], "at_once", lambda *_: 8)
     case = attention_case(torch.bfloat16, 5, 2, 1, 6, page_size, 250)
     q = random(5, 2, 6, dtype=torch.bfloat16) * 20
     rest = (case["block_table"], torch.tensor([0, 5], dtype=torch.int32), case["positions"], 0.4, window)
@@ -167,6 +167,20 @@ def test_windows_and_caps(window):
     q = random(9, 3, 6, dtype=torch.bfloat16) * 3
     starts = torch.tensor([0, 9], dtype=torch.int32)
     args = (q, case["k_pages"], case["v_pages"], case["block_table"], starts, case["positions"], 0.3, window, 2.0)
+    assert_equal(triton_ops.paged_attention(*on_device(*args)), reference.paged_attention(*args))
+
+
+@pytest.mark.parametrize(("enough", "most"), [(1, 1), (1000, 1), (1000, 4)], ids=["in turn", "one", "two"])
+@pytest.mark.parametrize("window", [0, 270])
+def test_programs_with_several_chunks(monkeypatch, enough, most, window):
+    """Three chunks of two sequences: a program has all of them and merges them, or all, or every second one."""
+    attention = sys.modules[triton_ops.paged_attention.__module__]
+    monkeypatch.setattr(attention, "ENOUGH_PROGRAMS", enough)
+    monkeypatch.setattr(attention, "MOST_PROGRAMS", most)
+    case = attention_case(torch.bfloat16, 3, 2, 1, 4, 64, 511)  # the last row is the first to see a third chunk
+    q = random(3, 2, 4, dtype=torch.bfloat16) * 10
+    table, starts = torch.cat([case["block_table"]] * 2), torch.tensor([0, 1, 3], dtype=torch.int32)
+    args = (q, case["k_pages"], case["v_pages"], table, starts, case["positions"], 0.3, window)
     assert_equal(triton_ops.paged_attention(*on_device(*args)), reference.paged_attention(*args))
 
 
