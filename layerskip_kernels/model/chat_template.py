@@ -19,7 +19,6 @@ __all__ = ["ChatTemplate", "check_messages", "read_chat_template"]
 
 Message = Mapping[str, Any]
 # Bytes that a template may read or write, as bounded_jinja counts them, and as many times the conversation's own size.
-# The longest published ones need a fraction; one that needs all of it takes seconds.
 MOST_WORK, MOST_PASSES, MAX_GIVEN = 20_000_000, 1000, 1 << 30
 ROLES = ("system", "user", "assistant", "tool", "developer")
 
