@@ -21,9 +21,8 @@ struct KeptModel {
   std::vector<at::Tensor> tensors;
   ModelView view;
 
-  at::ScalarType dtype() const {
-    return tensors[1].scalar_type();
-  }  // of the final norm, and of all that is not rounded
+  // Of the final norm, and of all that is not rounded.
+  at::ScalarType dtype() const { return tensors[1].scalar_type(); }
 };
 
 // Raises ValueError for a number that is not known, and for pages of another model.
