@@ -1,6 +1,5 @@
 """Whole prompts by the Triton kernels, through tiles of rows (triton_ops/prompt_dot.py): the bits of the CPU."""
 
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +7,9 @@ import pytest
 import torch
 
 from layerskip_kernels import Engine, GenerationConfig, PagedKVCache, generate, load_model
-from layerskip_kernels.triton_ops import launch
 from support.families import transformers_model
 from support.models import DTYPES, SMALL, agreeing_model, random_tokens
+from support.prompt_tiles import count_tiles
 
 PROMPT = random_tokens(70)
 # Between them: biases, windows, norms of q and k and after what is added, caps, multipliers, gelu; each dtype.
@@ -27,16 +26,7 @@ SIZES: dict[str, Any] = dict(
 
 @pytest.fixture
 def tiles(monkeypatch):
-    """How many launches took the path of many rows, by the tiles of a program."""
-    taken: Counter[int] = Counter()
-    streaming_prompts = launch.streaming_prompts
-
-    def counted(tiles, *config):
-        taken[tiles] += 1
-        return streaming_prompts(tiles, *config)
-
-    monkeypatch.setattr(launch, "streaming_prompts", counted)
-    return taken
+    return count_tiles(monkeypatch)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -8,7 +8,6 @@ import json
 import os
 import subprocess
 import sys
-from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -18,6 +17,7 @@ from layerskip_kernels import triton_ops
 from layerskip_kernels.ops import reference
 from layerskip_kernels.triton_ops import launch
 from support.models import GPU
+from support.prompt_tiles import count_tiles
 from support.triton_arguments import DEVICE, assert_equal, attention_case, on_device, packed, random
 
 ROOT = Path(__file__).parents[2]
@@ -27,16 +27,7 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 @pytest.fixture(autouse=True)
 def tiles(monkeypatch):
-    """How many launches take the path of many rows, by the tiles of a program."""
-    taken = Counter()
-    streaming_prompts = launch.streaming_prompts
-
-    def counted(tiles, *config):
-        taken[tiles] += 1
-        return streaming_prompts(tiles, *config)
-
-    monkeypatch.setattr(launch, "streaming_prompts", counted)
-    return taken
+    return count_tiles(monkeypatch)
 
 
 @pytest.mark.parametrize("rows", ROWS)
