@@ -68,7 +68,10 @@ def add_commands(commands: Any) -> None:
         metavar="TYPE",
         help=f"what the adapter is written as: {', '.join(BLOCK_WEIGHTS)} (default: the model's dtype)",
     )
-    adapt.add_argument("--start-from", metavar="PATH", help="an adapter of this model to go on from")
+    adapt.add_argument(
+        "--start-from", metavar="PATH", help="an adapter of this model to go on from, or a shipped one's name"
+    )
+    adapt.add_argument("--seed", type=int, default=0, metavar="S", help="of the prompts that the model draws (0)")
     add_threads_option(adapt)
     parse = add_command(commands, "parse-data", _parse_data, "write the data of the semantic-parsing task")
     parse.add_argument("folder", metavar="FOLDER", help="where train.jsonl, validation.jsonl and test.jsonl go")
@@ -118,6 +121,7 @@ def _adapt(args: argparse.Namespace) -> int:
     from layerskip_kernels.evaluation.prompts import read_jsonl_prompts
     from layerskip_kernels.machine import keep_freed_memory
     from layerskip_kernels.model.draft_vocab import texts_written
+    from layerskip_kernels.model.sources import locate_exit_adapter
     from layerskip_kernels.training.adapt import adapt
     from layerskip_kernels.training.adapter_training import AdaptSettings
 
@@ -132,9 +136,10 @@ def _adapt(args: argparse.Namespace) -> int:
         adapter_layers=tuple(args.adapter_layers),
         passes=args.passes,
         pilot_steps=args.pilot_steps,
+        seed=args.seed,
     )
     torch.manual_seed(settings.seed)
-    start_from = None if args.start_from is None else Path(args.start_from)
+    start_from = None if args.start_from is None else locate_exit_adapter(args.start_from)
     found = adapt(
         model, args.model, Path(args.folder), settings, [text for _, text in prompts], given, start_from,
         args.adapter_weights,

@@ -42,7 +42,7 @@ from layerskip_kernels.ops.reference import BLOCK_TYPES, block_type, dequantise
 
 __all__ = [
     "ADAPTER_FILE", "HEAD", "HEAD_IDS", "MLP", "AdapterKind", "ExitAdapter", "adapter_depth", "adapter_kind",
-    "adapter_shapes", "check_adapter_weights", "exit_sizes", "model_norms", "num_adapter_layers",
+    "adapter_numbers", "adapter_shapes", "check_adapter_weights", "exit_sizes", "model_norms", "num_adapter_layers",
     "quantise_exit_adapter", "quantised_adapter", "read_exit_adapter", "write_exit_adapter",
 ]  # fmt: skip
 
@@ -174,17 +174,22 @@ def quantised_adapter(tensors: dict[str, Tensor], weights: str) -> dict[str, Ten
     }  # fmt: skip
 
 
+def adapter_numbers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """An adapter's tensors with quantised matrices as the numbers that they stand for, fp32."""
+    return {
+        name: dequantise(tensor, tensor.size(1) * block_type(tensor).size) if tensor.dtype == torch.uint8 else tensor
+        for name, tensor in tensors.items()
+    }
+
+
 def quantise_exit_adapter(source: Path, folder: Path, weights: str) -> Path:
     """Write the adapter of a file or folder into ``folder`` with its matrices as another type; returns where.
 
     Raises as `read_exit_adapter` and `quantised_adapter` do, before anything is written.
     """
     _, entries, said = _opened(source)
-    tensors = {}
+    tensors = adapter_numbers({name: read_tensor(entry) for name, entry in entries.items()})
     for name, entry in entries.items():
-        stored = read_tensor(entry)
-        in_blocks = stored.dtype == torch.uint8
-        tensors[name] = dequantise(stored, stored.size(1) * block_type(stored).size) if in_blocks else stored
         if tensors[name].is_floating_point():
             check_finite(entry, tensors[name], tensors[name])
     quantised = quantised_adapter(tensors, weights)

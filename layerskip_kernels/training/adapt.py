@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from layerskip_kernels.checks import check_int
 from layerskip_kernels.errors import shown
 from layerskip_kernels.model.defaults import DraftDefaults, write_defaults
 from layerskip_kernels.model.exit_adapter import (
@@ -21,6 +22,7 @@ from layerskip_kernels.model.exit_adapter import (
     AdapterKind,
     adapter_depth,
     adapter_kind,
+    adapter_numbers,
     adapter_shapes,
     check_adapter_weights,
     model_norms,
@@ -40,6 +42,8 @@ from layerskip_kernels.training.kept import Origin, check_checkpoints
 from layerskip_kernels.training.written_texts import NOT_ASKED, Text, judged_texts, pieces, write_texts
 
 __all__ = ["adapt", "read_choice"]
+
+MOST_SEED = 2**24 - 1  # the model's prompts are drawn with seeds of their own, made of it
 
 
 @dataclass(frozen=True)
@@ -75,10 +79,12 @@ def adapt(
     """
     if weights is not None:  # refused before anything is trained
         check_adapter_weights(adapter_shapes(model.config, 1, 1), weights)
+    check_int("seed", settings.seed, 0, MOST_SEED)
     output.mkdir(parents=True, exist_ok=True)
     start = words = None
     if start_from is not None:
         exit_layer, start = read_exit_adapter(start_from, model.config, torch.float32, model.name, model.weights)
+        start = adapter_numbers(start)
         words = start.pop(HEAD_IDS).tolist() if HEAD_IDS in start else None
         settings = replace(settings, exits=(exit_layer,), adapter_layers=(adapter_kind(start),))
     exits = settings.exits or default_exits(model.config.num_layers)
@@ -95,7 +101,8 @@ def adapt(
     show = sys.stderr.isatty()
     encode = model.tokenizer.encode if model.tokenizer is not None else None
     ids = [encode(prompt) for prompt in prompts] if encode is not None else []
-    texts = write_texts(model, ids, written, settings.num_tokens, settings.max_new_tokens, show)
+    length, seed = settings.max_new_tokens, settings.seed
+    texts = write_texts(model, ids, written, settings.num_tokens, length, seed, show)
     others, last = pieces(model, given), model.config.num_layers
     states = ExitStates(model, {*exits, last}, [*(text.tokens for text in texts), *others], kept, show)
     at_end = (states.at(last, i) for i in range(len(texts), len(texts) + len(others)))

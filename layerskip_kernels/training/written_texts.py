@@ -40,13 +40,19 @@ class Text:
 
 
 def write_texts(
-    model: Model, prompts: Sequence[list[int]], folder: Path, num_tokens: int, max_new_tokens: int, show: bool = False
+    model: Model,
+    prompts: Sequence[list[int]],
+    folder: Path,
+    num_tokens: int,
+    max_new_tokens: int,
+    seed: int = 0,
+    show: bool = False,
 ) -> list[Text]:
     """Texts of at least ``num_tokens`` tokens that the model writes greedily, a file of ``folder`` for each group of
     them; those that are there are read.
 
-    Groups continue ``prompts``, and prompts that the model draws itself, in turns: questions where it has a chat
-    template, beginnings of texts where it has none. So the adapter learns the model's own words.
+    Groups continue ``prompts``, and prompts that the model draws itself with a seed, in turns: questions where it has
+    a chat template, beginnings of texts where it has none. So the adapter learns the model's own words.
     """
     folder.mkdir(parents=True, exist_ok=True)
     texts: list[Text] = []
@@ -55,9 +61,8 @@ def write_texts(
         while written < num_tokens:
             path = folder / f"{group:06}.jsonl"
             if not path.exists():
-                from_prompts = group % 2 == 0 and BATCH * (group // 2) < len(prompts)
-                first = BATCH * (group // 2)
-                chosen = list(prompts[first : first + BATCH]) if from_prompts else own_prompts(model, group)
+                given = prompts[BATCH * (group // 2) :][:BATCH] if group % 2 == 0 else ()
+                chosen = list(given) or own_prompts(model, (seed << 32) + group)
                 write_whole(path, "".join(_line(text) for text in _continued(model, chosen, max_new_tokens)))
             found = _read(path, model)
             added = sum(text.num_targets for text in found)

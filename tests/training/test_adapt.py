@@ -113,6 +113,8 @@ def test_texts_are_the_models_own(code_model, tmp_path):
     assert write_texts(code_model, prompts, tmp_path, 60, 12) == texts
     (tmp_path / names[-1]).unlink()  # a kill before the last group was written
     assert write_texts(code_model, prompts, tmp_path, 60, 12) == texts
+    others = write_texts(code_model, prompts, tmp_path / "other", 60, 12, seed=1)
+    assert others[: len(prompts)] == texts[: len(prompts)] and others[len(prompts)] != texts[len(prompts)]
 
 
 def test_a_chat_model_asks_itself_questions(tmp_path, monkeypatch):
@@ -243,6 +245,12 @@ def test_an_exit_that_the_model_lacks_is_refused(code_model, tmp_path):
         adapt(code_model, "layerskip-tiny-code", tmp_path, replace(QUICK, exits=(12,)))
 
 
+@pytest.mark.parametrize("seed", [-1, 2**24])
+def test_a_seed_out_of_range_is_refused(code_model, tmp_path, seed):
+    with pytest.raises(ValueError, match="seed must be at "):
+        adapt(code_model, "layerskip-tiny-code", tmp_path, replace(QUICK, seed=seed))
+
+
 def test_an_adapter_without_attention_is_trained_and_goes_on(code_model, tmp_path):
     settings = replace(QUICK, num_tokens=200, exits=(2,), adapter_layers=("mlp",), passes=1)
     found = adapt(code_model, "layerskip-tiny-code", tmp_path / "mlp", settings)
@@ -293,3 +301,7 @@ def test_the_command(code_model, tmp_path, capsys):
     quantised = load_model("layerskip-tiny-code", exit_adapter=tmp_path / "adapter")
     assert is_quantised(quantised.draft_head.weight) and torch.equal(quantised.draft_ids, model.draft_ids)
     assert all(is_quantised(w) for w in (quantised.exit_adapter.weights.layers[1].wq,))
+    further = [*options.split(), "--start-from", str(tmp_path / "adapter"), "--seed", "3"]
+    assert main(["adapt", str(tmp_path / "further"), *further]) == 0  # from numbers that were rounded
+    model = load_model("layerskip-tiny-code", exit_adapter=tmp_path / "further")
+    assert torch.equal(quantised.draft_ids, model.draft_ids) and not is_quantised(model.draft_head.weight)
