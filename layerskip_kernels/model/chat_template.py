@@ -14,6 +14,7 @@ from typing import Any
 
 from layerskip_kernels.model.files import read_text
 from layerskip_kernels.model.json_file import read_json_object
+from layerskip_kernels.model.tokenizer_files import token_text
 
 __all__ = ["ChatTemplate", "check_messages", "read_chat_template"]
 
@@ -73,7 +74,7 @@ def read_chat_template(directory: Path) -> ChatTemplate | None:
     """
     settings_file, template_file = directory / "tokenizer_config.json", directory / "chat_template.jinja"
     settings = read_json_object(settings_file).values if settings_file.exists() else {}
-    tokens = {name: _token_text(value) for name, value in settings.items() if name.endswith("_token")}
+    tokens = {name: token_text(value) for name, value in settings.items() if name.endswith("_token")}
     special_tokens = {name: text for name, text in tokens.items() if text is not None}
     if template_file.exists():
         return ChatTemplate(read_text(template_file), special_tokens, str(template_file))
@@ -84,12 +85,6 @@ def read_chat_template(directory: Path) -> ChatTemplate | None:
     if template is not None and not isinstance(template, str):
         raise ValueError(f"{settings_file} must have a chat_template of text, got {type(template).__name__}")
     return None if template is None else ChatTemplate(template, special_tokens, str(settings_file))
-
-
-def _token_text(value: Any) -> str | None:
-    """A special token's text, given as itself or as an object with its content."""
-    value = value.get("content") if isinstance(value, dict) else value
-    return value if isinstance(value, str) else None
 
 
 def _render(text: str, given: Mapping[str, Any]) -> str:

@@ -12,6 +12,7 @@ from layerskip_kernels.model.bpe_splits import BPE_SPLITS
 from layerskip_kernels.model.gguf_vocabulary import byte_level_split
 from layerskip_kernels.model.spm_tokenizer import SPACE, spm_pairs
 from layerskip_kernels.model.tokenizer import Tokenizer
+from layerskip_kernels.model.tokenizer_files import special_tokens_around
 from layerskip_kernels.model_config import ModelConfig
 
 __all__ = ["vocabulary_metadata"]
@@ -40,7 +41,8 @@ def vocabulary_metadata(own: Tokenizer, name: str, config: ModelConfig) -> dict[
     else:
         raise ValueError(f"{name} has neither a byte-level BPE vocabulary nor sentencepiece's BPE: no other is written")
     kind |= {"tokens": _tokens(tokenizer, config), "token_type": _types(tokenizer, fields, config)}
-    first, last = _special_tokens_around(tokenizer)
+    before, after = special_tokens_around(tokenizer)
+    first, last = next(iter(before), None), next(reversed(after), None)
     kind |= {"add_bos_token": first is not None, "add_eos_token": last is not None}
     end = last if last is not None else next(iter(config.eos_token_ids), None)
     kind |= {f"{key}_token_id": token for key, token in (("bos", first), ("eos", end)) if token is not None}
@@ -67,14 +69,6 @@ def _types(tokenizer: tokenizers.Tokenizer, fields: dict[str, Any], config: Mode
         return BYTE if has_bytes and BYTE_TOKEN.fullmatch(token) else NORMAL
 
     return [kind(index, token) for index, token in enumerate(tokens)]
-
-
-def _special_tokens_around(tokenizer: tokenizers.Tokenizer) -> tuple[int | None, int | None]:
-    """The ids of the special tokens that stand before and after a text, if they do."""
-    alone, around = (tokenizer.encode("a", add_special_tokens=special).ids for special in (False, True))
-    first = around[0] if around[:1] != alone[:1] else None
-    last = around[-1] if around[-1:] != alone[-1:] else None
-    return first, last
 
 
 # ---- byte-level BPE ----

@@ -11,7 +11,7 @@ from typing import Any
 import tokenizers
 
 from layerskip_kernels.model.chat_template import ChatTemplate, read_chat_template
-from layerskip_kernels.model.tokenizer_files import library_errors, read_tokenizer
+from layerskip_kernels.model.tokenizer_files import library_errors, read_tokenizer, special_tokens_around
 
 __all__ = ["Tokenizer"]
 
@@ -39,8 +39,9 @@ class Tokenizer:
     def from_directory(cls, directory: Path) -> Tokenizer | None:
         """Read tokenizer.json or else tokenizer.model; None when there is neither.
 
-        Which special tokens stand around a text is said in tokenizer.json: like Transformers, this does not look for
-        add_bos_token in tokenizer_config.json then. Raises ValueError naming the file if it is damaged.
+        Which special tokens stand around a text is said in tokenizer.json, and by add_bos_token and add_eos_token in
+        tokenizer_config.json for the classes that listen to them (Llama's, Gemma's), as Transformers 4 does it.
+        Raises ValueError naming the file if it is damaged.
         """
         found = read_tokenizer(directory)
         return None if found is None else cls(found.backend, read_chat_template(directory), str(found.path))
@@ -119,10 +120,7 @@ class Tokenizer:
     def _special_tokens_before(self) -> list[int]:
         """What is put before every text, such as BOS."""
         with contextlib.suppress(ValueError), library_errors(self._name):
-            alone = self._backend.encode("a", add_special_tokens=False).ids
-            around = self._backend.encode("a").ids
-            before = next((i for i in range(len(around)) if alone and around[i:][: len(alone)] == alone), 0)
-            return around[:before]
+            return special_tokens_around(self._backend)[0]
         return []
 
     def _byte_tokens(self) -> frozenset[int]:

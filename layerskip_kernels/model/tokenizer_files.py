@@ -10,18 +10,22 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers import AddedToken
+from tokenizers import AddedToken, processors
 
 from layerskip_kernels.model.files import read_bytes
-from layerskip_kernels.model.json_file import read_json_object
+from layerskip_kernels.model.json_file import JsonObject, read_json_object
 from layerskip_kernels.model.sentencepiece_file import sentencepiece_tokenizer
 
-__all__ = ["TokenizerFile", "library_errors", "read_tokenizer"]
+__all__ = ["TokenizerFile", "library_errors", "read_tokenizer", "special_tokens_around", "token_text"]
 
 MAX_TOKENIZER_BYTES = 256 << 20  # the largest there are have some 30 MB
 MAX_GROWTH = 64  # characters that a normalizer or a decoder may make of one; published ones make one of one
 MAX_SECONDS = 0.5  # of one thread, for a text of about PROBES[-1] characters; published patterns take milliseconds
 PROBES = (16, 32, 64, 128, 256, 512, 1024)
+# The classes that take add_bos_token and add_eos_token by their word, whatever tokenizer.json says; others never look.
+OBEDIENT = tuple(
+    f"{name}Tokenizer{kind}" for name in ("Llama", "CodeLlama", "Gemma", "Cohere") for kind in ("", "Fast")
+)
 CONVERT = "`AutoTokenizer.from_pretrained(folder).save_pretrained(folder)` of Transformers writes a tokenizer.json"
 
 
@@ -45,6 +49,7 @@ def read_tokenizer(directory: Path) -> TokenizerFile | None:
             backend = tokenizers.Tokenizer.from_buffer(raw)
         _check_growth(path, backend)
         _check_patterns(path, backend)
+        _obey(_settings(directory), path, backend)
         return TokenizerFile(path, backend)
     path = directory / "tokenizer.model"
     if path.exists():
@@ -117,14 +122,14 @@ def _check_patterns(path: Path, backend: tokenizers.Tokenizer) -> None:
 
 def _read_sentencepiece(path: Path) -> tokenizers.Tokenizer:
     """As Transformers does it: BOS first unless tokenizer_config.json says no, and the tokens of added_tokens.json."""
-    config = _read_object(path.with_name("tokenizer_config.json"))
+    config = _settings(path.parent).values
     backend = sentencepiece_tokenizer(
         path,
         add_bos=config.get("add_bos_token") is not False,
         add_eos=config.get("add_eos_token") is True,
         legacy=config.get("legacy") is True,
     )
-    added = _read_object(path.with_name("added_tokens.json"))
+    added = _read_object(path.with_name("added_tokens.json")).values
     for token, wanted in sorted(added.items(), key=lambda item: item[1]):
         backend.add_tokens([AddedToken(token, normalized=False)])
         if backend.token_to_id(token) != wanted:
@@ -132,5 +137,58 @@ def _read_sentencepiece(path: Path) -> tokenizers.Tokenizer:
     return backend
 
 
-def _read_object(path: Path) -> dict[str, Any]:
-    return read_json_object(path).values if path.exists() else {}
+def _settings(directory: Path) -> JsonObject:
+    return _read_object(directory / "tokenizer_config.json")
+
+
+def _read_object(path: Path) -> JsonObject:
+    return read_json_object(path) if path.exists() else JsonObject(str(path), {})
+
+
+# ---- special tokens around a text ----
+
+
+def special_tokens_around(backend: tokenizers.Tokenizer) -> tuple[list[int], list[int]]:
+    """The ids of the special tokens that are put before and after every text, such as BOS."""
+    alone, around = (backend.encode("a", add_special_tokens=special).ids for special in (False, True))
+    before = next((i for i in range(len(around)) if alone and around[i:][: len(alone)] == alone), None)
+    return ([], []) if before is None else (around[:before], around[before + len(alone) :])
+
+
+def token_text(value: Any) -> str | None:
+    """A special token's text, given as itself or as an object with its content."""
+    value = value.get("content") if isinstance(value, dict) else value
+    return value if isinstance(value, str) else None
+
+
+def _obey(settings: JsonObject, path: Path, backend: tokenizers.Tokenizer) -> None:
+    """BOS and EOS as tokenizer_config.json asks for them, where its class is one that listens to it.
+
+    DeepSeek's distilled Qwen and Llama have their BOS from there alone: Transformers 4 and llama.cpp put it,
+    Transformers 5 does not look any more. What is not said there is as tokenizer.json has it.
+    """
+    if settings.get("tokenizer_class") not in OBEDIENT:
+        return
+    with library_errors(f"{path} cannot encode a text"):
+        there = special_tokens_around(backend)
+    around = [_as_asked(settings, name, ids, backend) for name, ids in zip(("bos", "eos"), there, strict=True)]
+    if around == [*there]:
+        return
+    with library_errors(f"{path} cannot have the special tokens that {settings.where} asks for"):
+        before, after = ([(backend.id_to_token(index), index) for index in ids] for ids in around)
+        backend.post_processor = processors.TemplateProcessing(
+            single=[*(text for text, _ in before), "$A", *(text for text, _ in after)], special_tokens=before + after
+        )
+
+
+def _as_asked(settings: JsonObject, name: str, ids: list[int], backend: tokenizers.Tokenizer) -> list[int]:
+    """What stands at one end of a text, ``ids`` by tokenizer.json."""
+    if settings.get(f"add_{name}_token") is None or settings.boolean(f"add_{name}_token", False) == bool(ids):
+        return ids
+    if ids:
+        return []
+    text = token_text(settings.get(f"{name}_token"))
+    index = None if text is None else backend.token_to_id(text)
+    if index is None:
+        settings.refuse(f"{name}_token", f"a token of the vocabulary, since add_{name}_token is true")
+    return [index]

@@ -14,6 +14,7 @@ import torch
 
 from layerskip_kernels.model.lora import ADAPTER_CONFIG
 from layerskip_kernels.model.sources import locate
+from layerskip_kernels.model.tokenizer import Tokenizer
 from layerskip_kernels.training.config import TrainingConfig
 from layerskip_kernels.training.kept import Origin, keep, origin
 from layerskip_kernels.training.text_data import packed_rows, prompt_rows, read_texts, train_tokenizer, write_rows
@@ -55,7 +56,7 @@ def origin_of_training(config: TrainingConfig) -> Origin:
 
 
 def load_vocabulary(config: TrainingConfig) -> tokenizers.Tokenizer:
-    """The tokenizer: the model's own, or one learnt from the texts."""
+    """The tokenizer: the model's own, as it is read for decoding, or one learnt from the texts."""
     path = Path(config.output_dir) / TOKENIZER
     folder = source_folder(config)
 
@@ -67,7 +68,8 @@ def load_vocabulary(config: TrainingConfig) -> tokenizers.Tokenizer:
         train_tokenizer(islice(texts, TOKENIZER_TEXTS), config.model.vocab_size, unfinished)
 
     keep(path, _origin_of_vocabulary(config), make)
-    return tokenizers.Tokenizer.from_file(str(path))
+    own = None if folder is None else Tokenizer.from_directory(folder)
+    return tokenizers.Tokenizer.from_file(str(path)) if own is None else own.backend
 
 
 def load_rows(
@@ -98,7 +100,7 @@ def _rows(config: TrainingConfig, split: str, tokenizer: tokenizers.Tokenizer, e
 def _origin_of_vocabulary(config: TrainingConfig) -> Origin:
     folder = source_folder(config)
     if folder is not None:
-        return origin([folder / TOKENIZER])
+        return origin(path for path in (folder / TOKENIZER, folder / "tokenizer_config.json") if path.exists())
     return origin(map(Path, config.data.train), vocab_size=config.model.vocab_size, texts=TOKENIZER_TEXTS)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import tokenizers
-from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors
 
 from layerskip_kernels.evaluation.prompts import human_eval_prompts
 from layerskip_kernels.model.bpe_splits import BPE_SPLITS
@@ -103,6 +103,66 @@ def test_special_tokens_are_those_of_tokenizer_json(tmp_path: Path, config: dict
     assert tokenizer.vocab_size == 5
     theirs = AutoTokenizer.from_pretrained(tmp_path / "words")
     assert theirs("a b a", truncation=False, padding=False)["input_ids"] == [1, 3, 4, 3]
+
+
+BOS, EOS = 256, 257
+NOTHING, SILENT = None, processors.ByteLevel(trim_offsets=True)
+SAID = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
+ASKS = [
+    # tokenizer_class, what tokenizer.json puts around a text, what tokenizer_config.json says, ids of "ab"
+    ("LlamaTokenizerFast", NOTHING, {"add_bos_token": True}, [BOS, 64, 65]),
+    ("LlamaTokenizerFast", SILENT, {"add_bos_token": True}, [BOS, 64, 65]),  # DeepSeek-R1-Distill-Qwen-1.5B and others
+    ("LlamaTokenizerFast", SILENT, {"add_bos_token": True, "add_eos_token": True}, [BOS, 64, 65, EOS]),
+    ("LlamaTokenizer", SAID, {"add_bos_token": False}, [64, 65]),
+    ("LlamaTokenizer", SAID, {"add_bos_token": True, "add_eos_token": True}, [BOS, 64, 65, EOS]),
+    ("LlamaTokenizer", processors.Sequence([SILENT, SAID]), {"add_bos_token": False}, [64, 65]),
+    ("LlamaTokenizer", SAID, {}, [BOS, 64, 65]),
+    ("GemmaTokenizerFast", SILENT, {"add_bos_token": True, "add_eos_token": False}, [BOS, 64, 65]),
+    ("PreTrainedTokenizerFast", SILENT, {"add_bos_token": True}, [64, 65]),
+    ("PreTrainedTokenizerFast", SAID, {"add_bos_token": False}, [BOS, 64, 65]),
+    ("Qwen2TokenizerFast", SILENT, {"add_bos_token": True}, [64, 65]),
+    ("GPT2TokenizerFast", SAID, {"add_bos_token": False}, [BOS, 64, 65]),
+]
+
+
+def write_byte_tokenizer(folder: Path, post_processor: Any, **config: object) -> Path:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = tokenizers.Tokenizer(models.BPE({character: index for index, character in enumerate(alphabet)}, []))
+    backend.add_special_tokens(["<s>", "</s>"])
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    if post_processor is not None:
+        backend.post_processor = post_processor
+    folder.mkdir()
+    backend.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>"} | config))
+    return folder
+
+
+@pytest.mark.parametrize(("name", "post_processor", "says", "ids"), ASKS)
+def test_classes_that_listen_to_tokenizer_config(
+    tmp_path: Path, name: str, post_processor: Any, says: dict[str, bool], ids: list[int]
+):
+    """As Transformers 4 does it, which is asked where it is installed; Transformers 5 drops what is said there."""
+    import transformers
+
+    folder = write_byte_tokenizer(tmp_path / "bytes", post_processor, tokenizer_class=name, **says)
+    assert Tokenizer.from_directory(folder).encode("ab") == ids
+    if transformers.__version__.startswith("4."):
+        assert transformers.AutoTokenizer.from_pretrained(folder)("ab")["input_ids"] == ids
+
+
+def test_a_chat_that_begins_with_bos_gets_no_second_one(tmp_path: Path):
+    says = {"tokenizer_class": "LlamaTokenizerFast", "add_bos_token": True, "chat_template": "{{ bos_token }}ab"}
+    tokenizer = Tokenizer.from_directory(write_byte_tokenizer(tmp_path / "bytes", SILENT, **says))
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "x"}]) == [BOS, 64, 65]
+    assert tokenizer.encode("<s>ab") == [BOS, 64, 65]
+
+
+@pytest.mark.parametrize("says", [{"bos_token": "<none>"}, {"bos_token": None}, {"add_bos_token": "yes"}], ids=str)
+def test_special_tokens_that_cannot_be_put_are_refused(tmp_path: Path, says: dict):
+    says = {"tokenizer_class": "LlamaTokenizerFast", "add_bos_token": True} | says
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json: (add_)?bos_token must be "):
+        Tokenizer.from_directory(write_byte_tokenizer(tmp_path / "bytes", SILENT, **says))
 
 
 def test_a_damaged_tokenizer_is_named(tmp_path: Path):

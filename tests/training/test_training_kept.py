@@ -22,6 +22,7 @@ from layerskip_kernels.training.config import DataConfig, read_config
 from layerskip_kernels.training.examples import example_prompts
 from layerskip_kernels.training.export import export_model
 from layerskip_kernels.training.kept import keep, origin
+from layerskip_kernels.training.materials import load_rows, load_vocabulary
 from layerskip_kernels.training.run import build_trainer, train, trained_exit
 from layerskip_kernels.training.text_data import train_tokenizer
 from support.training import write_config
@@ -223,6 +224,30 @@ def test_adapters_are_not_taken_for_a_model(tmp_path, capsys, instruct):
         assert cli.main(["train", str(path)]) == 2
         line = capsys.readouterr().err.splitlines()[-1]
         assert "holds adapters, not a whole model" in line and "lora.grown_from" in line
+
+
+def test_texts_are_tokenised_as_the_source_reads_them(tmp_path, instruct):
+    """Not cut or filled up as its tokenizer.json was last used; with BOS where tokenizer_config.json asks for it."""
+    path = instruct / "tokenizer.json"
+    own = tokenizers.Tokenizer.from_file(str(path))
+    own.post_processor = tokenizers.processors.ByteLevel()
+    own.enable_truncation(4)
+    own.enable_padding(length=16, pad_id=5)
+    own.save(str(path))
+    settings = {"tokenizer_class": "LlamaTokenizerFast", "bos_token": "<|endoftext|>", "add_bos_token": True}
+    (instruct / "tokenizer_config.json").write_text(json.dumps(settings))
+    config = write_config(tmp_path, model={"source": str(instruct)}, data=data(48))
+    (tmp_path / "train.jsonl").write_text('{"prompt": "learn from text ", "completion": "some"}\n')
+    vocabulary = load_vocabulary(read_config(config))
+    [row] = load_rows(read_config(config), "train", vocabulary, 0)
+    prompt = load_model(instruct).tokenizer.encode("learn from text ")
+    assert prompt[0] == 0 and len(prompt) > 4
+    assert row["input_ids"][: len(prompt)] == prompt and 5 not in row["input_ids"] and row["input_ids"][-1] == 0
+
+    settings["add_bos_token"] = False
+    (instruct / "tokenizer_config.json").write_text(json.dumps(settings))
+    vocabulary = load_vocabulary(read_config(config))
+    assert [row["input_ids"][0] for row in load_rows(read_config(config), "train", vocabulary, 0)] == prompt[1:2]
 
 
 def test_a_source_without_a_tokenizer_is_named(tmp_path, capsys, instruct):
