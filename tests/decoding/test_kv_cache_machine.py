@@ -14,9 +14,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from layerskip_kernels import CacheFull, PagedKVCache, SwapError
 from support.models import tiny_model
-from support.random_walks import MOST_STEPS, walk
+from support.random_walks import times_further, walk
 
-STEPS = MOST_STEPS // 10
+STEPS = times_further(2000)
 STEPS_PER_WALK = 80
 SALTS = [None, "", "tenant"]
 MODEL = tiny_model(torch.float32)

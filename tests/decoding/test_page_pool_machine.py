@@ -1,7 +1,7 @@
 """The page pool against a plain Python model, in random walks of all its moves, wrong ones too.
 
-``make fuzz`` walks further: LAYERSKIP_FUZZ_STEPS steps instead of 20,000. A failure prints the shortest walk that
-fails, and a line that reproduces it.
+``make fuzz`` walks further: LAYERSKIP_FUZZ_STEPS steps instead of the least, 20,000. A failure prints the shortest walk
+that fails, and a line that reproduces it.
 """
 
 from collections import Counter

@@ -14,9 +14,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from layerskip_kernels import CacheFull, Draft, Engine, GenerationConfig, make_sampler, verify_step
 from layerskip_kernels.errors import SwapError
 from support.models import cache_for, threads, tiny_model
-from support.random_walks import MOST_STEPS, walk
+from support.random_walks import times_further, walk
 
-STEPS = MOST_STEPS // 10
+STEPS = times_further(2000)
 STEPS_PER_WALK = 50
 MODEL = tiny_model(torch.float32, num_layers=2)
 LONGEST_PROMPT, LONGEST_TEXT = 12, 16

@@ -1,9 +1,8 @@
 """Ctrl-C at every point of a run in turn where CPython would deliver it: the engine goes on as if nothing had happened.
 
-``make test`` takes some of the points, spread over the run, ``make fuzz`` all of them.
+``make test`` takes some of the points, spread over the run, ``make fuzz`` more of them.
 """
 
-import os
 import signal
 import threading
 from dataclasses import dataclass, replace
@@ -16,11 +15,12 @@ from layerskip_kernels.engine.interrupts import DeferredInterrupt
 from support.generations import all_free
 from support.interrupts import Interrupter
 from support.models import cache_for, random_tokens, tiny_model
+from support.random_walks import times_further
 from support.tokenizers import Letters
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-MOST_POINTS = 10**9 if "LAYERSKIP_FUZZ_STEPS" in os.environ else 60
+MOST_POINTS = times_further(60)
 MODEL = replace(tiny_model(torch.float32, num_layers=2), tokenizer=Letters())
 DRAFTING = GenerationConfig(exit_layer=1, num_speculations=2, max_new_tokens=9)
 REQUESTS = [

@@ -1,6 +1,6 @@
 """Hundreds of damaged files of each kind: each is read, or refused by name, shortly and in time; nothing hangs.
 
-More of them in `make fuzz` (LAYERSKIP_FUZZ_STEPS). A failure prints the file's number, from which ``damaged`` makes it
+More of them in `make fuzz`. A failure prints the file's number, from which ``damaged`` makes it
 again.
 """
 

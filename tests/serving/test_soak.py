@@ -13,9 +13,10 @@ import httpx
 import pytest
 
 from layerskip_kernels import GenerationConfig, generate
+from support.random_walks import times_further
 from support.servers import Server
 
-REQUESTS = max(60, int(os.environ.get("LAYERSKIP_FUZZ_STEPS", "0")) // 100)
+REQUESTS = times_further(60)
 PROMPTS = ["def add(a, b):", "class Stack:", "import os\n", "for i in range(", "x = [", "# sort a list\ndef sort("]
 LARGEST_GROWTH = 48 << 20  # bytes of resident memory, from the first tenth of the requests to the end
 

@@ -16,16 +16,17 @@ from pathlib import Path
 from typing import Any
 
 from layerskip_kernels.errors import SwapError
-from support.random_walks import MOST_STEPS
+from support.random_walks import times_further
 
-NUM_FILES = MOST_STEPS // 40  # of each kind: 500, or more in `make fuzz`
-SECONDS_EACH = 20  # far more than any takes, also beside other work
+NUM_FILES = times_further(500)  # of each kind
+SECONDS_EACH = 20  # far more than any takes
+MOST_WAITING = 15  # times as long by the clock, beside other work
 
 MOST_MEMORY = 1 << 30  # what reading a damaged file may take; the files are small, but for their holes
 
 GREAT_NUMBERS = [2**31 - 1, 2**31, 2**32, 2**62, 2**63 - 1, 2**63, 2**64 - 1, 2**64]
 HOSTILE: list[Any] = [
-    *(None, True, False, 0, 1, -1, 0.5, -0.0, 1e308, 10**30, -(10**39), "", "x", "\ud800", "../x", "a" * 5000),
+    *(None, True, False, 0, 1, -1, 0.5, -0.0, 1e308, 10**30, -(10**39), "", "x", "\ud800", "../x", "a\0b", "a" * 5000),
     *([], {}, [[]], [None], {"a": 1}, [1] * 3000, ["x"] * 3, *GREAT_NUMBERS),
 ]
 LITERALS = [b"NaN", b"-Infinity", b"1e999", b"9" * 400, b"9" * 5000, b"[" * 50_000, b'{"a":' * 20_000, b"\xff\xfe", b""]
@@ -37,16 +38,26 @@ class Hang(BaseException):
 
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    def give_up(*_: object) -> None:
-        raise Hang(f"not done after {seconds} s")
+    """At most so many seconds of work, and MOST_WAITING times as many by the clock, for what waits and never works."""
 
-    before = signal.signal(signal.SIGALRM, give_up)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    def give_up(*_: object) -> None:
+        raise Hang
+
+    timers = {signal.SIGPROF: (signal.ITIMER_PROF, seconds)}
+    timers[signal.SIGALRM] = signal.ITIMER_REAL, seconds * MOST_WAITING
+    before = {number: signal.signal(number, give_up) for number in timers}
+    for timer, limit in timers.values():
+        signal.setitimer(timer, limit)
     try:
         yield
+    except Hang:  # raised wherever it was, which may be a place that pytest cannot show
+        raise AssertionError(
+            f"not done after {seconds} s of work, or {seconds * MOST_WAITING} s by the clock"
+        ) from None
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        for number, (timer, _) in timers.items():
+            signal.setitimer(timer, 0)
+            signal.signal(number, before[number])
 
 
 def damaged_bytes(raw: bytes, rng: random.Random, head: int | None = None) -> bytes:

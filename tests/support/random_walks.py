@@ -1,4 +1,5 @@
-"""What the random walks of the page pool, the cache and the engine share: how far they go, and that they got about."""
+"""How far what draws at random goes, in `make test` and in `make fuzz`; and the random walks of the page pool, the
+cache and the engine, which must have got about."""
 
 import os
 from collections import Counter
@@ -7,7 +8,13 @@ from typing import Any
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import run_state_machine_as_test
 
-MOST_STEPS = int(os.environ.get("LAYERSKIP_FUZZ_STEPS", "20000"))
+LEAST_STEPS = 20_000  # of `make test`: with fewer, not every kind of move comes up
+MOST_STEPS = max(LEAST_STEPS, int(os.environ.get("LAYERSKIP_FUZZ_STEPS", "0")))
+
+
+def times_further(count: int) -> int:
+    """``count`` in `make test`, and in `make fuzz` as many times more as there are steps."""
+    return count * MOST_STEPS // LEAST_STEPS
 
 
 def walk(machine: Any, taken: Counter[str], steps: int, steps_per_walk: int, moves: str) -> None:
