@@ -132,7 +132,8 @@ def _stream(
     from layerskip_kernels import generate
     from layerskip_kernels.cli.screen import Screen
 
-    assert model.tokenizer is not None  # or generate refuses the prompt
+    if model.tokenizer is None:
+        raise ValueError(f"{model.name} came without a tokenizer, which a prompt of text needs")
     screen = Screen(model.tokenizer, _write, config.stop_strings, config.min_new_tokens, show_drafts)
     with _prompt_bar() as on_prompt:
         generations = generate(

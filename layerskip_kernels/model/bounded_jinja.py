@@ -150,6 +150,8 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
             return __obj(*args)
         owner = getattr(getattr(__obj, "__wrapped__", __obj), "__self__", None)
         if isinstance(owner, (str, bytes, int)):
+            if __obj.__name__ in ("encode", "decode") and not {*args, *kwargs.values()} <= {"utf-8"}:
+                raise SecurityError("texts are encoded in UTF-8 alone")  # other codecs take the square of their length
             if __obj.__name__ in ("format", "format_map"):
                 _check_format(str(owner))
             args, kwargs = __self._arguments(args, kwargs)

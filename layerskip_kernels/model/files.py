@@ -35,6 +35,8 @@ def open_regular(path: Path, buffering: int = -1) -> BinaryIO:
         raise FileNotFoundError(f"{path} is missing") from error
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+    except ValueError as error:  # a null character
+        raise ValueError(f"{str(path)!r} cannot be the name of a file: {error}") from error
     kind = stat.S_IFMT(os.fstat(descriptor).st_mode)
     if kind != stat.S_IFREG:
         os.close(descriptor)

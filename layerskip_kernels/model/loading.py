@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from layerskip_kernels import ops
-from layerskip_kernels.errors import UnsupportedModel
+from layerskip_kernels.errors import UnsupportedModel, shown
 from layerskip_kernels.model import quantise
 from layerskip_kernels.model.checkpoint import Checkpoint
 from layerskip_kernels.model.defaults import FILE as DEFAULTS_FILE
@@ -70,7 +70,7 @@ def _checked_device(device: torch.device | str | None, backend: str) -> torch.de
     try:
         named = torch.device(device)
     except (RuntimeError, TypeError) as error:
-        raise ValueError(f"device must name one of torch's, such as 'cuda:1', got {device!r}") from error
+        raise ValueError(f"device must name one of torch's, such as 'cuda:1', got {shown(device)}") from error
     ops.backend(backend, named)
     return named
 

@@ -38,7 +38,7 @@ from layerskip_kernels.training.adapter_choice import StepCosts, measure_costs
 from layerskip_kernels.training.adapter_start import OwnWeights
 from layerskip_kernels.training.adapter_training import AdapterTraining, AdaptSettings, say
 from layerskip_kernels.training.exit_states import ExitStates
-from layerskip_kernels.training.kept import Origin, check_checkpoints
+from layerskip_kernels.training.kept import Origin, check_checkpoints, only_one
 from layerskip_kernels.training.written_texts import NOT_ASKED, Text, judged_texts, pieces, write_texts
 
 __all__ = ["adapt", "read_choice"]
@@ -75,12 +75,27 @@ def adapt(
     adapter to start as instead, whose exit, layers and words stay; ``weights``: what its matrices are written as, one
     of ops.reference.BLOCK_TYPES (None: the model's dtype). The adapter, its ``layerskip.json`` and what was
     found (``adapt.json``) go into ``output``, all else into ``output / "training"``. Raises ValueError where ``output``
-    holds a training of something else, and for exits that the model does not have.
+    holds a training of something else or another process trains there, and for exits that the model does not have.
     """
     if weights is not None:  # refused before anything is trained
         check_adapter_weights(adapter_shapes(model.config, 1, 1), weights)
     check_int("seed", settings.seed, 0, MOST_SEED)
-    output.mkdir(parents=True, exist_ok=True)
+    kept = output / "training"
+    kept.mkdir(parents=True, exist_ok=True)
+    with only_one(kept):
+        return _adapt(model, source, output, settings, prompts, given, start_from, weights)
+
+
+def _adapt(
+    model: Model,
+    source: Any,
+    output: Path,
+    settings: AdaptSettings,
+    prompts: Sequence[str],
+    given: Sequence[str],
+    start_from: Path | None,
+    weights: str | None,
+) -> dict[str, Any]:
     start = words = None
     if start_from is not None:
         exit_layer, start = read_exit_adapter(start_from, model.config, torch.float32, model.name, model.weights)
@@ -95,7 +110,6 @@ def adapt(
     made_from |= {"prompts": list(prompts), "given": list(given)}
     made_from |= {"start_from": start_from and str(start_from), **json.loads(json.dumps(asdict(settings)))}
     kept = output / "training"
-    kept.mkdir(exist_ok=True)
     written = kept / "texts"
     check_checkpoints(kept, written if written.exists() else None, made_from)  # states and choice follow from texts
     show = sys.stderr.isatty()

@@ -52,7 +52,7 @@ def measure_costs(model: Model, tokens: Sequence[int], rounds: int = ROUNDS) -> 
     model = replace(model, exit_adapter=None)
     vocab = list(range(min(SMALL_VOCAB, model.config.vocab_size)))
     drafting, whole = model.with_draft_vocab(vocab), model.with_draft_vocab(None)
-    deep = max(2, model.config.num_layers // 2)
+    deep = min(max(2, model.config.num_layers // 2), model.config.num_layers - 1)
     cache = PagedKVCache.with_room_for(model, [len(tokens) + MOST_SPECULATIONS + 2])
     sequence = cache.add_sequence(tokens)
     cache.commit(prefill(model, cache, [sequence]))
@@ -71,7 +71,8 @@ def measure_costs(model: Model, tokens: Sequence[int], rounds: int = ROUNDS) -> 
     runs |= {name: partial(draft, *which) for name, which in drafts.items()}
     timings = interleave({name: Candidate(run, restore=undo) for name, run in runs.items()}, rounds)
     shallow, deeper, wide = (timings[name].median / DRAFTS for name in drafts)
-    layer = max(0.0, (deeper - shallow) / (deep - 1))
+    plain = timings["verify 1"].median / model.config.num_layers  # where there is no second exit to tell a layer by
+    layer = max(0.0, (deeper - shallow) / (deep - 1)) if deep > 1 else plain
     more_words = model.config.vocab_size - len(vocab)
     word = max(0.0, (wide - shallow) / more_words) if more_words else 0.0
     call = max(0.0, shallow - layer - len(vocab) * word)

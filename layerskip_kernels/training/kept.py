@@ -6,11 +6,13 @@ same; checkpoints are continued only with the data and the model that they belon
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from typing import Any
 from layerskip_kernels.model.files import open_regular, whole, write_whole
 from layerskip_kernels.model.json_file import read_json_object
 
-__all__ = ["Origin", "check_checkpoints", "keep", "origin"]
+__all__ = ["Origin", "check_checkpoints", "keep", "only_one", "origin"]
 
 Origin = dict[str, Any]  # JSON: what something was made from
 ROWS = 2  # to be raised when rows are made in another way
@@ -33,6 +35,26 @@ def origin(files: Iterable[Path], **settings: Any) -> Origin:
     versions = {"tokenizers": version("tokenizers"), "rows": ROWS}
     made_from = {"files": {str(path): _sha256(path) for path in files}, **settings, "versions": versions}
     return json.loads(json.dumps(made_from))  # as it will be read again: keys are strings, tuples are lists
+
+
+@contextlib.contextmanager
+def only_one(folder: Path) -> Iterator[None]:
+    """Hold the folder of a training, which must exist, for this process.
+
+    Raises ValueError while another one of this machine holds it: both would write into the same files. The processes
+    that `accelerate launch` starts for one training count as the first of them.
+    """
+    with (folder / ".lock").open("a") as lock:  # closing it lets go, and so does the end of the process
+        if os.environ.get("RANK", "0") == "0":
+            try:
+                fcntl.flock(lock.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise ValueError(
+                    f"{folder} is in use: another process trains there; wait for it, or name another folder"
+                ) from error
+            except OSError:  # a file system without locks
+                pass
+        yield
 
 
 def keep(path: Path, made_from: Origin, make: Callable[[Path], object]) -> None:

@@ -29,7 +29,7 @@ from layerskip_kernels.training.config import LoraSettings, TrainingConfig
 from layerskip_kernels.training.examples import write_examples
 from layerskip_kernels.training.export import export_adapter, export_model
 from layerskip_kernels.training.heads import transplant_heads
-from layerskip_kernels.training.kept import check_checkpoints
+from layerskip_kernels.training.kept import check_checkpoints, only_one
 from layerskip_kernels.training.materials import load_rows, load_vocabulary, origin_of_training, source_folder
 from layerskip_kernels.training.model import EarlyExitTraining, trainable_class
 from layerskip_kernels.training.progress import Progress, announce
@@ -60,7 +60,15 @@ def train(config: TrainingConfig) -> Path | None:
     """Train, or go on with the training that the output folder holds; returns the trained model's folder.
 
     Ended by SIGTERM it saves a checkpoint and returns None; the same call then goes on as if nothing had happened.
+    Raises ValueError while another process trains in the same output folder.
     """
+    output = Path(config.output_dir)
+    output.mkdir(parents=True, exist_ok=True)
+    with only_one(output):
+        return _train(config)
+
+
+def _train(config: TrainingConfig) -> Path | None:
     stop = SaveOnSignal()
     trainer = build_trainer(config)
     trainer.add_callback(stop)

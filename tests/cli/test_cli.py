@@ -33,6 +33,13 @@ def default_model() -> Model:
 # ---- generate ----
 
 
+def test_texts_need_a_tokenizer(monkeypatch, capsys):
+    monkeypatch.setattr(layerskip_kernels, "load_model", lambda *_: tiny_model())
+    for more in ([], ["--output", os.devnull]):
+        assert main(["generate", "-p", "hello", *more]) == 2
+        assert "came without a tokenizer" in capsys.readouterr().err.splitlines()[-1]
+
+
 @pytest.mark.parametrize("strategy", ["autoregressive", "self_speculative"])
 def test_generate_prints_the_text_and_one_json_line(monkeypatch, capsys, default_model, strategy):
     monkeypatch.setattr(layerskip_kernels, "load_model", lambda *_: default_model)

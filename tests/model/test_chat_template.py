@@ -184,6 +184,8 @@ ENDLESS = {
     "JSON": "{{ [[1]]|tojson(indent=10**9) }}",
     "deep JSON": _repeated("{% set ns.x = [ns.x] %}", "1", 900) + "{{ (ns.x * 1000)|tojson(indent=1000) }}",
     "a date": "{{ strftime_now('%1000000000Y') }}",
+    "a codec that takes the square of a text": "{{ ('\u00e9.' * 1000).encode('idna') }}",
+    "the same, back": "{{ ('a' * 1000).encode().decode(encoding='punycode') }}",
     "digits": "{{ 1.5|round(10**9) }}",
     "pieces": A_MILLION + "{% for i in range(99999) %}{% set t = s[1:] %}{% endfor %}",
     "comparisons": A_MILLION + "{% set t = s ~ 'b' %}{% for i in range(99999) %}{{ 1 if s == t }}{% endfor %}",

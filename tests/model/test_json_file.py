@@ -83,6 +83,11 @@ def test_only_regular_files_are_opened_and_nothing_waits(tmp_path: Path, monkeyp
         open_regular(path)
 
 
+def test_a_null_character_is_in_no_name(tmp_path: Path):
+    with pytest.raises(ValueError, match=r"a\\x00b' cannot be the name of a file: embedded null byte"):
+        open_regular(tmp_path / "a\0b")
+
+
 def test_a_pipe_with_a_writer_is_refused_as_well(tmp_path: Path):
     os.mkfifo(tmp_path / "pipe")
     writer = threading.Thread(target=lambda: (tmp_path / "pipe").open("wb").close(), daemon=True)

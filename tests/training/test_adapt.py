@@ -15,7 +15,7 @@ from layerskip_kernels.decoding.exits import each_exit
 from layerskip_kernels.ops.reference import is_quantised
 from layerskip_kernels.training import adapter_training, written_texts
 from layerskip_kernels.training.adapt import adapt, default_exits
-from layerskip_kernels.training.adapter_choice import StepCosts
+from layerskip_kernels.training.adapter_choice import StepCosts, measure_costs
 from layerskip_kernels.training.adapter_layers import AdapterInTraining
 from layerskip_kernels.training.adapter_start import OwnWeights, lens
 from layerskip_kernels.training.adapter_training import AdapterTraining, AdaptSettings
@@ -238,6 +238,13 @@ def test_what_is_trained_drafts_better_and_changes_no_text(code_model, tmp_path)
     further = adapt(code_model, "layerskip-tiny-code", tmp_path / "more", settings, prompts, code, start_from=tmp_path)
     assert further["exit_layer"] == 1 and further["num_words"] == found["num_words"]
     assert further["acceptance"] == pytest.approx(found["acceptance"], abs=0.02)
+
+
+@pytest.mark.parametrize("layers", [2, 3, 4])
+def test_the_costs_of_a_model_of_few_layers(layers):
+    """Two layers have one exit, which alone says nothing of what a layer costs."""
+    costs = measure_costs(tiny_model(num_layers=layers), random_tokens(9), rounds=2)
+    assert costs.verify[1] > 0 and (layers > 2 or costs.layer == costs.verify[1] / 2)
 
 
 def test_an_exit_that_the_model_lacks_is_refused(code_model, tmp_path):

@@ -18,13 +18,16 @@ from layerskip_kernels import load_model
 from layerskip_kernels.cli import main as cli
 from layerskip_kernels.evaluation import prompts as evaluation_prompts
 from layerskip_kernels.model.defaults import read_defaults
+from layerskip_kernels.training.adapt import adapt
+from layerskip_kernels.training.adapter_training import AdaptSettings
 from layerskip_kernels.training.config import DataConfig, read_config
 from layerskip_kernels.training.examples import example_prompts
 from layerskip_kernels.training.export import export_model
-from layerskip_kernels.training.kept import keep, origin
+from layerskip_kernels.training.kept import keep, only_one, origin
 from layerskip_kernels.training.materials import load_rows, load_vocabulary
 from layerskip_kernels.training.run import build_trainer, train, trained_exit
 from layerskip_kernels.training.text_data import train_tokenizer
+from support.models import tiny_model
 from support.training import write_config
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -300,3 +303,20 @@ def test_two_processes_that_make_the_same_file_at_once(tmp_path: Path, monkeypat
     assert path.read_text() == "ours, whole"
     assert sorted(found.name for found in tmp_path.iterdir()) == ["train.arrow", "train.arrow.made_from.json"]
     keep(path, {"files": {"ours": ""}}, lambda _: pytest.fail("it was made of the same"))
+
+
+def test_two_processes_that_train_in_one_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The second one is refused: both would write the same checkpoints, texts and states."""
+    config, folder = write_config(tmp_path), tmp_path / "run"
+    folder.mkdir()
+    with only_one(folder):
+        assert cli.main(["train", str(config)]) == 2
+        assert f"{folder} is in use: another process trains there" in capsys.readouterr().err.splitlines()[-1]
+        assert [path.name for path in folder.iterdir()] == [".lock"]
+    with only_one(folder), pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RANK", "1")
+        with only_one(folder):  # of the processes of one training
+            pass
+    (tmp_path / "adapter/training").mkdir(parents=True)
+    with only_one(tmp_path / "adapter/training"), pytest.raises(ValueError, match="training is in use"):
+        adapt(tiny_model(), None, tmp_path / "adapter", AdaptSettings())
