@@ -20,7 +20,7 @@ from typing import Any
 from layerskip_kernels.model.files import open_regular, whole, write_whole
 from layerskip_kernels.model.json_file import read_json_object
 
-__all__ = ["Origin", "check_checkpoints", "keep", "only_one", "origin"]
+__all__ = ["Origin", "check_checkpoints", "contents_of", "holds", "keep", "only_one", "origin"]
 
 Origin = dict[str, Any]  # JSON: what something was made from
 ROWS = 2  # to be raised when rows are made in another way
@@ -58,22 +58,39 @@ def only_one(folder: Path) -> Iterator[None]:
 
 
 def keep(path: Path, made_from: Origin, make: Callable[[Path], object]) -> None:
-    """Let ``make`` write ``path``, unless it is there already and was made from the same.
+    """Let ``make`` write ``path``, unless it is there already, as it was written, and was made from the same.
 
     It is written under another name first, so that a process killed meanwhile leaves nothing half made.
     """
     note = _note(path)
     if path.is_file():
-        known = _read(note)
-        if known == made_from:
+        known = _read(note) or {}
+        contents = known.pop("contents", None)
+        if known == made_from and holds(path, contents):
             return
-        if known is not None:
-            print(f"layerskip: {_differences(known, made_from)} changed; making {path} again", file=sys.stderr)
+        if known:
+            changed = "its contents" if known == made_from else _differences(known, made_from)
+            print(f"layerskip: {changed} changed; making {path} again", file=sys.stderr)
     path.parent.mkdir(parents=True, exist_ok=True)
     note.unlink(missing_ok=True)
     with whole(path) as unfinished:
         make(unfinished)
-    write_whole(note, json.dumps(made_from, indent=1) + "\n")
+        contents = contents_of(unfinished)
+    write_whole(note, json.dumps({**made_from, "contents": contents}, indent=1) + "\n")
+
+
+def contents_of(path: Path) -> Origin:
+    """The size and the SHA-256 of a file."""
+    return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+
+
+def holds(path: Path, contents: Any) -> bool:
+    """Whether there is a file with the ``contents`` that `contents_of` said when it was written.
+
+    What reads Arrow, for one, ends the process where a byte of it is wrong.
+    """
+    said = contents if isinstance(contents, dict) else {}
+    return path.is_file() and said.get("bytes") == path.stat().st_size and said == contents_of(path)
 
 
 def check_checkpoints(output: Path, checkpoint: Path | None, made_from: Origin) -> None:

@@ -39,6 +39,7 @@ from layerskip_kernels.training.trainer import (
     MarkComplete,
     MetricsFile,
     SaveOnSignal,
+    check_checkpoint,
     last_checkpoint,
 )
 
@@ -73,6 +74,8 @@ def _train(config: TrainingConfig) -> Path | None:
     trainer = build_trainer(config)
     trainer.add_callback(stop)
     checkpoint = last_checkpoint(Path(config.output_dir))
+    if checkpoint is not None:
+        check_checkpoint(checkpoint)
     if trainer.is_world_process_zero():
         announce(trainer, 0 if checkpoint is None else int(checkpoint.name.rpartition("-")[2]))
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -89,6 +92,7 @@ def export_checkpoint(config: TrainingConfig, folder: Path) -> Path:
     checkpoint = last_checkpoint(Path(config.output_dir))
     if checkpoint is None:
         raise FileNotFoundError(f"{config.output_dir} holds no complete checkpoint yet; save_steps says when it will")
+    check_checkpoint(checkpoint)
     trainer = build_trainer(config)
     trainer._load_from_checkpoint(str(checkpoint))
     export(trainer.accelerator.unwrap_model(trainer.model), config, folder)

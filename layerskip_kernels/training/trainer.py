@@ -19,14 +19,17 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from layerskip_kernels.machine import usable_cores
 from layerskip_kernels.model.draft_vocab import read_draft_vocab
+from layerskip_kernels.model.files import write_whole
+from layerskip_kernels.model.json_file import read_json_object
 from layerskip_kernels.training.dropout import LayerDropout, dropped_samples
 from layerskip_kernels.training.early_exit import EarlyExitLoss
+from layerskip_kernels.training.kept import contents_of, holds
 from layerskip_kernels.training.model import ExitPlan
 from layerskip_kernels.training.text_data import SimilarLengths
 
-__all__ = ["LayerSkipTrainer", "MarkComplete", "MetricsFile", "SaveOnSignal", "last_checkpoint"]
+__all__ = ["LayerSkipTrainer", "MarkComplete", "MetricsFile", "SaveOnSignal", "check_checkpoint", "last_checkpoint"]
 
-COMPLETE = "complete"  # in a checkpoint's folder once all of it is written
+COMPLETE = "complete"  # in a checkpoint's folder once all of it is written: JSON, the contents of each file
 
 
 class LayerSkipTrainer(Trainer):
@@ -165,17 +168,35 @@ class LayerSkipTrainer(Trainer):
 
 
 class MarkComplete(TrainerCallback):
-    """Marks a checkpoint once it is written, so that one cut short by a kill is never resumed from."""
+    """Marks a checkpoint once it is written, so that one cut short by a kill is never resumed from; with what is in it.
+
+    (But for random states of several processes, of which each writes its own.)
+    """
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.is_world_process_zero:
-            (_output(args) / f"checkpoint-{state.global_step}" / COMPLETE).touch()
+            folder = _output(args) / f"checkpoint-{state.global_step}"
+            files = [path for path in sorted(folder.rglob("*")) if path.is_file() and not path.match("rng_state_*")]
+            contents = {str(path.relative_to(folder)): contents_of(path) for path in files}
+            write_whole(folder / COMPLETE, json.dumps(contents, indent=1) + "\n")
 
 
 def last_checkpoint(output_dir: Path) -> Path | None:
     """The newest checkpoint that is complete."""
     found = [path.parent for path in output_dir.glob(f"checkpoint-*/{COMPLETE}")]
-    return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+    numbered = [path for path in found if path.name.removeprefix("checkpoint-").isdecimal()]
+    return max(numbered, key=lambda path: int(path.name.removeprefix("checkpoint-")), default=None)
+
+
+def check_checkpoint(checkpoint: Path) -> None:
+    """Raise ValueError naming the file of a complete checkpoint that is not as it was written."""
+    written = read_json_object(checkpoint / COMPLETE).values
+    for name, contents in written.items():
+        if not holds(checkpoint / name, contents):
+            raise ValueError(
+                f"{checkpoint / name} is damaged: it is not as it was written; delete {checkpoint} to go on from the "
+                "checkpoint before it, or from the beginning"
+            )
 
 
 def _output(args: TrainingArguments) -> Path:

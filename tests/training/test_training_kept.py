@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -108,6 +109,38 @@ def test_what_a_kill_left_half_made_is_made_again(tmp_path, damage):
     build_trainer(config)
     assert path.read_text() == whole
     assert not list(path.parent.glob(".*.unfinished"))
+
+
+@pytest.mark.parametrize("damage", ["a bit", "shorter", "a hole"])
+def test_rows_that_are_not_as_they_were_written_are_made_again(tmp_path, capsys, damage):
+    """Arrow's reader ends the process on some of them, and takes others for rows."""
+    config = read_config(write_config(tmp_path))
+    vocabulary = load_vocabulary(config)
+    rows = [row["input_ids"] for row in load_rows(config, "train", vocabulary, 0)]
+    path = tmp_path / "run/data/train.arrow"
+    raw = bytearray(path.read_bytes())
+    if damage == "a bit":
+        raw[len(raw) // 2] ^= 1
+    path.write_bytes(raw[: len(raw) // 2] if damage == "shorter" else raw)
+    if damage == "a hole":
+        os.truncate(path, 1 << 40)
+    assert [row["input_ids"] for row in load_rows(config, "train", vocabulary, 0)] == rows
+    assert f"its contents changed; making {path} again" in capsys.readouterr().err
+
+
+def test_a_damaged_checkpoint_is_named_and_others_are_left_alone(tmp_path):
+    changes = {"save_steps": 1, "max_steps": 2}
+    train(read_config(write_config(tmp_path, training=changes)))
+    shutil.copytree(tmp_path / "run/checkpoint-2", tmp_path / "run/checkpoint-old")  # somebody's own copy
+    more = read_config(write_config(tmp_path, training=changes | {"max_steps": 3}))
+    for name in ("optimizer.pt", "trainer_state.json", "model.safetensors"):
+        path = tmp_path / "run/checkpoint-2" / name
+        raw = path.read_bytes()
+        path.write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
+        with pytest.raises(ValueError, match=rf"checkpoint-2/{name} is damaged: .*delete .*checkpoint-2 to go on"):
+            train(more)
+        path.write_bytes(raw)
+    assert train(more) is not None and (tmp_path / "run/checkpoint-3").is_dir()
 
 
 def test_a_process_killed_while_it_writes_leaves_nothing_under_the_name(tmp_path):
