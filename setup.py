@@ -197,7 +197,7 @@ EXTENSIONS = [
         "layerskip_kernels._kv",
         sorted(glob("csrc/kv/*.cpp")),
         include_dirs=[INCLUDE, pybind11.get_include()],
-        depends=glob("csrc/kv/*.h"),
+        depends=[*glob("csrc/kv/*.h"), "csrc/include/fork_safe_mutex.h"],
         define_macros=[("LAYERSKIP_TORCH", '"{}.{}"'.format(*TORCH))],
         extra_compile_args=CXX_FLAGS,
         language="c++",

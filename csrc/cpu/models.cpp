@@ -1,10 +1,10 @@
 // The models that passes know by a number: reading their hundreds of tensors at every call would take as long as
 // several layers, for the weights that streamed by have driven them out of the caches.
 #include <memory>
-#include <mutex>
 #include <unordered_map>
 
 #include "checks.h"
+#include "fork_safe_mutex.h"
 #include "operands.h"
 #include "ops.h"
 
@@ -12,10 +12,14 @@ namespace layerskip {
 
 namespace {
 
-std::mutex mutex;
+struct KeptModels {
+  ForkSafeMutex mutex;  // guards the others
+  std::unordered_map<int64_t, std::shared_ptr<const KeptModel>> by_number;
+  int64_t last = 0;
+};
 
-std::unordered_map<int64_t, std::shared_ptr<const KeptModel>>& Models() {
-  static auto* models = new std::unordered_map<int64_t, std::shared_ptr<const KeptModel>>;  // outlives all users
+KeptModels& Models() {
+  static auto* models = new KeptModels;  // outlives all users
   return *models;
 }
 
@@ -25,27 +29,29 @@ int64_t keep_model(TensorList weights, int64_t num_kv_heads, int64_t head_dim, a
                    at::ArrayRef<double> floats) {
   auto kept = std::make_shared<KeptModel>(
       KeptModel{weights.vec(), CheckedModel(weights, num_kv_heads, head_dim, ints, floats)});
-  const std::lock_guard<std::mutex> lock(mutex);
-  static int64_t last = 0;
-  Models()[++last] = std::move(kept);
-  return last;
+  KeptModels& models = Models();
+  const ForkSafeLock lock(models.mutex);
+  models.by_number[++models.last] = std::move(kept);
+  return models.last;
 }
 
 void forget_model(int64_t model) {
   std::shared_ptr<const KeptModel> kept;  // dies after the lock
-  const std::lock_guard<std::mutex> lock(mutex);
-  const auto found = Models().find(model);
-  if (found == Models().end()) return;
+  KeptModels& models = Models();
+  const ForkSafeLock lock(models.mutex);
+  const auto found = models.by_number.find(model);
+  if (found == models.by_number.end()) return;
   kept = std::move(found->second);
-  Models().erase(found);
+  models.by_number.erase(found);
 }
 
 std::shared_ptr<const KeptModel> ModelFor(int64_t model, const Tensor& k_cache, const Tensor& hidden_cache) {
   std::shared_ptr<const KeptModel> kept;
   {
-    const std::lock_guard<std::mutex> lock(mutex);
-    const auto found = Models().find(model);
-    TORCH_CHECK_VALUE(found != Models().end(), "model ", model, " is not known; keep_model gives its number");
+    KeptModels& models = Models();
+    const ForkSafeLock lock(models.mutex);
+    const auto found = models.by_number.find(model);
+    TORCH_CHECK_VALUE(found != models.by_number.end(), "model ", model, " is not known; keep_model gives its number");
     kept = found->second;
   }
   const ModelView& view = kept->view;

@@ -9,7 +9,7 @@
 namespace layerskip {
 
 int ThreadCount::Choose(PassKind kind, int most) {
-  const std::lock_guard<std::mutex> lock(mutex_);
+  const ForkSafeLock lock(mutex_);
   State& state = states_[static_cast<int>(kind)];
   if (state.most != most) {
     state = State{};
@@ -19,7 +19,7 @@ int ThreadCount::Choose(PassKind kind, int most) {
 }
 
 void ThreadCount::Note(PassKind kind, int threads, int64_t work, double seconds, int64_t lost_cores) {
-  const std::lock_guard<std::mutex> lock(mutex_);
+  const ForkSafeLock lock(mutex_);
   State& state = states_[static_cast<int>(kind)];
   const double cost = seconds / static_cast<double>(std::max<int64_t>(1, work));
   if (state.trial >= 0) {

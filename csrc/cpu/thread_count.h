@@ -9,7 +9,8 @@
 #pragma once
 
 #include <cstdint>
-#include <mutex>
+
+#include "fork_safe_mutex.h"
 
 namespace layerskip {
 
@@ -55,7 +56,7 @@ class ThreadCount {
   void StartTrial(State& state);
   void EndTrial(State& state);
 
-  std::mutex mutex_;
+  ForkSafeMutex mutex_;
   State states_[kNumPassKinds];
 };
 

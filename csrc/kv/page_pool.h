@@ -14,19 +14,19 @@
 // memory (std::bad_alloc). What the caller got wrong is std::invalid_argument, too few pages is CacheFull, a broken
 // invariant is std::logic_error. (Cached pages may have been evicted; those were nobody's.)
 //
-// Thread-safe: each call is atomic, under the pool's mutex. A series of calls about one sequence belongs to one
-// thread at a time, and its rows' tensors with it.
+// Thread-safe: each call is atomic, under the pool's mutex, for a fork meanwhile as well. A series of calls about one
+// sequence belongs to one thread at a time, and its rows' tensors with it.
 #pragma once
 
 #include <cstdint>
 #include <functional>
-#include <mutex>
 #include <optional>
 #include <string>
 #include <unordered_map>
 #include <vector>
 
 #include "errors.h"
+#include "fork_safe_mutex.h"
 #include "page_list.h"
 #include "prefix_index.h"
 
@@ -149,7 +149,7 @@ class PagePool {
     int64_t num_pages;  // copies included
   };
 
-  using Lock = std::lock_guard<std::mutex>;
+  using Lock = ForkSafeLock;
 
   static bool IsStaircase(const std::vector<int32_t>& depths, int64_t num_layers);
 
@@ -177,7 +177,7 @@ class PagePool {
   const int64_t num_layers_;
   const PoolOptions options_;
 
-  mutable std::mutex mutex_;  // guards all that follows
+  mutable ForkSafeMutex mutex_;  // guards all that follows
   PageList pages_;
   std::unordered_map<SequenceId, Sequence> sequences_;
   SequenceId next_id_ = 0;

@@ -14,7 +14,6 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
-from threading import RLock
 from typing import TypeVar, get_args
 
 import torch
@@ -25,7 +24,7 @@ from layerskip_kernels.decoding.early_exit import early_exit_step
 from layerskip_kernels.decoding.kv_cache import PagedKVCache
 from layerskip_kernels.decoding.steps import draft_step, verify_step
 from layerskip_kernels.decoding.types import Draft, Verdict
-from layerskip_kernels.engine import outbox
+from layerskip_kernels.engine import forks, outbox
 from layerskip_kernels.engine.drafting import DraftPlanner, DraftPolicy
 from layerskip_kernels.engine.drafts import Drafts
 from layerskip_kernels.engine.interrupts import DeferredInterrupt
@@ -83,7 +82,7 @@ class Engine:
         self._requests: dict[int, Request] = {}  # waiting or running
         self._outbox: list[Output] = []  # what has not been handed out
         self._next_id = 0
-        self._lock = RLock()
+        self._lock = forks.lock_of(self)
         self._interrupt = DeferredInterrupt()  # of the step in progress
 
     # ---- requests ----

@@ -15,6 +15,7 @@ from layerskip_kernels import GenerationConfig, generate
 from support.models import random_tokens, threads, tiny_model
 
 ROOT = Path(__file__).parents[2]
+FLAGS = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror"]
 PLAIN = GenerationConfig("autoregressive", max_new_tokens=60, eos_token_ids=(), return_logits=True)
 
 
@@ -43,7 +44,7 @@ def test_the_rule_follows_what_passes_cost(tmp_path):
     """Alone all threads; fewer where they are held up, whether the kernel counts that or not; all again after it."""
     program = tmp_path / "thread_count"
     sources = [ROOT / "tests/cpp/thread_count.cpp", ROOT / "csrc/cpu/thread_count.cpp"]
-    subprocess.run(["g++", "-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", *sources, "-o", program], check=True)
+    subprocess.run(["g++", *FLAGS, f"-I{ROOT / 'csrc/include'}", *sources, "-o", program], check=True)
     result = subprocess.run([program], capture_output=True, text=True)
     assert result.returncode == 0, result.stdout
 
