@@ -114,15 +114,11 @@ def _quantise(args: argparse.Namespace) -> int:
 
 def _quantise_adapter(adapter: Path, folder: Path, weights: str) -> int:
     """The adapter in another type, and the defaults that lie beside it."""
-    from shutil import copyfile
-
-    from layerskip_kernels.model.defaults import FILE
+    from layerskip_kernels.model.defaults import copy_defaults
     from layerskip_kernels.model.exit_adapter import quantise_exit_adapter
 
     path = quantise_exit_adapter(adapter, folder, weights)
-    beside = (adapter if adapter.is_dir() else adapter.parent) / FILE
-    if beside.exists() and beside.parent.resolve() != folder.resolve():
-        copyfile(beside, folder / FILE)
+    copy_defaults(adapter if adapter.is_dir() else adapter.parent, folder)
     print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")
     return 0
 

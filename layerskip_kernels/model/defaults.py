@@ -19,13 +19,13 @@ from pathlib import Path
 
 from layerskip_kernels.errors import shown
 from layerskip_kernels.model.draft_vocab import read_draft_vocab
-from layerskip_kernels.model.files import write_whole
+from layerskip_kernels.model.files import naming, read_bytes, whole, write_whole
 from layerskip_kernels.model.json_file import JsonObject, are_integers, read_json_object
 from layerskip_kernels.model_config import ModelConfig
 
 __all__ = [
-    "DEFAULT_MODEL", "DraftDefaults", "config_directory", "find_defaults", "find_prompts", "read_defaults",
-    "write_defaults",
+    "DEFAULT_MODEL", "DraftDefaults", "config_directory", "copy_defaults", "find_defaults", "find_prompts",
+    "read_defaults", "write_defaults",
 ]  # fmt: skip
 
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"  # where no source is named
@@ -124,6 +124,22 @@ def write_defaults(source: Source, defaults: DraftDefaults) -> Path:
     own.parent.mkdir(parents=True, exist_ok=True)
     write_whole(own, text)
     return own
+
+
+def copy_defaults(source: Path, folder: Path) -> None:
+    """Give a folder the defaults of another one, with the files beside them that they name; nothing where it has none.
+
+    Raises ValueError naming a file that is damaged.
+    """
+    if not (source / FILE).exists() or source.resolve() == folder.resolve():
+        return
+    fields = read_json_object(source / FILE).values
+    named = [name for name in (fields.get("prompts"), fields.get("draft_vocab")) if isinstance(name, str)]
+    beside = [name for name in named if name == Path(name).name and os.path.exists(source / name)]
+    for name in (*beside, FILE):
+        contents = read_bytes(source / name)
+        with whole(folder / name) as unfinished, naming(folder / name):
+            unfinished.write_bytes(contents)
 
 
 def _kept_prompts(path: Path) -> dict[str, str]:

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from layerskip_kernels.model.checkpoint import Checkpoint
 from layerskip_kernels.model.families import FAMILIES, Family
+from layerskip_kernels.model.files import naming, whole
 from layerskip_kernels.model.gguf_convert import FUSED_NAMES, OUTER_NAMES, layer_names
 from layerskip_kernels.model.gguf_write_metadata import add_metadata, config_metadata, rope_factor_tensors
 from layerskip_kernels.model.gguf_write_vocabulary import vocabulary_metadata
@@ -82,14 +83,14 @@ def write_gguf(checkpoint: Checkpoint, path: Path, type_name: str) -> None:
     }
     if checkpoint.tokenizer is not None:
         metadata |= vocabulary_metadata(checkpoint.tokenizer, checkpoint.name, config)
-    unfinished = path.with_name(path.name + ".part")  # nobody takes half a file for a model
-    writer, factors = gguf.GGUFWriter(unfinished, family.architecture), rope_factor_tensors(config)
-    add_metadata(writer, metadata)
-    for name, data in factors.items():
-        writer.add_tensor_info(name, data.shape, data.dtype, data.nbytes)
-    for output in outputs:
-        _announce(writer, output)
-    try:
+    factors = rope_factor_tensors(config)
+    with whole(path) as unfinished, naming(path):  # nobody takes half a file for a model
+        writer = gguf.GGUFWriter(unfinished, family.architecture)
+        add_metadata(writer, metadata)
+        for name, data in factors.items():
+            writer.add_tensor_info(name, data.shape, data.dtype, data.nbytes)
+        for output in outputs:
+            _announce(writer, output)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
@@ -98,9 +99,6 @@ def write_gguf(checkpoint: Checkpoint, path: Path, type_name: str) -> None:
         for output in tqdm(outputs, desc=f"Writing {path.name}", unit="tensor"):
             writer.write_tensor_data(_data(checkpoint, output, family))
         writer.close()
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 # ---- which tensors, of which types ----

@@ -19,11 +19,12 @@ from safetensors.torch import save_file
 from layerskip_kernels import PagedKVCache, load_model
 from layerskip_kernels.evaluation.prompts import example_prompts
 from layerskip_kernels.model.draft_vocab import read_draft_vocab
-from layerskip_kernels.model.exit_adapter import write_exit_adapter
+from layerskip_kernels.model.exit_adapter import quantise_exit_adapter, write_exit_adapter
 from layerskip_kernels.model.tokenizer import Tokenizer
 from support.checkpoint_files import HF_CONFIG, random_tensors, write_directory
 from support.damage import Kind, check_damaged, damaged_bytes, damaged_json
 from support.exit_adapters import random_adapter
+from support.gguf_files import write_parts
 from support.models import tiny_model
 from support.vocabularies import RECORDED
 
@@ -137,6 +138,22 @@ def _exit_adapter(folder: Path) -> Path:
     return write_exit_adapter(folder, 1, random_adapter(model), model.name, model.weights)
 
 
+def _quantised_exit_adapter(folder: Path) -> Path:
+    quantise_exit_adapter(_exit_adapter(folder), folder, "q8_0")
+    return folder / "exit_adapter.safetensors"
+
+
+def _adapter_defaults(folder: Path) -> Path:
+    """The model is the one in the folder above."""
+    if not (folder.parent / "model").exists():
+        _model(folder.parent / "model")
+    folder.mkdir()
+    model = load_model(folder.parent / "model")
+    write_exit_adapter(folder, 1, random_adapter(model), model.name, model.weights)
+    (folder / "layerskip.json").write_text(json.dumps(DEFAULTS))
+    return folder / "layerskip.json"
+
+
 def _use_tokenizer(path: Path) -> None:
     tokenizer = Tokenizer.from_directory(path.parent)
     if tokenizer is not None:
@@ -220,6 +237,15 @@ def _load(path: Path) -> object:
     return load_model(path.parent)
 
 
+def _gguf_part(folder: Path) -> Path:
+    """The second of two, in which tensors are."""
+    return write_parts(_gguf(folder), 2)[1]
+
+
+def _load_parts(path: Path) -> object:
+    return load_model(path.with_name(path.name.replace("00002-of", "00001-of")))
+
+
 def _load_exit_adapter(path: Path) -> object:
     return load_model(path.parent, exit_adapter=path)
 
@@ -242,6 +268,13 @@ KINDS = {
     "added_tokens": Kind(_added_tokens, damaged_json, _use_tokenizer),
     "prompts": Kind(_prompts, damaged_bytes, lambda path: example_prompts(path.parent)),
     "exit_adapter": Kind(_exit_adapter, _head(1200), _load_exit_adapter),
+    "quantised_exit_adapter": Kind(_quantised_exit_adapter, _head(1200), _load_exit_adapter),
+    "adapter_defaults": Kind(
+        _adapter_defaults,
+        damaged_json,
+        lambda path: load_model(path.parents[1] / "model", exit_adapter=path.parent),
+    ),
+    "gguf_part": Kind(_gguf_part, _head(600), _load_parts),
     "gguf": Kind(_gguf, _head(1500), load_model),
     "swap": Kind(_swap, damaged_bytes, _swap_in),
 }
@@ -254,7 +287,7 @@ def cache_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_damaged_files_are_read_or_refused_by_name(tmp_path: Path, one_thread: None, kind: str):
-    after = (lambda: shutil.rmtree(tmp_path / "cache", ignore_errors=True)) if kind == "gguf" else None
+    after = (lambda: shutil.rmtree(tmp_path / "cache", ignore_errors=True)) if "gguf" in kind else None
     check_damaged(kind, KINDS[kind], tmp_path / kind, after)
 
 

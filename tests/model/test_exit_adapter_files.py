@@ -155,6 +155,18 @@ def test_an_adapter_is_quantised_by_a_command(source, with_head, tmp_path, capsy
         assert found.drafted > 0 and found.token_ids == alone.token_ids
 
 
+def test_the_files_that_its_defaults_name_come_along(source, with_head, tmp_path):
+    """Or the folder could not be read: a name in layerskip.json is that of a file beside it."""
+    (with_head / "words.json").write_text("[4, 8]")
+    (with_head / "prompts.jsonl").write_text('"once"\n')
+    named = {"exit_layer": 2, "draft_vocab": "words.json", "prompts": "prompts.jsonl"}
+    (with_head / "layerskip.json").write_text(json.dumps(named))
+    for folder in (tmp_path / "q8", with_head):  # the second one onto itself
+        assert main(["quantise", str(with_head), str(folder)]) == 0
+        assert load_model(source, exit_adapter=folder).draft_ids.tolist() == [4, 8]
+        assert (folder / "prompts.jsonl").read_text() == '"once"\n'
+
+
 def test_types_that_an_adapter_cannot_have_are_refused_before_anything_is_written(source, adapter, tmp_path, capsys):
     out = tmp_path / "out"
     error = error_of(["quantise", str(adapter), str(out), "--type", "q6_k"], capsys)

@@ -1,5 +1,6 @@
 """Quantised weights from a file to tokens: kept as they are, read as numbers, rounded, written."""
 
+import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -220,6 +221,31 @@ def test_a_file_is_whole_or_not_there(tmp_path, monkeypatch):
     with pytest.raises(MemoryError, match="as asked"):
         gguf_write.write_gguf(read_checkpoint("layerskip-tiny-code"), tmp_path / "out.gguf", "q4_0")
     assert [path.name for path in tmp_path.iterdir() if path.name != "cache"] == []
+
+
+def test_two_processes_that_write_one_file(tmp_path, monkeypatch):
+    """Each under a name of its own: the last one is what is there, whole; what a killed one left is cleared."""
+    path = tmp_path / "out.gguf"
+    gguf_write.write_gguf(read_checkpoint("layerskip-tiny-code"), path, "q4_0")
+    expected = path.read_bytes()
+    left = tmp_path / ".out.gguf.1.unfinished"
+    left.write_text("half")
+    os.utime(left, (0, 0))
+    own, quantised = gguf_write.quantise, []
+
+    def slowly(rows, name):
+        quantised.append(name)
+        if len(quantised) == 5:
+            with monkeypatch.context() as patch:
+                patch.setattr("os.getpid", lambda: 7)
+                gguf_write.write_gguf(read_checkpoint("layerskip-tiny-code"), path, "q8_0")
+            assert path.read_bytes() != expected
+        return own(rows, name)
+
+    monkeypatch.setattr(gguf_write, "quantise", slowly)
+    gguf_write.write_gguf(read_checkpoint("layerskip-tiny-code"), path, "q4_0")
+    assert len(quantised) > 10 and path.read_bytes() == expected
+    assert [path.name for path in tmp_path.iterdir() if path.name != "cache"] == ["out.gguf"]
 
 
 @pytest.mark.parametrize("name", BLOCKS)
