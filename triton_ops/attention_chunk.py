@@ -2,13 +2,40 @@
 
 s_j = scale * fold_d(q[d] k_j[d]), perhaps capped
 m = max s;  p_j = to_dtype(exp(s_j - m));  l = fold_j(p_j);  o = fold_j(p_j v_j)
+
+TILED, for the many rows of a prompt: sixteen of a fold's products at a time are a dot's chain (prompt_dot.py), whose
+operands the threads of a program share; but for positions that not all rows see.
 """
 
 import triton.language as tl
 
 from .contract import device_function, exp, multiply_add, rounded, soft_cap
+from .prompt_dot import add_products
 
 __all__ = ["attend_to_chunk"]
+
+
+@device_function
+def _add_dimensions(
+    s, q_ptrs, k_ptrs, in_rows, paged,
+    S: tl.constexpr, K: tl.constexpr, R: tl.constexpr, TILE: tl.constexpr, AT_ONCE: tl.constexpr, FMA: tl.constexpr,
+):  # fmt: skip
+    """s [R, TILE] after all products of q and k, AT_ONCE of which are loaded together."""
+    for first in range(0, K, AT_ONCE):
+        qs = ()
+        ks = ()
+        for i in tl.static_range(AT_ONCE):
+            d = first + i
+            if K % AT_ONCE == 0:
+                qs = qs + (tl.load(q_ptrs + d, mask=in_rows, other=0.0),)
+                ks = ks + (tl.load(k_ptrs + d * S, mask=paged, other=0.0),)
+            else:
+                qs = qs + (tl.load(q_ptrs + d, mask=in_rows & (d < K), other=0.0),)
+                ks = ks + (tl.load(k_ptrs + d * S, mask=paged & (d < K), other=0.0),)
+        for i in tl.static_range(AT_ONCE):
+            q = tl.broadcast_to(qs[i].to(tl.float32), [R, TILE])
+            s = multiply_add(q, tl.broadcast_to(ks[i].to(tl.float32), [R, TILE]), s, FMA)
+    return s
 
 
 @device_function
@@ -51,11 +78,30 @@ def _add_positions(
 
 
 @device_function
+def _add_tiles_of_positions(
+    l, o, seen_by_all, chunk, n, table_ptr, v_ptrs, page_size, scores_ptrs, num_pages, d,  # noqa: E741
+    S: tl.constexpr, K: tl.constexpr, R: tl.constexpr, K_PADDED: tl.constexpr,
+):  # fmt: skip
+    """l and o after the first positions of a chunk, sixteen at a time, all of which all rows see."""
+    for first in range(0, seen_by_all, 16):
+        j = first + tl.arange(0, 16)
+        at = chunk * 256 + j
+        page = tl.load(table_ptr + at // S, mask=j < n, other=-1).to(tl.int64)[:, None]
+        offs = page * page_size + (at % S * K)[:, None]
+        v = tl.load(v_ptrs + offs, mask=(page >= 0) & (page < num_pages) & (d < K), other=0.0).to(tl.float32)
+        p = tl.load(scores_ptrs + j[None, :])
+        for i in tl.static_range(16):
+            l = l + tl.load(scores_ptrs + first + i)  # noqa: E741
+        o = add_products(o, p, v, R, K_PADDED)
+    return l, o
+
+
+@device_function
 def attend_to_chunk(
     chunk, q_ptrs, k_ptr, v_ptr, table_ptr, scores_ptrs, in_rows, position, kv_head, num_kv_heads, num_pages, scale,
     cap, window,
     CAPPED: tl.constexpr, WINDOW: tl.constexpr, S: tl.constexpr, K: tl.constexpr, R: tl.constexpr,
-    K_PADDED: tl.constexpr, TILE: tl.constexpr, AT_ONCE: tl.constexpr, FMA: tl.constexpr,
+    K_PADDED: tl.constexpr, TILE: tl.constexpr, AT_ONCE: tl.constexpr, FMA: tl.constexpr, TILED: tl.constexpr,
 ):  # fmt: skip
     """m, l [R, 1] and o [R, K_PADDED] of one chunk, and which rows [R, 1] see any of it."""
     dtype: tl.constexpr = k_ptr.dtype.element_ty
@@ -66,7 +112,8 @@ def attend_to_chunk(
     n = tl.max(tl.where(unseen < visible, visible, 0))
     seen_by_all = 0  # as many positions, from the first on, need no look at who sees them
     if not WINDOW:
-        seen_by_all = tl.min(tl.where(in_rows, visible, 256)) // AT_ONCE * AT_ONCE
+        EACH_TIME: tl.constexpr = 16 if TILED else AT_ONCE
+        seen_by_all = tl.min(tl.where(in_rows, visible, 256)) // EACH_TIME * EACH_TIME
         seen_by_all = tl.minimum(seen_by_all, n)
     m = tl.full([R, 1], -float("inf"), tl.float32)
     for start in range(0, n, TILE):
@@ -76,20 +123,14 @@ def attend_to_chunk(
         paged = (page >= 0) & (page < num_pages)
         k_ptrs = k_ptr + (page * num_kv_heads + kv_head) * K * S + at % S
         s = tl.zeros([R, TILE], tl.float32)
-        for first in range(0, K, AT_ONCE):
-            qs = ()
-            ks = ()
-            for i in tl.static_range(AT_ONCE):
-                d = first + i
-                if K % AT_ONCE == 0:
-                    qs = qs + (tl.load(q_ptrs + d, mask=in_rows, other=0.0),)
-                    ks = ks + (tl.load(k_ptrs + d * S, mask=paged, other=0.0),)
-                else:
-                    qs = qs + (tl.load(q_ptrs + d, mask=in_rows & (d < K), other=0.0),)
-                    ks = ks + (tl.load(k_ptrs + d * S, mask=paged & (d < K), other=0.0),)
-            for i in tl.static_range(AT_ONCE):
-                q = tl.broadcast_to(qs[i].to(tl.float32), [R, TILE])
-                s = multiply_add(q, tl.broadcast_to(ks[i].to(tl.float32), [R, TILE]), s, FMA)
+        if TILED:
+            for first in range(0, K, 16):
+                d = first + tl.arange(0, 16)
+                q = tl.load(q_ptrs + d[None, :], mask=in_rows & (d < K)[None, :], other=0.0)
+                k = tl.load(k_ptrs + (d * S)[:, None], mask=paged & (d < K)[:, None], other=0.0)
+                s = add_products(s, q.to(tl.float32), k.to(tl.float32), R, TILE)
+        else:
+            s = _add_dimensions(s, q_ptrs, k_ptrs, in_rows, paged, S, K, R, TILE, AT_ONCE, FMA)
         s = s * scale
         if CAPPED:
             s = soft_cap(s, cap)
@@ -107,11 +148,16 @@ def attend_to_chunk(
     o = tl.zeros([R, K_PADDED], tl.float32)
     v_ptrs = v_ptr + kv_head * (S * K) + d
     page_size = num_kv_heads * (S * K)
-    for first in range(0, seen_by_all, AT_ONCE):
-        l, o = _add_positions(  # noqa: E741
-            l, o, first, chunk, unseen, visible, n, table_ptr, v_ptrs, page_size, scores_ptrs, num_pages, d, S, K,
-            K_PADDED, AT_ONCE, False, FMA,
-        )  # fmt: skip
+    if TILED:
+        l, o = _add_tiles_of_positions(  # noqa: E741
+            l, o, seen_by_all, chunk, n, table_ptr, v_ptrs, page_size, scores_ptrs, num_pages, d, S, K, R, K_PADDED
+        )
+    else:
+        for first in range(0, seen_by_all, AT_ONCE):
+            l, o = _add_positions(  # noqa: E741
+                l, o, first, chunk, unseen, visible, n, table_ptr, v_ptrs, page_size, scores_ptrs, num_pages, d, S, K,
+                K_PADDED, AT_ONCE, False, FMA,
+            )  # fmt: skip
     for first in range(seen_by_all, n, AT_ONCE):
         l, o = _add_positions(  # noqa: E741
             l, o, first, chunk, unseen, visible, n, table_ptr, v_ptrs, page_size, scores_ptrs, num_pages, d, S, K,

@@ -5,19 +5,23 @@ sixteen rows the N side, and a block of 32 the K side. What a thread loads is la
 fragment that ``mma.m16n8k32`` wants of that thread: lane 4 g + t of a warp has, of columns (and of rows) g and g + 8,
 the same eight of a block's 32 integers. So all loads are tiles [4, 32, words]: a warp for segments s and s + 4, its
 lanes, their words. On other hardware threads exchange what they loaded; the bits are the same.
-
-KIND is all that the kernels know of a type of weights (quantised.Kind.code): 0 for the model's dtype, else the bits of
-a code, and whether there is a c, whether scales are products, whether they are a whole segment's, and whether a
-weight has two planes.
 """
 
 import triton.language as tl
 
 from .contract import ROUND_MAGIC, _tree8, device_function, dot, packed_offsets
+from .integer_tiles import integer_tiles
+from .integer_weights import (
+    MAGIC_BITS,
+    column_scales,
+    fragment_of_columns,
+    load_common,
+    load_step,
+    of_lanes,
+    part_of_rows,
+    segment_scales,
+)  # fmt: skip
 from .prompt_dot import prompt_dot
-
-# The bits of ROUND_MAGIC: added to an integer below 2**22, they make it the float ROUND_MAGIC + integer, exactly.
-MAGIC_BITS = tl.constexpr(0x4B400000)
 
 
 @device_function
@@ -29,14 +33,19 @@ def products(
 ):  # fmt: skip
     """Rule 1 or rule 8 for ROWS rows and TILES times C columns: a tuple of fp32 [C], tile by tile, row by row.
 
-    PROMPT: a tuple of fp32 [ROWS, C], tile by tile, of rows that are many and turned (prompt_dot.py).
+    PROMPT: a tuple of fp32 [ROWS, C], tile by tile, of rows that are many and turned (prompt_dot.py,
+    integer_tiles.py).
 
     x_ptr: rows as the kind of the weights wants them (Rows.of), row0 .. row0 + ROWS - 1 of ``num_rows``, or those that
     int32 rows_ptr names there (GATHER); beyond the last, the last. w_ptrs: a tuple of packed weights of one kind, one a
     tile; columns: a tuple of int32 [C]; steps: of eight k in a segment, as rule 1 takes them.
     """
-    if PROMPT:
+    if PROMPT and KIND == 0:
         return prompt_dot(x_ptr, row0, w_ptrs, columns, steps, ROWS, TILES, C)
+    elif PROMPT:
+        return integer_tiles(
+            x_ptr, stride_x, row0, w_ptrs, columns, (steps + 3) // 4, KIND, ROWS, TILES, C, EVEN
+        )  # fmt: skip
     elif KIND == 0:
         x_ptrs = ()
         for r in tl.static_range(ROWS):
@@ -86,12 +95,12 @@ def integer_dot(
     mask = tl.where(stride_x < 0, 0, 0x0F0F0F0F)
     lane = tl.arange(0, 32)
     x_ptr = x_ptr.to(tl.pointer_type(tl.int32), bitcast=True)
-    segment = tl.arange(0, 4)[:, None, None]
+    segment = tl.arange(0, 4)[:, None]
     four = tl.arange(0, 4)[None, None, :]
     x_codes, x_params = (), ()
     for half in tl.static_range(HALVES):
         row = _row(rows_ptr, row0 + 8 * half + lane // 4, num_rows, GATHER) * stride_x
-        x_codes = x_codes + (x_ptr + (row + lane % 4 * 4)[None, :, None] + segment * 16 + four,)
+        x_codes = x_codes + (x_ptr + (row + lane % 4 * 4)[None, :, None] + segment[:, :, None] * 16 + four,)
         for j in tl.static_range(2):
             row = _row(rows_ptr, row0 + 8 * half + lane % 4 * 2 + j, num_rows, GATHER) * stride_x
             x_params = x_params + (x_ptr + row[None, :] + steps * 128,)
@@ -99,9 +108,9 @@ def integer_dot(
     places = ()
     waiting = ()  # a step is on its way while the one before is computed
     for i in tl.static_range(TILES):
-        places = places + _of_lanes(columns[i])
+        places = places + of_lanes(columns[i])
     for i in tl.static_range(2 * TILES):
-        waiting = waiting + (_load_step(w_ptrs[i // 2], places[i], 0, steps, KIND),)
+        waiting = waiting + (load_step(w_ptrs[i // 2], places[i], segment, 0, steps, KIND),)
     if BY_SEGMENT:
         sums = (tl.zeros([8, 16, R], tl.int32),) * ((PLANES + 1) * TILES)
     else:
@@ -110,7 +119,7 @@ def integer_dot(
         loaded = waiting
         waiting = ()
         for i in tl.static_range(2 * TILES):
-            waiting = waiting + (_load_step(w_ptrs[i // 2], places[i], step + 1, steps, KIND),)
+            waiting = waiting + (load_step(w_ptrs[i // 2], places[i], segment, step + 1, steps, KIND),)
         x = _load_rows(x_codes, step, HALVES)
         if BY_SEGMENT:
             sums = _add_planes(sums, loaded, x, PLANES, TILES, HALVES)
@@ -120,10 +129,10 @@ def integer_dot(
             common = ()
             for i in tl.static_range(2 * TILES):
                 if COMMON:
-                    first = _load_common(w_ptrs[i // 2], places[i], step, steps, length, 0, KIND)
+                    first = load_common(w_ptrs[i // 2], places[i], segment, step, steps, length, 0, KIND)
                     second = first
                     if not EVEN:  # else both blocks of a step lie in the same 256
-                        second = _load_common(w_ptrs[i // 2], places[i], step, steps, length, 1, KIND)
+                        second = load_common(w_ptrs[i // 2], places[i], segment, step, steps, length, 1, KIND)
                     common = common + (first, second)
                 else:
                     common = common + (0, 0)
@@ -132,7 +141,7 @@ def integer_dot(
     for i in tl.static_range(TILES):
         if BY_SEGMENT:
             s = _load_row_scales(x_params, 0, HALVES)
-            s = s * _segment_scales(w_ptrs[i], places[2 * i], places[2 * i + 1], steps, R, KIND)
+            s = s * segment_scales(w_ptrs[i], places[2 * i], places[2 * i + 1], segment, steps, KIND, R)
             if PLANES == 1:
                 total = sums[2 * i].to(tl.float32) * (128.0 * s) + sums[2 * i + 1].to(tl.float32) * s
             else:
@@ -152,13 +161,13 @@ def _add_planes(sums, loaded, x, PLANES: tl.constexpr, TILES: tl.constexpr, HALV
     low = _fragment_of_rows(x, 1, -1, HALVES)
     new_sums = ()
     for i in tl.static_range(TILES):
-        w = _fragment_of_columns(loaded[2 * i], loaded[2 * i + 1], 0, 0, 8)
+        w = fragment_of_columns(loaded[2 * i], loaded[2 * i + 1], 0, 0, 8)
         first = tl.dot(w, high, sums[(PLANES + 1) * i], out_dtype=tl.int32)
         second = tl.dot(w, low, sums[(PLANES + 1) * i + 1], out_dtype=tl.int32)
         if PLANES == 1:
             new_sums = new_sums + (first, second)
         else:
-            w = _fragment_of_columns((loaded[2 * i][1],), (loaded[2 * i + 1][1],), 0, 0, 8)
+            w = fragment_of_columns((loaded[2 * i][1],), (loaded[2 * i + 1][1],), 0, 0, 8)
             second = tl.dot(w, high, second, out_dtype=tl.int32)
             new_sums = new_sums + (first, second, tl.dot(w, low, sums[3 * i + 2], out_dtype=tl.int32))
     return new_sums
@@ -176,10 +185,10 @@ def _add_block_of_planes(
     base = tl.full([8, 16, R], MAGIC_BITS, tl.int32)
     new_sums = ()
     for i in tl.static_range(TILES):
-        w = _fragment_of_columns(loaded[2 * i], loaded[2 * i + 1], 0, 0, 8)
+        w = fragment_of_columns(loaded[2 * i], loaded[2 * i + 1], 0, 0, 8)
         A = tl.dot(w, high, base, out_dtype=tl.int32).to(tl.float32, bitcast=True) - ROUND_MAGIC
         B = tl.dot(w, low, base, out_dtype=tl.int32).to(tl.float32, bitcast=True) - ROUND_MAGIC
-        a = _column_scales(loaded[2 * i][2], loaded[2 * i + 1][2], 0, 0, 0, 0, R, False, KIND)
+        a = column_scales(loaded[2 * i][2], loaded[2 * i + 1][2], 0, 0, 0, 0, R, False, KIND)
         # 128 A is exact, so one rounding makes of both the sum over X.
         new_sums = new_sums + (sums[i] + (s * a) * (A * 128.0 + B),)
     return new_sums
@@ -203,7 +212,7 @@ def _add_blocks(
         s = _of_rows(params, 2 * part, HALVES).to(tl.float32, bitcast=True)
         fragments = ()
         for i in tl.static_range(TILES):
-            fragments = fragments + (_fragment_of_columns(loaded[2 * i], loaded[2 * i + 1], mask, part, BITS),)
+            fragments = fragments + (fragment_of_columns(loaded[2 * i], loaded[2 * i + 1], mask, part, BITS),)
         for piece in tl.static_range(PIECES):
             if PIECES == 2:
                 total = _of_rows(totals, 2 * part + piece, HALVES)
@@ -217,10 +226,10 @@ def _add_blocks(
                 S = tl.dot(fragments[i], xs, base, out_dtype=tl.int32).to(tl.float32, bitcast=True) - ROUND_MAGIC
                 words = loaded[2 * i][2], loaded[2 * i + 1][2]
                 commons = common[4 * i + part], common[4 * i + 2 + part]
-                a = _column_scales(words[0], words[1], commons[0], commons[1], part, piece, R, False, KIND)
+                a = column_scales(words[0], words[1], commons[0], commons[1], part, piece, R, False, KIND)
                 term = (s * a) * S
                 if HAS_C:
-                    c = _column_scales(words[0], words[1], commons[0], commons[1], part, piece, R, True, KIND)
+                    c = column_scales(words[0], words[1], commons[0], commons[1], part, piece, R, True, KIND)
                     term = term - (s * c) * total.to(tl.float32)
                 new_sums = new_sums + (sums[i] + term,)
             sums = new_sums
@@ -254,51 +263,7 @@ def _halved(parts, WIDTH: tl.constexpr, ROWS: tl.constexpr):
         return halves
 
 
-# ---- fragments ----
-
-
-@device_function
-def _of_lanes(columns):
-    """int32 [16] -> two of [32]: lane 4 g + t has columns g and g + 8."""
-    low, high = tl.split(tl.permute(tl.reshape(columns, [2, 8]), [1, 0]))
-    return (
-        tl.reshape(tl.broadcast_to(low[:, None], [8, 4]), [32]),
-        tl.reshape(tl.broadcast_to(high[:, None], [8, 4]), [32]),
-    )
-
-
-@device_function
-def _bytes(words):
-    """int32 [4, 32, W] -> int8 [4, 32, W, 4], the lowest byte first."""
-    W: tl.constexpr = words.shape[2]
-    shifts = (tl.arange(0, 4) * 8)[None, None, None, :]
-    return (tl.broadcast_to(tl.reshape(words.to(tl.uint32, bitcast=True), [4, 32, W, 1]), [4, 32, W, 4]) >> shifts).to(
-        tl.int8
-    )
-
-
-@device_function
-def _codes(loaded, mask, PART: tl.constexpr, BITS: tl.constexpr):
-    """What _load_step says of a column -> its codes of block PART of a step: int8 [4, 32, 2 * 2, 4]."""
-    words = loaded[0]
-    if BITS < 8:
-        words = (words >> (4 * PART)) & mask
-        if BITS == 5:
-            shifts = (tl.arange(0, 4) * 2 + PART)[None, None, :]
-            words = words | (((tl.broadcast_to(loaded[1], [4, 32, 4]) >> shifts) & 0x01010101) << 4)
-        if BITS == 6:
-            shifts = (tl.arange(0, 2) * 4 + 2 * PART)[None, None, None, :]
-            high = tl.broadcast_to(tl.reshape(loaded[1], [4, 32, 2, 1]), [4, 32, 2, 2]) >> shifts
-            words = words | ((tl.reshape(high, [4, 32, 4]) & 0x03030303) << 4)
-    return _bytes(words)
-
-
-@device_function
-def _fragment_of_columns(low, high, mask, PART: tl.constexpr, BITS: tl.constexpr):
-    """Codes of a lane's two columns -> int8 [8, 16, 32]."""
-    v = tl.join(_codes(low, mask, PART, BITS), _codes(high, mask, PART, BITS))
-    v = tl.reshape(v, [4, 8, 4, 2, 2, 4, 2])  # segment, g, t, segment's half, block's half, byte, column's half
-    return tl.reshape(tl.permute(v, [3, 0, 6, 1, 2, 4, 5]), [8, 16, 32])
+# ---- rows ----
 
 
 @device_function
@@ -314,9 +279,9 @@ def _load_rows(x_codes, step, HALVES: tl.constexpr):
 @device_function
 def _fragment_of_rows(x_words, PART: tl.constexpr, PIECE: tl.constexpr, HALVES: tl.constexpr):
     """Block or plane PART of rows -> int8 [8, 32, R]; of PIECE 0 or 1, zeros stand for the other half of a block."""
-    v = tl.join(_part_of_rows(x_words[0], PART, PIECE), _part_of_rows(x_words[1], PART, PIECE))
+    v = tl.join(part_of_rows(x_words[0], PART, PIECE), part_of_rows(x_words[1], PART, PIECE))
     if HALVES == 2:
-        v = tl.join(v, tl.join(_part_of_rows(x_words[2], PART, PIECE), _part_of_rows(x_words[3], PART, PIECE)))
+        v = tl.join(v, tl.join(part_of_rows(x_words[2], PART, PIECE), part_of_rows(x_words[3], PART, PIECE)))
     # segment, g, t, block's half, byte; then segment's half and, before it if there are two, ...
     if HALVES == 2:
         v = tl.reshape(v, [4, 8, 4, 2, 4, 2, 2])
@@ -324,17 +289,6 @@ def _fragment_of_rows(x_words, PART: tl.constexpr, PIECE: tl.constexpr, HALVES: 
     else:
         v = tl.reshape(v, [4, 8, 4, 2, 4, 2])
         return tl.reshape(tl.permute(v, [5, 0, 2, 3, 4, 1]), [8, 32, 8])
-
-
-@device_function
-def _part_of_rows(words, PART: tl.constexpr, PIECE: tl.constexpr):
-    first, second = tl.split(tl.permute(tl.reshape(words, [4, 32, 2, 2]), [0, 1, 3, 2]))
-    part = first
-    if PART:
-        part = second
-    if PIECE >= 0:
-        part = tl.where(tl.arange(0, 2)[None, None, :] == PIECE, part, 0)
-    return _bytes(part)
 
 
 @device_function
@@ -381,144 +335,3 @@ def _of_row_half(params, WORD: tl.constexpr):
     low = tl.join(params[WORD], params[4 + WORD])
     high = tl.join(params[8 + WORD], params[12 + WORD])
     return tl.join(low, high)
-
-
-@device_function
-def _of_columns(low, high, R: tl.constexpr):
-    """[4, 32, 2] (segment's half) of a lane's two columns -> [8, 16, R], the same for all rows."""
-    HALVES: tl.constexpr = R // 8
-    v = tl.reshape(tl.join(low, high), [4, 8, 4, 2, 2, 1, 1])  # segment, g, t, segment's half, column's half
-    v = tl.permute(tl.broadcast_to(v, [4, 8, 4, 2, 2, HALVES, 2]), [3, 0, 4, 1, 5, 2, 6])
-    return tl.reshape(v, [8, 16, R])
-
-
-# ---- weights ----
-
-
-@device_function
-def _load_step(w_ptr, column, step, steps, KIND: tl.constexpr):
-    """What a step holds of one column a lane: its codes, their high bits, scales. What a kind lacks is not used."""
-    BITS: tl.constexpr = KIND & 15
-    WORDS: tl.constexpr = KIND >> 8
-    BY_SEGMENT: tl.constexpr = (KIND & 64) != 0
-    w_ptr = w_ptr.to(tl.pointer_type(tl.int32), bitcast=True)
-    segment = tl.arange(0, 4)[:, None, None]
-    t = (tl.arange(0, 32) % 4)[None, :, None]
-    group = column // 16
-    size = steps * WORDS
-    if BY_SEGMENT:
-        size = size + 128
-    base = w_ptr + (group.to(tl.int64) * size)[None, :, None] + step * WORDS
-    place = segment * 16 + (column % 16)[None, :, None]
-    inside = step < steps
-    one, two, four = (
-        tl.arange(0, 1)[None, None, :],
-        tl.arange(0, 2)[None, None, :],
-        tl.arange(0, 4)[None, None, :],
-    )
-    codes = tl.load(base + ((place * 4 + t) * 4 + four), mask=inside, other=0, eviction_policy="evict_first")
-    high = codes
-    scales = codes
-    at = base + 1024
-    if (KIND & 128) != 0:  # the low plane
-        high = tl.load(at + ((place * 4 + t) * 4 + four), mask=inside, other=0, eviction_policy="evict_first")
-    if BITS == 5:
-        high = tl.load(at + (place * 4 + t + one), mask=inside, other=0)
-        at = at + 256
-    if BITS == 6:
-        high = tl.load(at + ((place * 4 + t) * 2 + two), mask=inside, other=0)
-        at = at + 512
-    if not BY_SEGMENT:
-        if BITS == 8:
-            scales = tl.load(at + (place + one), mask=inside, other=0)
-        elif (KIND & 48) == 16:
-            scales = tl.load(at + (place * 4 + four), mask=inside, other=0)
-        else:
-            scales = tl.load(at + (place * 2 + two), mask=inside, other=0)
-    return codes, high, scales
-
-
-@device_function
-def _load_common(w_ptr, column, step, steps, length, PART: tl.constexpr, KIND: tl.constexpr):
-    """Where scales are products: the word of the 256 numbers that block PART of a step lies in, int32 [4, 32, 2]."""
-    WORDS: tl.constexpr = KIND >> 8
-    w_ptr = w_ptr.to(tl.pointer_type(tl.int32), bitcast=True)
-    place = column % 16
-    of_columns = (column // 16).to(tl.int64) * (steps * WORDS) + (place if (KIND & 16) != 0 else place // 2)
-    block = tl.arange(0, 4) * length + step * 2 + PART
-    low = _place_of_common(block, length, WORDS, KIND)
-    high = _place_of_common(block + 4 * length, length, WORDS, KIND)
-    w_ptr = w_ptr + of_columns[None, :]
-    words = tl.join(tl.load(w_ptr + low[:, None]), tl.load(w_ptr + high[:, None]))
-    if (KIND & 16) == 0:
-        words = words >> (place % 2 * 16)[None, :, None]
-    return words
-
-
-@device_function
-def _place_of_common(block, length, WORDS: tl.constexpr, KIND: tl.constexpr):
-    """Where in a group the words of the 256 numbers begin that a block lies in: a step has those of two."""
-    SIZE: tl.constexpr = 16 if (KIND & 16) != 0 else 8
-    common = tl.minimum(block // 8, length - 1)
-    return common // 2 * WORDS + (WORDS - 2 * SIZE) + common % 2 * SIZE
-
-
-@device_function
-def _segment_scales(w_ptr, low, high, steps, R: tl.constexpr, KIND: tl.constexpr):
-    """Of a type whose scales are a segment's: fp32 [8, 16, R]."""
-    return _of_columns(_segment_scales_of(w_ptr, low, steps, KIND), _segment_scales_of(w_ptr, high, steps, KIND), R)
-
-
-@device_function
-def _segment_scales_of(w_ptr, column, steps, KIND: tl.constexpr):
-    """The same of one column a lane: fp32 [4, 32, 2]."""
-    WORDS: tl.constexpr = KIND >> 8
-    w_ptr = w_ptr.to(tl.pointer_type(tl.int32), bitcast=True) + steps * WORDS
-    group = ((column // 16).to(tl.int64) * (steps * WORDS + 128))[None, :, None]
-    place = tl.arange(0, 4)[:, None, None] * 16 + (column % 16)[None, :, None]
-    words = tl.load(w_ptr + group + (place * 2 + tl.arange(0, 2)[None, None, :]))
-    return words.to(tl.float32, bitcast=True)
-
-
-@device_function
-def low_half(words):
-    """The fp16 number in the lower half of int32 words, as fp32."""
-    return (words & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-
-
-@device_function
-def signed_byte(words, at):
-    """Byte ``at`` of int32 words, as a signed number: fp32."""
-    return ((words << (24 - 8 * at)) >> 24).to(tl.float32)
-
-
-@device_function
-def _column_scales(
-    low, high, common_low, common_high,
-    PART: tl.constexpr, PIECE: tl.constexpr, R: tl.constexpr, C: tl.constexpr, KIND: tl.constexpr,
-):  # fmt: skip
-    """a, or c, of piece PIECE of block PART of a step, from the words of a lane's two columns: fp32 [8, 16, R]."""
-    return _of_columns(
-        _scales(low, common_low, PART, PIECE, C, KIND), _scales(high, common_high, PART, PIECE, C, KIND), R
-    )
-
-
-@device_function
-def _scales(words, common, PART: tl.constexpr, PIECE: tl.constexpr, C: tl.constexpr, KIND: tl.constexpr):
-    """The same of one column a lane: fp32 [4, 32, 2]."""
-    if (KIND & 48) == 48:
-        value = low_half(common >> (16 * C)) * ((words >> (16 * PART + 8 * C)) & 255).to(tl.float32)
-    elif (KIND & 32) != 0:
-        value = low_half(common) * signed_byte(words, 2 * PART + PIECE)
-    elif (KIND & 16) != 0:
-        pair, second = tl.split(tl.reshape(words, [4, 32, 2, 2]))
-        if PART:
-            pair = second
-        value = low_half(pair >> (16 * C))
-        if C:
-            value = -value
-    elif (KIND & 15) == 8:
-        value = low_half(tl.reshape(tl.join(words, words >> 16), [4, 32, 2]))
-    else:
-        value = low_half(words >> (16 * PART))
-    return value

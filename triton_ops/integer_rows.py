@@ -4,6 +4,10 @@ A row is fp32 numbers, segment by segment (packing.py), then the forms of intege
 form's integers lie step by step, segment by segment: for each t of 0 .. 3, eight bytes of each of two parts (two
 blocks, or two planes of one), k = 4 t .. 4 t + 3 and 16 + 4 t .. 19 + 4 t of a block. Then scales; of one plane,
 a step's words in a segment are (scale, sum of the integers) of two blocks, and after all of them the sums of halves.
+
+Turned, for integer_tiles.py, rows lie by tiles of a program's rows, segment by segment and step by step: of eight rows
+after the other the same integers; then of each eight their scales, of one plane as [4, block, 2] for rows in pairs;
+and, of one plane, the sums of the integers alike, as fp32. (Scales of a segment are behind its last step.)
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ from .quantised import ONE_PLANE, TWO_PLANES, TWO_PLANES_BY_SEGMENT, kind_of, se
 
 __all__ = ["Rows", "forms_of", "round_rows"]
 
+NUMBERS = -1  # beside the forms: rows as they are
 AT_ONCE = (8, 2) if INTERPRETED else (1, 8)  # segments and blocks of a program
 MOST_TURNED = 128  # rows of a group
 SMALLEST_MAXIMUM = tl.constexpr(2.0**-100)  # of a block in one plane; below, numbers count as zeros
@@ -31,9 +36,10 @@ def forms_of(*weights: Tensor) -> tuple[int, ...]:
 
 
 def _form_words(form: int, k: int) -> int:
+    """Of a row. (Turned ones of one plane have 160 words a step.)"""
     length = segment_blocks(k)
     if form == ONE_PLANE:
-        return 192 * -(-length // 2)
+        return 192 * blocks(length, 2)
     return 136 * length if form == TWO_PLANES else 128 * length + 8
 
 
@@ -41,7 +47,7 @@ class Rows:
     """T rows of k numbers: ``numbers`` fp32 [T, row_stride(k)], and their integers in some forms."""
 
     def __init__(self, num_rows: int, k: int, forms: tuple[int, ...], device: torch.device) -> None:
-        self.k = k
+        self.k, self.forms = k, forms
         self._begins: dict[int, int] = {}
         width = row_stride(k)
         for form in forms:
@@ -50,7 +56,7 @@ class Rows:
         # Zeros, for what fills segments and steps up is never written.
         self._words = torch.zeros(num_rows, -(-width // 16) * 16, device=device)
         self.numbers = self._words[:, : row_stride(k)]
-        self._turned: Tensor | None = None
+        self._turned: dict[int, Tensor] = {}
 
     @classmethod
     def of_numbers(cls, x: Tensor, *weights: Tensor) -> Rows:
@@ -75,12 +81,16 @@ class Rows:
         """The numbers that a packed weight is multiplied with."""
         return self.form(kind_of(weight).form) if is_quantised(weight) else self.numbers
 
-    def turned(self) -> Tensor:
-        """Memory for all rows and some more, as prompt_rows.py lays them out: made when it is first asked for."""
-        if self._turned is None:
+    def turned(self, form: int = NUMBERS) -> Tensor:
+        """Memory for all rows and some more, turned, as numbers or in a form: made when it is first asked for."""
+        if form not in self._turned:
             rows = blocks(len(self), MOST_TURNED) * MOST_TURNED
-            self._turned = torch.empty(rows, row_stride(self.k), device=self._words.device)
-        return self._turned
+            width = row_stride(self.k) if form == NUMBERS else _form_words(form, self.k)
+            self._turned[form] = torch.empty(rows, width, device=self._words.device)
+        return self._turned[form]
+
+    def turned_of(self, weight: Tensor) -> Tensor:
+        return self.turned(kind_of(weight).form)
 
     def form(self, form: int) -> Tensor:
         return self._words[:, self._begins[form] :]
@@ -118,11 +128,11 @@ def _scale_of_planes(largest):
 
 
 @device_function
-def _store_planes(to, x, inverse, at, inside):
-    """x fp32 [S, B, 32] times inverse, as two planes of bytes; at: each byte's place in the first."""
+def _store_planes(to, x, inverse, byte, inside):
+    """x fp32 [S, B, 32] times inverse, as two planes of bytes; to [S, B], byte [1, 1, 32]: places in the first."""
     X = _to_nearest(tl.where(_bits(x) < 0x7F800000, x, 0.0) * inverse)
     high = (X + 64) >> 7
-    to = to.to(tl.pointer_type(tl.int8), bitcast=True) + at
+    to = to.to(tl.pointer_type(tl.int8), bitcast=True)[:, :, None] + byte
     tl.store(to, high.to(tl.int8), mask=inside)
     tl.store(to + 8, (X - (high << 7)).to(tl.int8), mask=inside)
 
@@ -131,8 +141,9 @@ def _store_planes(to, x, inverse, at, inside):
 def _round_rows_kernel(
     x_ptr, rows_ptr, one_plane_ptr, two_planes_ptr, by_segment_ptr, stride_x, K, length,
     GATHER: tl.constexpr, ONE_PLANE: tl.constexpr, TWO_PLANES: tl.constexpr, BY_SEGMENT: tl.constexpr,
-    S: tl.constexpr, B: tl.constexpr,
+    TILE: tl.constexpr, S: tl.constexpr, B: tl.constexpr,
 ):  # fmt: skip
+    """TILE: of how many rows programs read them turned; 0: they are not."""
     row = tl.program_id(0)
     if GATHER:
         row = tl.load(rows_ptr + row)
@@ -140,6 +151,15 @@ def _round_rows_kernel(
     x_ptr += row_offset
     segments = tl.program_id(1) * S + tl.arange(0, S)
     segment = segments[:, None]
+    steps = (length + 1) // 2
+    if TILE:
+        of_tile = (row // TILE * 8 + segment).to(tl.int64)
+        eight = row % TILE // 8
+        nth = row % 8
+    else:
+        one_plane_ptr += row_offset
+        two_planes_ptr += row_offset
+        by_segment_ptr += row_offset
     in_pairs = segment % 4 * 2 + segment // 4
     k = tl.arange(0, 32)
     byte = (k // 4 % 4 * 16 + k // 16 * 4 + k % 4)[None, None, :]
@@ -153,7 +173,11 @@ def _round_rows_kernel(
             x = tl.load(x_ptr + segment_offset(i, of_segment), mask=mask, other=0.0)
             of_all = tl.maximum(of_all, tl.max(tl.max(_bits(x), axis=2), axis=1))
         segment_scale, segment_inverse = _scale_of_planes(of_all)
-        tl.store(by_segment_ptr + row_offset + length * 128 + segments % 4 * 2 + segments // 4, segment_scale)
+        if TILE:
+            scale_ptrs = by_segment_ptr + of_tile * (length * (TILE * 16) + TILE) + (length * (TILE * 16) + row % TILE)
+        else:
+            scale_ptrs = by_segment_ptr + length * 128 + in_pairs
+        tl.store(scale_ptrs, segment_scale[:, None], mask=segment < 8)
     for start in range(0, length, B):
         block = start + tl.arange(0, B)[None, :]
         inside = (block < length) & (segment < 8)
@@ -161,35 +185,54 @@ def _round_rows_kernel(
         i = ((segment * length + block) * 32)[:, :, None] + k[None, None, :]
         x = tl.load(x_ptr + segment_offset(i, of_segment), mask=codes_inside & (i < K), other=0.0)
         largest = tl.max(_bits(x), axis=2)
-        at = ((block * 8 + segment) * 64)[:, :, None] + byte
         if ONE_PLANE:
             X, scale = _one_plane(x, largest)
-            place = block // 2 * 8 + segment
-            to = one_plane_ptr.to(tl.pointer_type(tl.int32), bitcast=True) + row_offset
-            codes = to.to(tl.pointer_type(tl.int8), bitcast=True) + (place * 64 + block % 2 * 8)[:, :, None] + byte
-            tl.store(codes, X.to(tl.int8), mask=codes_inside)
-            steps = (length + 1) // 2
-            params = to + steps * 128 + place * 4 + block % 2 * 2
-            first = tl.sum(tl.where((k < 16)[None, None, :], X, 0), axis=2)
             total = tl.sum(X, axis=2)
-            tl.store(params, scale.to(tl.int32, bitcast=True), mask=inside)
-            tl.store(params + 1, total, mask=inside)
-            tl.store(params + steps * 32, first, mask=inside)
-            tl.store(params + steps * 32 + 1, total - first, mask=inside)
+            to = one_plane_ptr.to(tl.pointer_type(tl.int32), bitcast=True)
+            stored = inside
+            if TILE:  # whose last step is filled up with zeros, for others may have been there
+                stored = (block < steps * 2) & (segment < 8)
+                to = to + (of_tile * steps + block // 2) * (TILE * 20)
+                codes = to + (eight * 128 + nth * 16 + block % 2 * 2)
+                params = to + (TILE * 16 + eight * 16 + nth // 2 * 4 + block % 2 * 2 + nth % 2)
+                tl.store(params + TILE * 2, total.to(tl.float32).to(tl.int32, bitcast=True), mask=stored)
+            else:
+                codes = to + ((block // 2 * 8 + segment) * 16 + block % 2 * 2)
+                params = to + (steps * 128 + (block // 2 * 8 + segment) * 4 + block % 2 * 2)
+                first = tl.sum(tl.where((k < 16)[None, None, :], X, 0), axis=2)
+                tl.store(params + 1, total, mask=stored)
+                tl.store(params + steps * 32, first, mask=stored)
+                tl.store(params + steps * 32 + 1, total - first, mask=stored)
+            tl.store(params, scale.to(tl.int32, bitcast=True), mask=stored)
+            codes = codes.to(tl.pointer_type(tl.int8), bitcast=True)[:, :, None] + byte
+            tl.store(codes, X.to(tl.int8), mask=stored[:, :, None] & (k < 32)[None, None, :])
         if TWO_PLANES:
             scale, inverse = _scale_of_planes(largest)
-            tl.store(two_planes_ptr + row_offset + length * 128 + block * 8 + in_pairs, scale, mask=inside)
-            _store_planes(two_planes_ptr + row_offset, x, inverse[:, :, None], at, codes_inside)
+            if TILE:
+                codes = two_planes_ptr + (of_tile * length + block) * (TILE * 17) + (eight * 128 + nth * 16)
+                scale_ptrs = two_planes_ptr + (of_tile * length + block) * (TILE * 17) + (TILE * 16 + row % TILE)
+            else:
+                codes = two_planes_ptr + (block * 8 + segment) * 16
+                scale_ptrs = two_planes_ptr + length * 128 + block * 8 + in_pairs
+            tl.store(scale_ptrs, scale, mask=inside)
+            _store_planes(codes, x, inverse[:, :, None], byte, codes_inside)
         if BY_SEGMENT:
-            _store_planes(by_segment_ptr + row_offset, x, segment_inverse[:, None, None], at, codes_inside)
+            if TILE:
+                codes = by_segment_ptr + of_tile * (length * (TILE * 16) + TILE) + block * (TILE * 16)
+                codes = codes + (eight * 128 + nth * 16)
+            else:
+                codes = by_segment_ptr + (block * 8 + segment) * 16
+            _store_planes(codes, x, segment_inverse[:, None, None], byte, codes_inside)
 
 
-def round_rows(x: Rows, num_rows: int, *weights: Tensor, rows: Tensor | None = None) -> None:
-    """The first ``num_rows`` rows, or those that int32 ``rows`` names, as integers for packed weights."""
+def round_rows(x: Rows, num_rows: int, *weights: Tensor, rows: Tensor | None = None, tile: int = 0) -> None:
+    """The first ``num_rows`` rows, or those that int32 ``rows`` names, as integers for packed weights; turned, if
+    ``tile`` says for how many rows a program."""
     forms = forms_of(*weights)
     if not forms:
         return
-    pointers = [x.form(form) if form in forms else x.numbers for form in (ONE_PLANE, TWO_PLANES, TWO_PLANES_BY_SEGMENT)]
+    place = x.turned if tile else x.form
+    pointers = [place(form) if form in forms else x.numbers for form in (ONE_PLANE, TWO_PLANES, TWO_PLANES_BY_SEGMENT)]
     _round_rows_kernel[(num_rows, SEGMENTS // AT_ONCE[0])](
         x_ptr=x.numbers,
         rows_ptr=x.numbers if rows is None else rows,
@@ -203,6 +246,7 @@ def round_rows(x: Rows, num_rows: int, *weights: Tensor, rows: Tensor | None = N
         ONE_PLANE=ONE_PLANE in forms,
         TWO_PLANES=TWO_PLANES in forms,
         BY_SEGMENT=TWO_PLANES_BY_SEGMENT in forms,
+        TILE=tile,
         S=AT_ONCE[0],
         B=AT_ONCE[1],
         num_warps=4,

@@ -21,6 +21,9 @@ MAX_REGISTERS = 255  # of a thread
 MAX_ROWS = 8  # rows that share a program's weights; more make more programs, which read them again
 MAX_INTEGER_ROWS = 16  # the same where weights are quantised: up to so many cost what one costs
 PROMPT_ROWS = 32  # from so many rows on, 16-bit weights are multiplied by tiles of rows and columns (prompt_dot.py)
+INTEGER_TILES = ((32, 64), (64, 128))  # rows and columns of a tile of quantised weights, by rows
+if INTERPRETED:
+    INTEGER_TILES = ((32, 32), (64, 32))
 
 # Where ptxas, to keep one more program resident, lets bf16 kernels of so many rows spill, unless it is told that they
 # may have all registers. (In the other dtypes it is told always. Where it does not spill, being told makes it worse.)
@@ -82,11 +85,14 @@ def streaming(op: str, num_rows: int, tiles: int, k: int, *weights: Tensor) -> d
     a segment of one column of a tile: with more threads, they would load fewer bytes at once.
     """
     weight = next((weight for weight in weights if not is_quantised(weight)), None)
+    config = config_of(op)
+    many = num_rows >= PROMPT_ROWS and config.prompt is not None
+    many = many and threads_per_warp() == 32  # on AMD's GPUs no dot's order is known
+    if weight is None and many:
+        return streaming_tiles(num_rows, tiles, k)
     if weight is None or any(map(is_quantised, weights)):
         return streaming_integers(num_rows, tiles, k, weight)
-    config = config_of(op)
-    many = num_rows >= PROMPT_ROWS and threads_per_warp() == 32  # on AMD's GPUs no dot's order is known
-    if many and config.prompt is not None and exact_products(weight.dtype):
+    if many and exact_products(weight.dtype):
         return streaming_prompts(tiles, *config.prompt)
     rows, columns = rows_per_program(num_rows), config.columns
     ahead = 1 if INTERPRETED else max(1, config.ahead[rows] * 2 // weight.element_size())
@@ -130,4 +136,16 @@ def streaming_integers(num_rows: int, tiles: int, k: int, other: Tensor | None) 
     return dict(
         ROWS=rows, TILES=tiles, C=GROUP, AHEAD=1, EVEN=blocks(k, 32 * SEGMENTS) % 2 == 0,
         FMA=other is not None and exact_products(other.dtype), PROMPT=False, num_warps=4, **options,
+    )  # fmt: skip
+
+
+def streaming_tiles(num_rows: int, tiles: int, k: int) -> dict[str, Any]:
+    """The same for many rows of quantised weights: a warp has sixteen columns of all of a program's rows."""
+    rows, columns = next((tile for tile in INTEGER_TILES if num_rows <= tile[0]), INTEGER_TILES[-1])
+    options = dict(OPTIONS, num_stages=1)
+    if not INTERPRETED:
+        options["maxnreg"] = MAX_REGISTERS
+    return dict(
+        ROWS=rows, TILES=tiles, C=columns // tiles, AHEAD=1, EVEN=blocks(k, 32 * SEGMENTS) % 2 == 0, FMA=False,
+        PROMPT=True, num_warps=columns // GROUP, **options,
     )  # fmt: skip

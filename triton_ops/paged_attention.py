@@ -5,8 +5,8 @@
     merged: m' = max(m, m_new);  l exp(m - m') + l_new exp(m_new - m');  o likewise;  to_dtype(o / l)
 
 A program has chunks of one sequence's KV head and up to 8 of its rows, with all query heads of that KV head: each of
-them reads what the first one loaded. With a window, a row sees no more than the last positions. Moves 2 K numbers for
-each position, KV head and 8 rows of a sequence.
+them reads what the first one loaded. Of a prompt in 16 bits it has 64 of rows times query heads, as a tile. With a
+window, a row sees no more than the last positions. Moves 2 K numbers for each position, KV head and program's rows.
 """
 
 import math
@@ -18,13 +18,15 @@ from torch import Tensor
 
 from .attention_chunk import attend_to_chunk
 from .contract import CHUNK, INTERPRETED, exp, rounded, segment_offset
-from .launch import OPTIONS, blocks, exact_products
+from .launch import OPTIONS, PROMPT_ROWS, blocks, exact_products, threads_per_warp
 from .packing import row_stride
 from .rms_norm import from_segments
 
 __all__ = ["AttentionScratch", "ScratchMemory", "attend", "paged_attention"]
 
 MAX_ROWS = 8
+TILE_ROWS = 64  # of a prompt's tile: rows times query heads of a KV head
+LEAST_DOT = 16  # rows, columns and products that a dot of Triton's takes at least
 TILE = 128  # positions whose scores are computed at once
 WARPS = 8
 ENOUGH_PROGRAMS = 256  # that have all chunks of their rows: about as many as a large GPU runs at a time
@@ -47,6 +49,7 @@ def _attend_kernel(
     CAPPED: tl.constexpr, WINDOW: tl.constexpr, S: tl.constexpr,
     K: tl.constexpr, ROWS: tl.constexpr, RATIO: tl.constexpr, R: tl.constexpr, K_PADDED: tl.constexpr,
     TILE: tl.constexpr, AT_ONCE: tl.constexpr, ONE_CHUNK: tl.constexpr, IN_TURN: tl.constexpr, FMA: tl.constexpr,
+    TILED: tl.constexpr,
 ):  # fmt: skip
     """IN_TURN: a program has all chunks of its rows, and merges them itself."""
     sequence = (tl.program_id(0) // row_blocks).to(tl.int64)
@@ -77,7 +80,7 @@ def _attend_kernel(
         if last >= 0:
             m, l, o, sees = attend_to_chunk(  # noqa: E741
                 0, q_ptrs, k_ptr, v_ptr, table_ptr, scores_ptrs, in_rows, position, kv_head, num_kv_heads, num_pages,
-                scale, cap, window, CAPPED, WINDOW, S, K, R, K_PADDED, TILE, AT_ONCE, FMA,
+                scale, cap, window, CAPPED, WINDOW, S, K, R, K_PADDED, TILE, AT_ONCE, FMA, TILED,
             )  # fmt: skip
             out = rounded(tl.div_rn(o, tl.broadcast_to(l, [R, K_PADDED])), dtype)
             tl.store(out_ptrs, out, mask=in_rows & (d < K))
@@ -89,7 +92,7 @@ def _attend_kernel(
         for chunk in range(first_chunk, ((last + 256) // 256).to(tl.int32)):
             m_new, l_new, o_new, sees = attend_to_chunk(
                 chunk, q_ptrs, k_ptr, v_ptr, table_ptr, scores_ptrs, in_rows, position, kv_head, num_kv_heads,
-                num_pages, scale, cap, window, CAPPED, WINDOW, S, K, R, K_PADDED, TILE, AT_ONCE, FMA,
+                num_pages, scale, cap, window, CAPPED, WINDOW, S, K, R, K_PADDED, TILE, AT_ONCE, FMA, TILED,
             )  # fmt: skip
             m_max = tl.maximum(m, m_new)
             a = exp(m - m_max)
@@ -106,7 +109,7 @@ def _attend_kernel(
         for chunk in range(first_chunk + tl.program_id(2), ((last + 256) // 256).to(tl.int32), tl.num_programs(2)):
             m, l, o, sees = attend_to_chunk(  # noqa: E741
                 chunk, q_ptrs, k_ptr, v_ptr, table_ptr, scores_ptrs, in_rows, position, kv_head, num_kv_heads,
-                num_pages, scale, cap, window, CAPPED, WINDOW, S, K, R, K_PADDED, TILE, AT_ONCE, FMA,
+                num_pages, scale, cap, window, CAPPED, WINDOW, S, K, R, K_PADDED, TILE, AT_ONCE, FMA, TILED,
             )  # fmt: skip
             part = (row * num_heads + head) * num_chunks + chunk
             tl.store(m_ptr + part, m, mask=in_rows)
@@ -165,15 +168,18 @@ class AttentionScratch:
     """What programs keep between their passes, and chunks for the merge: reused by all layers of a step.
 
     For T rows of B sequences, at most ``max_rows`` of one, and block tables that reach ``max_positions``. A program has
-    every ``programs``-th chunk of its rows. ``in_turn``: it has all, and merges them itself: where there are enough
-    programs without, or chunks would take too much memory.
+    every ``programs``-th chunk of its rows. ``tiled``: of rows that are many, as tiles. ``in_turn``: it has all, and
+    merges them itself: where there are enough programs without, or chunks would take too much memory.
     """
 
     def __init__(
         self, num_rows: int, num_sequences: int, max_rows: int, num_heads: int, num_kv_heads: int, head_dim: int,
-        max_positions: int, device: torch.device, memory: ScratchMemory,
+        max_positions: int, dtype: torch.dtype, device: torch.device, memory: ScratchMemory,
     ) -> None:  # fmt: skip
-        self.rows = min(MAX_ROWS, 1 << (max_rows - 1).bit_length())
+        ratio = triton.next_power_of_2(num_heads // num_kv_heads)
+        self.tiled = max_rows >= PROMPT_ROWS and exact_products(dtype) and head_dim >= LEAST_DOT
+        self.tiled = self.tiled and ratio <= TILE_ROWS and threads_per_warp() == 32
+        self.rows = min(TILE_ROWS // ratio if self.tiled else MAX_ROWS, 1 << (max_rows - 1).bit_length())
         self.row_blocks = blocks(max_rows, self.rows)
         self.num_chunks = max(1, blocks(max_positions, CHUNK))
         tile_rows = 1 << (self.rows * (num_heads // num_kv_heads) - 1).bit_length()
@@ -241,8 +247,9 @@ def attend(
         ONE_CHUNK=one_chunk,
         IN_TURN=scratch.in_turn,
         FMA=exact_products(q.dtype),
+        TILED=scratch.tiled,
         num_warps=WARPS,
-        **OPTIONS,
+        **(dict(OPTIONS, num_stages=1) if scratch.tiled else OPTIONS),
     )
     if not one_chunk and not scratch.in_turn:
         _merge_kernel[(len(rows), num_heads)](
@@ -273,7 +280,7 @@ def paged_attention(
     num_rows, num_heads, head_dim = q.shape
     scratch = AttentionScratch(
         num_rows, len(query_start_loc) - 1, int(query_start_loc.diff().max()), num_heads, k_pages.size(1), head_dim,
-        block_table.size(1) * k_pages.size(3), q.device, ScratchMemory(),
+        block_table.size(1) * k_pages.size(3), q.dtype, q.device, ScratchMemory(),
     )  # fmt: skip
     out = torch.zeros(num_rows, row_stride(num_heads * head_dim), device=q.device)
     rows = torch.arange(num_rows, dtype=torch.int32, device=q.device)

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .integer_rows import Rows, round_rows
-from .launch import OPTIONS, blocks
+from .launch import OPTIONS, blocks, is_quantised
 
 __all__ = ["rows_for"]
 
@@ -34,6 +34,9 @@ def rows_for(x: Rows, num_rows: int, options: dict[str, Any], *weights: Tensor) 
     if not options["PROMPT"]:
         round_rows(x, num_rows, *weights)
         return tuple(x.of(weight) for weight in weights)
+    if any(map(is_quantised, weights)):
+        round_rows(x, num_rows, *weights, tile=options["ROWS"])
+        return tuple(x.turned_of(weight) for weight in weights)
     turned, width = x.turned(), x.numbers.size(1)
     _turn_rows_kernel[(blocks(num_rows, options["ROWS"]), blocks(width, WIDTH))](
         x_ptr=x.numbers,

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .contract import device_function
-from .integer_dot import low_half, signed_byte
+from .integer_weights import low_half, signed_byte
 from .launch import OPTIONS, blocks
 from .quantised import kind_of, segment_blocks
 

@@ -98,5 +98,5 @@ class Move:
         self.buffers = workspace.buffers(sizes, kind.num_rows)
         self.scratch = AttentionScratch(
             kind.num_rows, kind.num_sequences, kind.most_rows, sizes.num_heads, sizes.num_kv_heads, sizes.head_dim,
-            max_positions, sizes.device, workspace.scratch,
+            max_positions, sizes.dtype, sizes.device, workspace.scratch,
         )  # fmt: skip

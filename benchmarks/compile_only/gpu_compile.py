@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT))
 
 from layerskip_kernels.model_config import ModelConfig
 from layerskip_kernels.operands import DraftSampling, LayerWeights, LogitEdits, ModelSizes, ModelWeights
-from layerskip_kernels.triton_ops import steps
+from layerskip_kernels.triton_ops import integer_rows, steps
 from layerskip_kernels.triton_ops.graphs import table_width
 from layerskip_kernels.triton_ops.packing import num_steps
 from layerskip_kernels.triton_ops.quantised import BY_SEGMENT, KINDS, Kind
@@ -193,7 +193,8 @@ def record(config: ModelConfig, numbers: str, step: Step) -> list[Launch]:
         verify = steps.VerifyPass(llama, cache, kind, split(packed(maps).to("meta"), kind.lengths()))
         rows = verify.move.buffers
         for each in (rows.x, rows.attention, rows.activation):
-            each.turned()  # made once for a cache
+            for form in (integer_rows.NUMBERS, *each.forms):
+                each.turned(form)  # made once for a cache
         steps.error_of(cache.k)
         with recording(launches), StaysOnDevice():
             verify.run(llama, cache, tokens, positions)
@@ -245,6 +246,16 @@ def weight_bytes(launch: Launch) -> int:
     """What the launch reads of packed weights: all of them, for each group of rows that a program shares."""
     names = WEIGHTS.get(launch.name, ())
     return sum(launch.arguments[name].nbytes for name in names) * (launch.grid[0] if names else 0)
+
+
+def row_bytes(launch: Launch) -> int:
+    """What the programs of a prompt read of its rows: each of them all numbers of its rows, or their integers."""
+    a = launch.arguments
+    if launch.name not in WEIGHTS or not a["PROMPT"]:
+        return 0
+    kind = next((a[name] for name in ("KIND", "Q_KIND", "GATE_KIND") if name in a), 0)
+    of_block = 128 if kind == 0 else 64 if kind & 64 else 68 if kind & 15 == 8 else 40 if kind & 16 else 36
+    return launch.programs * a["ROWS"] * a["steps"] * 2 * of_block
 
 
 def kv_bytes(launch: Launch, positions: int) -> int:

@@ -8,6 +8,8 @@ from layerskip_kernels.evaluation.datasheets import GPUS, Gpu
 
 ISSUES = 4  # instructions of warps that a multiprocessor starts in a clock: one for each of its four schedulers
 CLOCKS_PER_LOAD = 4  # of the load/store units for a 16-byte load of a warp: 512 bytes at 128 a clock
+INTEGER = {"h100": 1979e12}  # 8-bit multiplications and additions a second: data sheet, without sparsity
+OF_PRODUCT = 2 * 16 * 8 * 32  # of them in an integer MMA
 NAMES = {"_qkv_rope_append_kernel": "qkv", "_linear_residual_kernel": "out, down", "_gate_up_act_kernel": "gate, up",
          "_head_kernel": "head", "_attend_kernel": "attention"}  # fmt: skip
 
@@ -38,24 +40,26 @@ def step_table(report: dict[str, Any], target: str, gpu: Gpu) -> list[str]:
     return lines
 
 
-def prompt_table(report: dict[str, Any], target: str, gpu: Gpu, chunk: int = 256) -> list[str]:
+def prompt_table(report: dict[str, Any], target: str, name: str, chunk: int = 256) -> list[str]:
     """Tokens a second of prompts that go through the layers in chunks, by each of what bounds them."""
-    columns = ("weights", "MB", "GB from the cache", "10^9 instructions", "of them fma", "by bytes", "by instructions",
-               "by banks", "GB/s from the cache at that")  # fmt: skip
+    columns = ("weights", "MB", "weights again, GB", "rows, GB", "10^9 instructions", "of them fma", "by bytes",
+               "by instructions", "by loads", "by tensor cores", "GB/s from the cache at the lowest")  # fmt: skip
     lines = [f"| {' | '.join(columns)} |", "| --- " * len(columns) + "|"]
+    gpu = GPUS[name]
     clocks = gpu.multiprocessors * clock(gpu)
     for step in report["steps"]:
         if (step["target"], step["kind"], step["rows"]) != (target, "prompt", chunk):
             continue
-        by_bytes, by_issue, _ = times(step, gpu)
-        by_banks = step["shared_loads"] * CLOCKS_PER_LOAD / clocks
-        slowest = max(by_bytes, by_issue, by_banks)
-        speeds = [f"{chunk / seconds:,.0f}" if seconds else "" for seconds in (by_bytes, by_issue, by_banks)]
-        again = step["again"] / 1e9
-        lines.append(f"| {step['dtype']} | {step['bytes'] / 1e6:.0f} | {again:.0f} | "
+        by_bytes, by_issue, by_loads = times(step, gpu)
+        if step["shared_loads"]:
+            by_loads = step["shared_loads"] * CLOCKS_PER_LOAD / clocks
+        by_products = step["integer_products"] * OF_PRODUCT / INTEGER[name]
+        bounds = by_bytes, by_issue, by_loads, by_products
+        speeds = [f"{chunk / seconds:,.0f}" if seconds else "" for seconds in bounds]
+        again, rows = step["again"] / 1e9, step["rows_read"] / 1e9
+        lines.append(f"| {step['dtype']} | {step['bytes'] / 1e6:.0f} | {again:.0f} | {rows:.0f} | "
                      f"{step['instructions'] / 1e9:.2f} | {step['multiply_adds'] / step['instructions']:.0%} | "
-                     f"{' | '.join(speeds)} | "
-                     f"{again / slowest:,.0f} |")  # fmt: skip
+                     f"{' | '.join(speeds)} | {(again + rows) / max(bounds):,.0f} |")  # fmt: skip
     return lines
 
 
@@ -81,5 +85,5 @@ def kernel_table(report: dict[str, Any]) -> list[str]:
 
 
 def as_markdown(report: dict[str, Any], target: str = "sm_90", gpu: str = "h100") -> str:
-    tables = step_table(report, target, GPUS[gpu]), prompt_table(report, target, GPUS[gpu]), kernel_table(report)
+    tables = step_table(report, target, GPUS[gpu]), prompt_table(report, target, gpu), kernel_table(report)
     return "\n\n".join("\n".join(table) for table in tables)

@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 SHAPES = ("llama3.2-1b", "llama2-7b", "llama3-8b")
 STEPS = (("decode", 1), ("draft", 1), ("verify", 7))
 CHUNK = 256  # rows of a prompt that go through the layers at once
-PROMPTS = ("bf16", "int8", "q8_0", "q4_0", "q4_k_m")  # whose prompts docs/performance.md counts
+PROMPTS = ("bf16", "int8", "int15", "q8_0", "q4_0", "q4_k_m")  # whose prompts docs/performance.md counts
 COUNTED = (("decode", 4), ("decode", 8), ("decode", 16))
 Case = tuple[str, str, str, int]  # shape, dtype, kind of step, rows
 LATENCY = 0.7e-6  # seconds from a load to its data in a busy memory system: assumed, not measured
@@ -39,11 +39,18 @@ MAX_INSTRUCTIONS = {
     "q4_0": 410, "q4_1": 530, "q5_0": 510, "q5_1": 630, "q8_0": 300, "q4_k": 650, "q5_k": 750, "q6_k": 950, "int8": 90,
     "int15": 90,
 }  # fmt: skip
+# The same of a tile of 64 rows, whose weights are unpacked once for all of them.
+MAX_OF_TILE = {
+    "q4_0": 1510, "q4_1": 2430, "q5_0": 1650, "q5_1": 2560, "q8_0": 1020, "q4_k": 2520, "q5_k": 2650, "q6_k": 3040,
+    "int8": 200, "int15": 340,
+}  # fmt: skip
 # Instructions of a warp for each position of V in attention, by rows of a program, where the products are exact: what
 # was reached (9 and 27), and room for other compilers.
 MAX_PER_POSITION = {1: 14, 8: 35}
 MOST_DECODED = 16  # rows that this is asked of: a prompt's attention is a small part of its work
+MOST_SPILLED = 0.03  # of the instructions of a tile of quantised weights, some of whose types have many scales
 LEAST_FMA = 0.75  # of the instructions in the loop of a prompt's kernel; 0.84 was reached
+LEAST_FMA_OF_ATTENTION = 0.65  # the same of its loops over K and V, whose heads have fewer numbers; 0.68 to 0.79
 KIND_ARGUMENTS = ("KIND", "Q_KIND", "K_KIND", "V_KIND", "GATE_KIND", "UP_KIND")
 STREAMING = ("_qkv_rope_append_kernel", "_linear_residual_kernel", "_gate_up_act_kernel", "_head_kernel")
 MAY_FUSE = (*STREAMING, "_attend_kernel")  # in 16 bits: their products are exact
@@ -156,6 +163,7 @@ def examine(target: str, shape: str, dtype: str, launch: Any, folder: Path) -> K
     from layerskip_kernels.evaluation.datasheets import GPUS
 
     compiled, limits, arguments = launch.compiled, LIMITS[target], launch.arguments
+    kinds = [arguments[key] for key in KIND_ARGUMENTS if arguments.get(key)]
     loop: dict[str, int] = {}
     if target == "gfx942":
         text = compiled.asm["amdgcn"]
@@ -176,36 +184,43 @@ def examine(target: str, shape: str, dtype: str, launch: Any, folder: Path) -> K
             problems += position_problems(arguments["ROWS"], arguments["AT_ONCE"], loops)
         if launch.name == "_linear_residual_kernel" and arguments["FMA"] and not arguments["KIND"]:
             problems += norm_problems(8 if prompt else arguments["ROWS"], loops)
+        if arguments.get("TILED"):
+            problems += attention_tile_problems(asm.ptx_tile_loop(ptx), arguments, loops)
         loops = loops if launch.name in STREAMING else []
-        if prompt:  # loops within loops, all of which have its multiply-adds
-            loops = [min(loops, key=lambda ops: (not (ops["FFMA"] or ops["FFMA2"]), sum(ops.values())))]
+        if prompt:  # loops within loops, all of which have its products
+            products = ("IMMA",) if kinds else ("FFMA", "FFMA2")
+            loops = [min(loops, key=lambda ops: (not any(map(ops.get, products)), sum(ops.values())))]
         loop = dict(max(loops, key=lambda ops: (ops["IMMA"], ops["FFMA"] + ops["FMUL"]), default={}))
     threads, shared = compiled.metadata.num_warps * limits.warp, compiled.metadata.shared
     resident = resident_programs(limits, threads, registers, shared)
     # Of a prompt's tile, the sums of other segments may lie in memory while those of one grow, but no word of the loop.
     in_the_way = sum(loop.get(op, 0) for op in ("LDL", "STL")) if arguments.get("PROMPT") else spilled
+    if arguments.get("TILED"):
+        in_the_way = 0  # its loops were looked at
+    if arguments.get("PROMPT") and kinds and in_the_way <= MOST_SPILLED * sum(loop.values()):
+        in_the_way = 0
     problems += resource_problems(limits, registers, in_the_way, shared, resident)
     if compiled.metadata.enable_fp_fusion:
         problems.append("compiled with enable_fp_fusion: ptxas and LLVM may contract")
     ir = asm.llvm_multiply_adds(compiled.asm["llir"])
-    written = compiled.asm["ttgir"].count("math.fma") + compiled.asm["ttgir"].count("tt.dot ") * arguments.get(
-        "PROMPT", 0
-    )
+    written = compiled.asm["ttgir"].count("math.fma")
+    if arguments.get("TILED") or (arguments.get("PROMPT") and not kinds):
+        written += compiled.asm["ttgir"].count("tt.dot ")
     contractible = asm.llvm_may_contract(compiled.asm["llir"])
     problems += arithmetic_problems(launch.name, dtype, written, ir, multiply_adds, contractible)
     kernel = Kernel(
         target, shape, dtype, launch.name, arguments.get("ROWS", 1), launch.grid, threads, registers, spilled, shared,
         resident, multiply_adds=multiply_adds, loop=loop, problems=problems,
     )  # fmt: skip
-    kinds = [arguments[key] for key in KIND_ARGUMENTS if arguments.get(key)]
     if launch.name in STREAMING and kinds:
         kernel.widths = narrow or {16: 1}
         of_step = min(map(products_of_step, kinds)) * max(1, kernel.rows // 8)
         kernel.loop_bytes = loop.get("IMMA", 0) // of_step * CODES_OF_STEP
         kernel.problems += integer_problems(target, compiled.asm, loop, narrow)
-        if len(set(kinds)) == 1 and kernel.rows <= 8:
-            kernel.problems += instruction_problems(kinds[0], loop_work(kernel, 2048)["instructions"])
-        kernel.in_flight = resident * threads * 32 * arguments["TILES"]
+        most = {8: MAX_INSTRUCTIONS, 64: MAX_OF_TILE}.get(max(8, kernel.rows))
+        if most and len(set(kinds)) == 1:
+            kernel.problems += instruction_problems(kinds[0], loop_work(kernel, 2048)["instructions"], most)
+        kernel.in_flight = resident * threads * 32 * (1 if arguments["PROMPT"] else arguments["TILES"])
         kernel.wanted = round(GPUS[limits.gpu].bandwidth * 1e9 / GPUS[limits.gpu].multiprocessors * LATENCY)
     elif launch.name in STREAMING and arguments["PROMPT"]:
         tile = asm.ptx_tile_loop(compiled.asm["ptx"])
@@ -257,10 +272,10 @@ def integer_problems(target: str, asm: dict[str, str], loop: dict[str, int], wid
     return problems
 
 
-def instruction_problems(kind: int, instructions: float) -> list[str]:
+def instruction_problems(kind: int, instructions: float, most_of: dict[str, int]) -> list[str]:
     from gpu_compile import KIND_NAMED
 
-    most = {KIND_NAMED[name].code: most for name, most in MAX_INSTRUCTIONS.items()}[kind]
+    most = {KIND_NAMED[name].code: most for name, most in most_of.items()}[kind]
     return [f"{instructions:.0f} instructions for 2 KB of codes, at most {most}"] if instructions > most else []
 
 
@@ -271,6 +286,23 @@ def position_problems(rows: int, at_once: int, loops: list[Counter[str]]) -> lis
     if not of_v:
         return ["no loop over V was found"]
     return [f"{min(of_v):.0f} instructions a position of V, at most {most}"] if most and min(of_v) > most else []
+
+
+def attention_tile_problems(tile: Any, arguments: dict[str, Any], loops: list[Counter[str]]) -> list[str]:
+    """Of attention to many rows: its loops over K and over V have sixteen products of each of a thread's sums."""
+    threads = 32 * arguments["num_warps"]
+    products = [16 * arguments["R"] * arguments[width] // threads for width in ("TILE", "K_PADDED")]
+    found = [min((ops for ops in loops if ops["FFMA"] == count), key=lambda ops: sum(ops.values()), default=None)
+             for count in products]  # fmt: skip
+    problems = [problem for problem in tile.problems if not problem.startswith("beside")]  # p is added up there, too
+    if set(tile.chains) != {16}:
+        problems.append(f"chains of {sorted(set(tile.chains))} multiply-adds")
+    for ops in found:
+        if ops is None:
+            problems.append("a loop of tiles was not found")
+        elif ops["FFMA"] < LEAST_FMA_OF_ATTENTION * sum(ops.values()) or ops["LDL"] or ops["STL"]:
+            problems.append(f"{ops['FFMA']} multiply-adds in a loop of {sum(ops.values())} instructions, or spills")
+    return problems
 
 
 def norm_problems(rows: int, loops: list[Counter[str]]) -> list[str]:
@@ -292,7 +324,8 @@ def loop_work(kernel: Kernel, num_bytes: int) -> dict[str, float]:
     """Instructions of warps that stream so many bytes of weights: in all, multiply-adds, loads of memory."""
     times = num_bytes / kernel.loop_bytes if kernel.loop_bytes else 0
     return {"instructions": times * sum(kernel.loop.values()), "multiply_adds": times * kernel.loop.get("FFMA", 0),
-            "loads": times * kernel.loop.get("LDG", 0), "shared_loads": times * kernel.loop.get("LDS", 0)}  # fmt: skip
+            "loads": times * kernel.loop.get("LDG", 0), "shared_loads": times * kernel.loop.get("LDS", 0),
+            "integer_products": times * kernel.loop.get("IMMA", 0)}  # fmt: skip
 
 
 def file_bytes(config: Any, weights: str, layers: int) -> int:
@@ -344,7 +377,7 @@ def count_problems(moved: int, paper: int, in_layers: int, layers: int, besides:
 
 def count_step(config: Any, gpu: Any, step: Any, numbers: str, launches: list[Any]) -> dict[str, Any]:
     """Launches and bytes of a step, as launched and on paper; weights that 8 more rows read again are counted apart."""
-    from gpu_compile import EXIT_LAYER, activation_bytes, kv_bytes, weight_bytes
+    from gpu_compile import EXIT_LAYER, activation_bytes, kv_bytes, row_bytes, weight_bytes
 
     layers = EXIT_LAYER if step.kind == "draft" else config.num_layers
     besides = sum(launch.name in ("_join_rows_kernel", "_head_kernel", "_take_draft_kernel", "_accept_draft_kernel")
@@ -362,7 +395,8 @@ def count_step(config: Any, gpu: Any, step: Any, numbers: str, launches: list[An
     compared = moved - (activations if roundings else 0)
     problems = count_problems(compared, paper, len(launches) - besides - roundings, layers, besides, roundings)
     return {"kind": step.kind, "rows": step.rows, "layers": layers, "launches": len(launches), "besides": besides,
-            "roundings": roundings, "bytes": moved, "again": again, "paper": paper, "problems": problems}  # fmt: skip
+            "roundings": roundings, "bytes": moved, "again": again, "paper": paper,
+            "rows_read": sum(map(row_bytes, launches)), "problems": problems}  # fmt: skip
 
 
 def check_target(job: tuple[str, list[Case]]) -> dict[str, Any]:
@@ -408,7 +442,7 @@ def whole_grid(target: str) -> list[Case]:
     cases += [("llama3.2-1b", "fp32", "sampling", 7)]
     cases += [("llama3.2-1b", "q4_k_m", kind, rows) for kind, rows in (*STEPS, ("verify", 16))]
     if target != "gfx942":
-        cases += [("llama3.2-1b", "bf16", "prompt", 64)]
+        cases += [("llama3.2-1b", numbers, "prompt", 64) for numbers in ("bf16", "q4_0", "int8")]
     if target == "sm_90":
         cases += [("llama3-8b", numbers, "prompt", CHUNK) for numbers in PROMPTS]
     return cases + [("llama3.2-1b", name, "verify", 7) for name in MAX_INSTRUCTIONS]

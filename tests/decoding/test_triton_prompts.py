@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from layerskip_kernels import Engine, GenerationConfig, PagedKVCache, generate, load_model
+from layerskip_kernels.triton_ops import launch
 from support.families import transformers_model
-from support.models import DTYPES, SMALL, agreeing_model, random_tokens
-from support.prompt_tiles import count_tiles
+from support.models import DTYPES, GPU, SMALL, agreeing_model, random_tokens, tiny_model
+from support.prompt_tiles import count_integer_tiles, count_tiles
 
 PROMPT = random_tokens(70)
 # Between them: biases, windows, norms of q and k and after what is added, caps, multipliers, gelu; each dtype.
@@ -43,6 +44,28 @@ def test_families(family: str, tmp_path: Path, tiles):
     assert drafted.drafted > 0
     # Two layers: qkv, gate and up; output and down projection. None in fp32, whose products have two roundings.
     assert tiles == ({} if dtype == torch.float32 else {1: 4, 2: 4})
+
+
+@pytest.mark.parametrize("weights", ["q4_0", "int8"])
+def test_quantised_weights(weights: str, monkeypatch):
+    """The same where weights are quantised; tiles are small where they are interpreted."""
+    if not GPU:
+        monkeypatch.setattr(launch, "PROMPT_ROWS", 9)
+        monkeypatch.setattr(launch, "INTEGER_TILES", ((8, 32),))
+    taken = count_integer_tiles(monkeypatch)
+    prompt = PROMPT if GPU else PROMPT[:10]
+    settings: dict[str, Any] = dict(max_new_tokens=3, eos_token_ids=(), return_logits=True, return_kv=True)
+    plain, drafted = (
+        generate(tiny_model(backend=backend, weights=weights, **dict(SMALL, num_layers=2)), [prompt], config)[0]
+        for backend, config in (
+            ("cpu", GenerationConfig("autoregressive", **settings)),
+            ("triton", GenerationConfig(exit_layer=1, num_speculations=2, **settings)),
+        )
+    )
+    assert torch.equal(drafted.logits, plain.logits)
+    assert all(map(torch.equal, drafted.kv, plain.kv))
+    assert drafted.drafted > 0
+    assert taken == {1: 4, 2: 4}
 
 
 def test_on_a_device_beside_another_request(two_devices, tiles):

@@ -134,6 +134,19 @@ def test_instructions_of_a_position_are_counted():
     assert judge(1, 10 * 32, FADD=2) == judge(1, 10 * 32, FMUL=2) == ["no loop over V was found"]
 
 
+def test_loops_of_attention_that_are_no_tiles_are_seen():
+    arguments = dict(R=64, TILE=128, K_PADDED=64, num_warps=8)
+    of_k, of_v = Counter(FFMA=512, LDS=80), Counter(FFMA=256, LDS=80, LDG=40)
+
+    def judge(*loops, chains=(16, 16), problems=()):
+        return gpu_static.attention_tile_problems(asm.TileLoop([*chains], Counter(), [*problems]), arguments, [*loops])
+
+    assert not judge(of_k, of_v, of_k + of_v, problems=["beside the chains: add.rn.f32"])
+    assert judge(of_k) and judge(of_v)
+    assert judge(of_k, of_v + Counter(LDL=1)) and judge(of_k + Counter(LDG=300), of_v)
+    assert judge(of_k, of_v, chains=(16, 8)) and judge(of_k, of_v, problems=["a sum is used twice"])
+
+
 def test_a_norm_that_waits_for_each_load_is_seen():
     def judge(rows, *loads):
         return gpu_static.norm_problems(

@@ -16,3 +16,16 @@ def count_tiles(monkeypatch):
 
     monkeypatch.setattr(launch, "streaming_prompts", counted)
     return taken
+
+
+def count_integer_tiles(monkeypatch):
+    """The same of quantised weights."""
+    taken = Counter()
+    streaming_tiles = launch.streaming_tiles
+
+    def counted(num_rows, tiles, k):
+        taken[tiles] += 1
+        return streaming_tiles(num_rows, tiles, k)
+
+    monkeypatch.setattr(launch, "streaming_tiles", counted)
+    return taken
