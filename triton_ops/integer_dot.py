@@ -41,7 +41,7 @@ def products(
     tile; columns: a tuple of int32 [C]; steps: of eight k in a segment, as rule 1 takes them.
     """
     if PROMPT and KIND == 0:
-        return prompt_dot(x_ptr, row0, w_ptrs, columns, steps, ROWS, TILES, C)
+        return prompt_dot(x_ptr, row0, w_ptrs, columns, steps, ROWS, TILES, C, FMA)
     elif PROMPT:
         return integer_tiles(
             x_ptr, stride_x, row0, w_ptrs, columns, (steps + 3) // 4, KIND, ROWS, TILES, C, EVEN

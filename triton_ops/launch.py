@@ -20,7 +20,7 @@ OPTIONS: dict[str, Any] = {"enable_fp_fusion": False}
 MAX_REGISTERS = 255  # of a thread
 MAX_ROWS = 8  # rows that share a program's weights; more make more programs, which read them again
 MAX_INTEGER_ROWS = 16  # the same where weights are quantised: up to so many cost what one costs
-PROMPT_ROWS = 32  # from so many rows on, 16-bit weights are multiplied by tiles of rows and columns (prompt_dot.py)
+PROMPT_ROWS = 32  # from so many on, tiles of rows and columns are multiplied (prompt_dot.py, integer_tiles.py)
 INTEGER_TILES = ((32, 64), (64, 128))  # rows and columns of a tile of quantised weights, by rows
 if INTERPRETED:
     INTEGER_TILES = ((32, 32), (64, 32))
@@ -92,8 +92,8 @@ def streaming(op: str, num_rows: int, tiles: int, k: int, *weights: Tensor) -> d
         return streaming_tiles(num_rows, tiles, k)
     if weight is None or any(map(is_quantised, weights)):
         return streaming_integers(num_rows, tiles, k, weight)
-    if many and exact_products(weight.dtype):
-        return streaming_prompts(tiles, *config.prompt)
+    if many:
+        return streaming_prompts(tiles, *config.prompt, exact_products(weight.dtype))
     rows, columns = rows_per_program(num_rows), config.columns
     ahead = 1 if INTERPRETED else max(1, config.ahead[rows] * 2 // weight.element_size())
     if before_sm_90() and rows in SPILLING_BEFORE_SM_90.get(op, ()):
@@ -108,16 +108,13 @@ def streaming(op: str, num_rows: int, tiles: int, k: int, *weights: Tensor) -> d
     )  # fmt: skip
 
 
-def streaming_prompts(tiles: int, rows: int, columns: int, warps: int) -> dict[str, Any]:
-    """The same for many rows, whose sums a program computes as one tile; ``tiles`` weights share its columns.
-
-    Only where products are exact: a dot of Triton's rounds once for each, which rule 1 has twice in fp32.
-    """
+def streaming_prompts(tiles: int, rows: int, columns: int, warps: int, exact: bool) -> dict[str, Any]:
+    """The same for many rows, whose sums a program computes as one tile; ``tiles`` weights share its columns."""
     options = dict(OPTIONS, num_stages=1)
     if not INTERPRETED:
         options["maxnreg"] = MAX_REGISTERS
     return dict(
-        ROWS=rows, TILES=tiles, C=columns // tiles, AHEAD=1, EVEN=False, FMA=True, PROMPT=True, num_warps=warps,
+        ROWS=rows, TILES=tiles, C=columns // tiles, AHEAD=1, EVEN=False, FMA=exact, PROMPT=True, num_warps=warps,
         **options,
     )  # fmt: skip
 

@@ -7,6 +7,9 @@ packing.py: eight k of a column are the 16 bytes that a thread loads, sixteen co
 Columns are the dot's M side, rows its N side: the lanes of a warp share what they read of weights, which lie k by k in
 shared memory, and read neighbouring rows, which are turned for that beforehand (prompt_rows.py). The other way round,
 lanes would read columns 256 bytes apart, from one bank of shared memory: sixteen cycles a load.
+
+In fp32, whose products are rounded before they are added, no dot is what rule 1 says: there threads multiply and add
+themselves, sixteen sums of four columns and four rows together, as a dot would have them.
 """
 
 import triton.language as tl
@@ -17,12 +20,14 @@ CHAIN_BY_HAND = tl.constexpr(INTERPRETED)
 
 
 @device_function
-def prompt_dot(x_ptr, row0, w_ptrs, columns, steps, ROWS: tl.constexpr, TILES: tl.constexpr, C: tl.constexpr):
+def prompt_dot(
+    x_ptr, row0, w_ptrs, columns, steps, ROWS: tl.constexpr, TILES: tl.constexpr, C: tl.constexpr, FMA: tl.constexpr
+):  # fmt: skip
     """Rule 1 for ROWS rows and TILES (one or two) times C columns: a tuple of fp32 [ROWS, C].
 
-    x_ptr: rows as prompt_rows.py leaves them, of which these begin with row0. w_ptrs: a tuple of packed 16-bit weights,
-    one a tile; columns: a tuple of int32 [C]. Two tiles lie column by column beside each other, so that a thread has
-    both sums of a pair.
+    x_ptr: rows as prompt_rows.py leaves them, of which these begin with row0. w_ptrs: a tuple of packed weights in the
+    model's dtype, one a tile; columns: a tuple of int32 [C]. Two tiles lie column by column beside each other, so that
+    a thread has both sums of a pair. FMA: products are exact.
     """
     N: tl.constexpr = TILES * C
     if TILES == 2:
@@ -42,7 +47,11 @@ def prompt_dot(x_ptr, row0, w_ptrs, columns, steps, ROWS: tl.constexpr, TILES: t
             quarter = tl.zeros([N, ROWS], tl.float32)
             for k in range(2):
                 segment = i * 4 + j * 2 + k
-                sums = _segment(x_ptrs + segment * (steps * 8 * ROWS), tile_ptrs + segment * 128, steps, N, ROWS)
+                x_of_segment, w_of_segment = x_ptrs + segment * (steps * 8 * ROWS), tile_ptrs + segment * 128
+                if FMA:
+                    sums = _segment(x_of_segment, w_of_segment, steps, N, ROWS)
+                else:
+                    sums = _segment_rounded_twice(x_of_segment, w_of_segment, steps, N, ROWS)
                 quarter = tl.where(k == 0, sums, quarter + sums)
             half = tl.where(j == 0, quarter, half + quarter)
         y = tl.where(i == 0, half, y + half)
@@ -68,6 +77,20 @@ def _segment(x_ptrs, w_ptrs, steps, N: tl.constexpr, ROWS: tl.constexpr):
         sums = add_products(sums, w.to(tl.float32), x, N, ROWS)
         x = next_x
         w = next_w
+    return sums
+
+
+@device_function
+def _segment_rounded_twice(x_ptrs, w_ptrs, steps, N: tl.constexpr, ROWS: tl.constexpr):
+    """The same where products are rounded before they are added."""
+    sums = tl.zeros([N, ROWS], tl.float32)
+    if not CHAIN_BY_HAND:  # of zeros, which changes nothing but which sums a thread has
+        sums = tl.dot(tl.zeros([N, 16], tl.float32), tl.zeros([16, ROWS], tl.float32), sums, input_precision="ieee")
+    for step in range(0, steps):
+        w = _split8(tl.load(w_ptrs + step * 1024))
+        for k in tl.static_range(8):
+            x = tl.load(x_ptrs + (step * 8 + k) * ROWS)
+            sums = sums + tl.broadcast_to(w[k], sums.shape) * tl.broadcast_to(x, sums.shape)
     return sums
 
 

@@ -189,7 +189,10 @@ def examine(target: str, shape: str, dtype: str, launch: Any, folder: Path) -> K
         loops = loops if launch.name in STREAMING else []
         if prompt:  # loops within loops, all of which have its products
             products = ("IMMA",) if kinds else ("FFMA", "FFMA2")
-            loops = [min(loops, key=lambda ops: (not any(map(ops.get, products)), sum(ops.values())))]
+            if arguments["FMA"] or kinds:
+                loops = [min(loops, key=lambda ops: (not any(map(ops.get, products)), sum(ops.values())))]
+            else:
+                loops = [max(loops, key=two_roundings)]
         loop = dict(max(loops, key=lambda ops: (ops["IMMA"], ops["FFMA"] + ops["FMUL"]), default={}))
     threads, shared = compiled.metadata.num_warps * limits.warp, compiled.metadata.shared
     resident = resident_programs(limits, threads, registers, shared)
@@ -204,7 +207,7 @@ def examine(target: str, shape: str, dtype: str, launch: Any, folder: Path) -> K
         problems.append("compiled with enable_fp_fusion: ptxas and LLVM may contract")
     ir = asm.llvm_multiply_adds(compiled.asm["llir"])
     written = compiled.asm["ttgir"].count("math.fma")
-    if arguments.get("TILED") or (arguments.get("PROMPT") and not kinds):
+    if arguments.get("TILED") or (arguments.get("PROMPT") and arguments["FMA"]):
         written += compiled.asm["ttgir"].count("tt.dot ")
     contractible = asm.llvm_may_contract(compiled.asm["llir"])
     problems += arithmetic_problems(launch.name, dtype, written, ir, multiply_adds, contractible)
@@ -222,6 +225,10 @@ def examine(target: str, shape: str, dtype: str, launch: Any, folder: Path) -> K
             kernel.problems += instruction_problems(kinds[0], loop_work(kernel, 2048)["instructions"], most)
         kernel.in_flight = resident * threads * 32 * (1 if arguments["PROMPT"] else arguments["TILES"])
         kernel.wanted = round(GPUS[limits.gpu].bandwidth * 1e9 / GPUS[limits.gpu].multiprocessors * LATENCY)
+    elif launch.name in STREAMING and arguments["PROMPT"] and not arguments["FMA"]:
+        share = two_roundings(loop)
+        kernel.problems += [] if share >= LEAST_FMA else [f"{share:.0%} of the loop are products and sums"]
+        kernel.loop_bytes = loop.get("FMUL", 0) * 32 // kernel.rows * 4
     elif launch.name in STREAMING and arguments["PROMPT"]:
         tile = asm.ptx_tile_loop(compiled.asm["ptx"])
         kernel.widths, columns = dict(tile.widths), arguments["TILES"] * arguments["C"]
@@ -238,6 +245,11 @@ def examine(target: str, shape: str, dtype: str, launch: Any, folder: Path) -> K
         kernel.in_flight = at_a_time * threads * load.bytes_of_thread * arguments["AHEAD"] * arguments["TILES"]
         kernel.wanted = round(gpu.bandwidth * 1e9 / gpu.multiprocessors * LATENCY)
     return kernel
+
+
+def two_roundings(loop: Counter[str] | dict[str, int]) -> float:
+    """The share of fp32 products and sums in a loop, of a kernel whose products are rounded before they are added."""
+    return (loop.get("FMUL", 0) + loop.get("FADD", 0)) / max(1, sum(loop.values()))
 
 
 def tile_problems(tile: Any, sums: int, loop: dict[str, int]) -> list[str]:
@@ -442,7 +454,7 @@ def whole_grid(target: str) -> list[Case]:
     cases += [("llama3.2-1b", "fp32", "sampling", 7)]
     cases += [("llama3.2-1b", "q4_k_m", kind, rows) for kind, rows in (*STEPS, ("verify", 16))]
     if target != "gfx942":
-        cases += [("llama3.2-1b", numbers, "prompt", 64) for numbers in ("bf16", "q4_0", "int8")]
+        cases += [("llama3.2-1b", numbers, "prompt", 64) for numbers in ("bf16", "fp32", "q4_0", "int8")]
     if target == "sm_90":
         cases += [("llama3-8b", numbers, "prompt", CHUNK) for numbers in PROMPTS]
     return cases + [("llama3.2-1b", name, "verify", 7) for name in MAX_INSTRUCTIONS]

@@ -1,4 +1,4 @@
-"""Many rows at once: tiles of 16-bit weights (triton_ops/prompt_dot.py), bit for bit the reference's.
+"""Many rows at once: tiles of weights in the model's dtype (triton_ops/prompt_dot.py), bit for bit the reference's.
 
 The interpreter takes the chain as it is written; what the compiler makes of the dot in its place is run on the CPU,
 from its PTX.
@@ -38,7 +38,7 @@ def test_linear(dtype, rows, inputs, outputs, tiles):
     bias = random(outputs, dtype=dtype)
     got = triton_ops.linear(*on_device(x, packed(weight), bias), outputs)
     assert_equal(got, reference.linear(x, weight, bias, outputs))
-    assert tiles[1] == (dtype != FP32)  # whose products have two roundings, as no dot of Triton's has
+    assert tiles[1] == 1
 
 
 def test_fewer_rows_go_the_other_way(tiles):
@@ -57,25 +57,26 @@ def test_tiles_of_every_size(config, tiles, monkeypatch):
     assert tiles[1] == 1
 
 
-def test_terms_of_very_different_sizes(tiles):
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+def test_terms_of_very_different_sizes(dtype, tiles):
     """Where every order of addition has bits of its own; and rows with an infinity or a NaN do not reach others."""
     generator = torch.Generator().manual_seed(0)
     x, weight = (torch.randn(n, 200, generator=generator) for n in (40, 48))
-    x = (x * torch.exp2(6 * torch.randn(x.shape, generator=generator))).to(BF16)
+    x = (x * torch.exp2(6 * torch.randn(x.shape, generator=generator))).to(dtype)
     x[3, 77], x[39, 5] = torch.inf, torch.nan
-    weight = weight.to(BF16)
+    weight = weight.to(dtype)
     got = triton_ops.linear(*on_device(x, packed(weight), None), 48)
     expected = reference.linear(x, weight, None, 48)
     assert_equal(got, expected)
     assert tiles[1] == 1 and expected[4:39].isfinite().all()
-    assert not torch.equal(expected, torch.nn.functional.linear(x.float(), weight.float()).to(BF16))
+    assert not torch.equal(expected, torch.nn.functional.linear(x.float(), weight.float()).to(dtype))
 
 
 @pytest.mark.parametrize("rows", ROWS)
-@pytest.mark.parametrize("post_norm", [False, True])
-def test_out_residual(rows, post_norm, tiles):
-    x, weight, residual = (random(*s, dtype=BF16, seed=rows) for s in ((rows, 100), (33, 100), (rows, 33)))
-    bias, norm = random(33, dtype=BF16), random(33, dtype=BF16)
+@pytest.mark.parametrize(("post_norm", "dtype"), [(False, BF16), (True, BF16), (False, FP32)])
+def test_out_residual(rows, post_norm, dtype, tiles):
+    x, weight, residual = (random(*s, dtype=dtype, seed=rows) for s in ((rows, 100), (33, 100), (rows, 33)))
+    bias, norm = random(33, dtype=dtype), random(33, dtype=dtype)
     rest = bias, residual, norm if post_norm else None, 1e-5, 1.0, 0.37
     got = triton_ops.out_residual(*on_device(x, packed(weight), *rest))
     assert_equal(got, reference.out_residual(x, weight, *rest))
