@@ -86,13 +86,12 @@ def streaming(op: str, num_rows: int, tiles: int, k: int, *weights: Tensor) -> d
     """
     weight = next((weight for weight in weights if not is_quantised(weight)), None)
     config = config_of(op)
-    many = num_rows >= PROMPT_ROWS and config.prompt is not None
-    many = many and threads_per_warp() == 32  # on AMD's GPUs no dot's order is known
-    if weight is None and many:
+    many = num_rows >= PROMPT_ROWS and threads_per_warp() == 32  # on AMD's GPUs no dot's order is known
+    if weight is None and many and config.prompt is not None:
         return streaming_tiles(num_rows, tiles, k)
     if weight is None or any(map(is_quantised, weights)):
         return streaming_integers(num_rows, tiles, k, weight)
-    if many:
+    if many and config.prompt is not None:
         return streaming_prompts(tiles, *config.prompt, exact_products(weight.dtype))
     rows, columns = rows_per_program(num_rows), config.columns
     ahead = 1 if INTERPRETED else max(1, config.ahead[rows] * 2 // weight.element_size())

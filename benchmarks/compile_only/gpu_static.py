@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 SHAPES = ("llama3.2-1b", "llama2-7b", "llama3-8b")
 STEPS = (("decode", 1), ("draft", 1), ("verify", 7))
 CHUNK = 256  # rows of a prompt that go through the layers at once
-PROMPTS = ("bf16", "int8", "int15", "q8_0", "q4_0", "q4_k_m")  # whose prompts docs/performance.md counts
+PROMPTS = ("bf16", "fp32", "int8", "int15", "q8_0", "q4_0", "q4_k_m")  # whose prompts docs/performance.md counts
 COUNTED = (("decode", 4), ("decode", 8), ("decode", 16))
 Case = tuple[str, str, str, int]  # shape, dtype, kind of step, rows
 LATENCY = 0.7e-6  # seconds from a load to its data in a busy memory system: assumed, not measured
