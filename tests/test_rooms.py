@@ -23,7 +23,7 @@ ROOMS = [
 GROUND = {"checks", "config", "errors", "machine", "model_config", "operands", "_C", "_kv", "_cuda"}
 MAX_LINES = 350
 SOURCES = {".py", ".cpp", ".h", ".inl", ".cu", ".html", ".js", ".css"}
-KERNELS = {"kernels.inl", "blocks.inl", "contract.py", "integer_dot.py"}  # read in one piece, and may be longer
+KERNELS = {"kernels.inl", "blocks.inl", "contract.py"}  # read in one piece, and may be longer
 
 
 def files() -> Iterator[tuple[Path, str]]:
