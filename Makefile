@@ -4,7 +4,7 @@
 #   PYTHON=python3.12    the interpreter .venv is made from
 #   MAX_JOBS=8           compilers at a time (all cores, unless told)
 #   WORKERS=4            processes that run tests (all cores, unless told)
-#   FUZZ_STEPS=200000    how far `make fuzz` goes: `make test` goes 20,000 steps, and all of it grows in proportion
+#   FUZZ_STEPS=200000    how far `make fuzz` goes: `make test` goes 20,000 steps (2.5 CPU minutes), and all of it in proportion
 
 PYTHON ?= python3
 export MAX_JOBS ?= $(shell nproc)

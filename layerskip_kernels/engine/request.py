@@ -27,6 +27,7 @@ from layerskip_kernels.decoding.swap import SwappedKV
 from layerskip_kernels.decoding.types import CachedSequence, Verdict
 from layerskip_kernels.engine.acceptance import DraftHistory
 from layerskip_kernels.engine.drafts import DraftRequest
+from layerskip_kernels.errors import shown
 from layerskip_kernels.model.model import Model
 from layerskip_kernels.model.text_stream import TextStream
 from layerskip_kernels.model.tokenizer import Tokenizer
@@ -291,7 +292,10 @@ def encode(model: Model, prompt: Prompt) -> list[int]:
         check_length(model, prompt)
         return _tokenizer(model).encode(prompt)
     if is_conversation(prompt):
-        return _tokenizer(model).apply_chat_template(prompt)
+        tokenizer = _tokenizer(model)
+        text = tokenizer.chat_text(prompt)
+        check_length(model, text)
+        return tokenizer.encode(text, add_special_tokens=False)
     tokens: Sequence[Any] = prompt
     try:
         if isinstance(prompt, bytes | bytearray | Mapping | Set):  # would pass for numbers, or for some order of them
@@ -299,7 +303,7 @@ def encode(model: Model, prompt: Prompt) -> list[int]:
         return [index(token) for token in tokens]
     except TypeError as error:
         message = (
-            f"a prompt must be a text, a list of token ids or messages, got {prompt!r:.60} ({type(prompt).__name__})"
+            f"a prompt must be a text, a list of token ids or messages, got {shown(prompt)} ({type(prompt).__name__})"
         )
         raise TypeError(f"{message}: {error}") from error
 

@@ -84,14 +84,16 @@ class Tokenizer:
     def apply_chat_template(
         self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True, **variables: Any
     ) -> list[int]:
-        """The token ids of a conversation, as ChatTemplate.render writes it: special tokens are the template's own.
+        """The token ids of a conversation, as `chat_text` writes it: special tokens are the template's own."""
+        return self.encode(self.chat_text(messages, add_generation_prompt, **variables), add_special_tokens=False)
 
-        Raises ValueError without a template, and what render raises.
-        """
+    def chat_text(
+        self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True, **variables: Any
+    ) -> str:
+        """A conversation as text. Raises ValueError without a template, and what ChatTemplate.render raises."""
         if self.chat_template is None:
             raise ValueError(f"{self._name} came without a chat template; give a text instead of messages")
-        text = self.chat_template.render(messages, add_generation_prompt, **variables)
-        return self.encode(text, add_special_tokens=False)
+        return self.chat_template.render(messages, add_generation_prompt, **variables)
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """The text of token ids, without special tokens unless they are asked for."""

@@ -177,6 +177,14 @@ def test_a_prompt_that_cannot_fit_is_not_tokenised():
     assert tokenizer.calls == 1
 
 
+def test_a_conversation_that_cannot_fit_is_not_tokenised(tiny_code, monkeypatch):
+    """Nor are hundreds of megabytes of one, which took minutes and gigabytes."""
+    positions, longest = tiny_code.config.max_positions, tiny_code.tokenizer.longest_token
+    monkeypatch.setattr(type(tiny_code.tokenizer), "encode", None)  # not callable
+    with pytest.raises(ValueError, match=rf"characters, which are at least {positions + 1} tokens .* the model has"):
+        Engine(tiny_code).add_request([{"role": "user", "content": "x" * (positions * longest)}])
+
+
 def test_a_prompt_is_tokenised_once_for_all_its_samples():
     tokenizer = Counting()
     model = replace(tiny_model(), tokenizer=tokenizer)
