@@ -3,7 +3,7 @@
 Every kernel of the steps is compiled ahead of time and read: no spills, everything within the GPU's limits, weights
 read 16 bytes at a time, no contracted or approximate arithmetic, no atomics on floats; quantised weights are multiplied
 by integer tensor cores, as they were loaded, without a word between threads. Then what each step launches and moves is
-counted against the paper (layerskip_kernels/evaluation/roofline.py). The table shows registers, resident programs, and
+counted against the paper (layerskip_kernels/evaluation/floors.py). The table shows registers, resident programs, and
 the bytes that they have on their way beside what the memory's latency asks for.
 """
 
@@ -342,14 +342,12 @@ def loop_work(kernel: Kernel, num_bytes: int) -> dict[str, float]:
 
 def file_bytes(config: Any, weights: str, layers: int) -> int:
     """Beyond a bf16 model's bytes (a negative number): those of quantised matrices as they are stored."""
-    from gpu_compile import KIND_NAMED, types_of
+    import torch
+    from gpu_compile import types_of
+    from layerskip_kernels.evaluation.floors import matrix_bytes
 
     def beyond(n: int, k: int, name: str) -> int:
-        kind = KIND_NAMED[name]
-        stored = (
-            n * (kind.planes * k + 32) if kind.by_segment else n * k // (256 if kind.common else 32) * kind.file_bytes
-        )
-        return stored - 2 * n * k
+        return matrix_bytes((n, k), torch.bfloat16, name) - 2 * n * k
 
     fine, outer, other = types_of(weights)
     d, f, k = config.hidden_size, config.intermediate_size, config.head_dim
@@ -359,21 +357,21 @@ def file_bytes(config: Any, weights: str, layers: int) -> int:
 
 
 def paper_bytes(config: Any, gpu: Any, step: Any, numbers: str) -> int:
-    """The same step by layerskip_kernels/evaluation/roofline.py, after ``context`` positions."""
+    """The same step by layerskip_kernels/evaluation/floors.py, after ``context`` positions."""
     from gpu_compile import EXIT_LAYER, NUMBERS
 
     dtype, weights = NUMBERS[numbers]
     if weights is not None:
         layers = EXIT_LAYER if step.kind == "draft" else config.num_layers
         return paper_bytes(config, gpu, step, "bf16") + file_bytes(config, weights, layers)
-    from layerskip_kernels.evaluation import roofline
+    from layerskip_kernels.evaluation import floors
 
     if step.kind == "draft":
-        return roofline.draft(config, gpu, EXIT_LAYER, 1, step.context, dtype).bytes
+        return floors.draft(config, gpu, EXIT_LAYER, 1, step.context, dtype).bytes
     if step.kind == "verify":
-        return roofline.verify(config, gpu, EXIT_LAYER, step.rows - 1, step.context, dtype).bytes
+        return floors.verify(config, gpu, EXIT_LAYER, step.rows - 1, step.context, dtype).bytes
     positions, layers = step.context + step.rows, config.num_layers
-    return layers * roofline.layer_bytes(config, dtype, positions) + roofline.head_bytes(config, dtype)
+    return layers * floors.layer_bytes(config, dtype, positions) + floors.head_bytes(config, dtype)
 
 
 def count_problems(moved: int, paper: int, in_layers: int, layers: int, besides: int, roundings: int = 0) -> list[str]:

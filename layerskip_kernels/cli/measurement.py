@@ -70,6 +70,10 @@ def _add_roofline(commands: Any) -> None:
     )  # fmt: skip
     roofline.add_argument("--context", type=int, default=512, metavar="N", help="tokens before (default: 512)")
     roofline.add_argument("--dtype", choices=[*DTYPES, *DTYPES.values()], default="bf16", help="default: bf16")
+    roofline.add_argument("--weights", metavar="TYPE", help="quantised: int8, int15, q4_0, ..., q4_k, q6_k")
+    roofline.add_argument(
+        "--prompt", type=positives, default=[512, 2048], metavar="N[,N...]", help="tokens (default: 512,2048)"
+    )
     roofline.add_argument(
         "--plot", type=output_path, metavar="FILE", help="draw it as well: .png, .svg or .pdf (needs matplotlib)"
     )
@@ -144,7 +148,10 @@ def _roofline(args: argparse.Namespace) -> int:
     from layerskip_kernels.evaluation.roofline import as_text, plot, roofline
 
     dtype = getattr(torch, DTYPES.get(args.dtype, args.dtype))
-    found = roofline(args.shape, args.gpu, args.exit_layer, args.num_speculations, args.acceptance, args.context, dtype)
+    found = roofline(
+        args.shape, args.gpu, args.exit_layer, args.num_speculations, args.acceptance, args.context, dtype,
+        args.weights, args.prompt,
+    )  # fmt: skip
     if args.plot is not None:
         plot(found, Path(args.plot))
     report(args, found, as_text(found))

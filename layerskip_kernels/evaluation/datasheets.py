@@ -9,12 +9,14 @@ __all__ = ["GPUS", "SHAPES", "Gpu"]
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU's data sheet: memory in GB and GB/s (10^9 bytes), fp32 peak outside the tensor cores in TFLOP/s."""
+    """A GPU's data sheet: memory in GB and GB/s (10^9 bytes), peaks of fp32 outside the tensor cores in TFLOP/s and of
+    int8 in them, of dense matrices, in TOP/s."""
 
     name: str
     memory_gb: int
     bandwidth: float
     fp32: float
+    int8: float
     multiprocessors: int
     source: str
 
@@ -22,17 +24,17 @@ class Gpu:
 A100 = "NVIDIA A100 Tensor Core GPU data sheet; SMs: NVIDIA Ampere architecture white paper"
 H100 = "NVIDIA H100 Tensor Core GPU data sheet; SMs: NVIDIA Hopper architecture white paper"
 GPUS = {
-    "a100": Gpu("A100 SXM 80 GB", 80, 2039, 19.5, 108, A100),
-    "a100-40gb": Gpu("A100 SXM 40 GB", 40, 1555, 19.5, 108, A100),
-    "h100": Gpu("H100 SXM", 80, 3350, 67, 132, H100),
-    "h100-pcie": Gpu("H100 PCIe", 80, 2000, 51, 114, H100),
-    "h200": Gpu("H200 SXM", 141, 4800, 67, 132, "NVIDIA H200 Tensor Core GPU data sheet; SMs as in the H100"),
+    "a100": Gpu("A100 SXM 80 GB", 80, 2039, 19.5, 624, 108, A100),
+    "a100-40gb": Gpu("A100 SXM 40 GB", 40, 1555, 19.5, 624, 108, A100),
+    "h100": Gpu("H100 SXM", 80, 3350, 67, 1979, 132, H100),
+    "h100-pcie": Gpu("H100 PCIe", 80, 2000, 51, 1513, 114, H100),
+    "h200": Gpu("H200 SXM", 141, 4800, 67, 1979, 132, "NVIDIA H200 Tensor Core GPU data sheet; SMs as in the H100"),
     "b200": Gpu(
-        "HGX B200", 180, 8000, 80, 148, "NVIDIA Blackwell architecture technical brief; SMs: CUDA device query"
+        "HGX B200", 180, 8000, 80, 4500, 148, "NVIDIA Blackwell architecture technical brief; SMs: CUDA device query"
     ),
-    "l40s": Gpu("L40S", 48, 864, 91.6, 142, "NVIDIA L40S data sheet"),
-    "rtx4090": Gpu("GeForce RTX 4090", 24, 1008, 82.6, 128, "NVIDIA Ada GPU architecture white paper"),
-    "mi300x": Gpu("Instinct MI300X", 192, 5300, 163.4, 304, "AMD Instinct MI300X data sheet (compute units)"),
+    "l40s": Gpu("L40S", 48, 864, 91.6, 733, 142, "NVIDIA L40S data sheet"),
+    "rtx4090": Gpu("GeForce RTX 4090", 24, 1008, 82.6, 660.6, 128, "NVIDIA Ada GPU architecture white paper"),
+    "mi300x": Gpu("Instinct MI300X", 192, 5300, 163.4, 2614.9, 304, "AMD Instinct MI300X data sheet (compute units)"),
 }
 
 

@@ -11,7 +11,8 @@ import torch
 from layerskip_kernels.cli.main import main
 from layerskip_kernels.evaluation.datasheets import GPUS, SHAPES
 from layerskip_kernels.evaluation.exit_layers import exit_layers_of
-from layerskip_kernels.evaluation.roofline import decode, draft, memory_bound_rows, roofline, speedup, verify
+from layerskip_kernels.evaluation.floors import decode, draft, memory_bound_rows, prompt, speedup, verify
+from layerskip_kernels.evaluation.roofline import roofline
 from layerskip_kernels.evaluation.step_bytes import ceiling
 from layerskip_kernels.model.tensor_names import tensor_shapes
 
@@ -61,6 +62,42 @@ def test_verifying_by_hand():
     assert floor.seconds == pytest.approx(floor.bytes / 3.35e12)
 
 
+def test_a_prompt_by_hand():
+    """300 rows in chunks of 256 and 44; row i sees i + 1 positions; the head has one row. Arithmetic bounds."""
+    floor = prompt(LLAMA2_7B, H100, 300)
+    assert floor.bytes == 2 * (32 * (2 * (LAYER + 2 * NORM) + 8192 * (256 + 300)) + HEAD + NORM)
+    assert floor.operations == 2 * (32 * (300 * LAYER + 8192 * (300 * 301 // 2)) + HEAD)
+    chunks = floor.operations - 2 * HEAD
+    assert floor.seconds == pytest.approx(chunks / 67e12 + 2 * (HEAD + NORM) / 3.35e12)
+
+
+@pytest.mark.parametrize(
+    # 38,400 rows of 4,096 inputs and 4,096 of 11,008, each with 32 bytes of scales; or blocks of 32 and 256
+    ("weights", "layer", "head", "products"),
+    [
+        ("int8", 38400 * 4128 + 4096 * 11040, 32000 * 4128, 2),
+        ("int15", 38400 * 8224 + 4096 * 22048, 32000 * 8224, 4),
+        ("q4_0", LAYER // 32 * 18, HEAD // 32 * 18, 1),
+        ("q8_0", LAYER // 32 * 34, HEAD // 32 * 34, 2),
+        ("q4_k", LAYER // 256 * 144, HEAD // 256 * 144, 1),
+        ("q6_k", LAYER // 256 * 210, HEAD // 256 * 210, 1),
+    ],
+)
+def test_quantised_weights_by_hand(weights, layer, head, products):
+    """Of 202,375,168 weights in a layer; norms, K and V stay bf16, and attention's operations fp32."""
+    floor = decode(LLAMA2_7B, H100, context=0, weights=weights)
+    assert floor.bytes == 32 * (layer + 2 * (2 * NORM + 8192)) + head + 2 * NORM
+    assert floor.operations == 2 * 32 * 8192
+    assert floor.integer_operations == 2 * products * (32 * LAYER + HEAD)
+    assert floor.seconds == pytest.approx(floor.bytes / 3.35e12)
+
+
+def test_integer_tensor_cores_bound_a_quantised_prompt():
+    floor = prompt(LLAMA2_7B, replace(H100, fp32=1e9), 256, weights="int8")
+    assert floor.integer_operations == 4 * (256 * 32 * LAYER + HEAD)
+    assert floor.seconds == pytest.approx(4 * 256 * 32 * LAYER / 1979e12 + (32000 * 4128 + 2 * NORM) / 3.35e12)
+
+
 def test_arithmetic_bounds_where_it_is_slower():
     slow = replace(H100, fp32=0.001)
     floor = verify(LLAMA2_7B, slow, exit_layer=8, drafts=4, context=0)
@@ -107,17 +144,29 @@ def test_command_prints_tables(capsys):
     assert "lower bounds computed from data sheets, not measurements" in output
     assert "NVIDIA H100 Tensor Core GPU data sheet" in output
     lines = [line.split() for line in output.splitlines()]
-    assert ["decode", "1", "13.48", "13.5", "4.025", "ms", "0.201", "ms", "4.025", "ms"] in lines
+    assert ["decode", "1", "13.48", "13.5", "0.0", "4.025", "ms", "0.201", "ms", "4.025", "ms"] in lines
     assert "do not fit" not in output
 
 
 def test_command_gives_json(capsys):
-    options = ["--exit-layer", "8", "--num-speculations", "4", "--acceptance", "0.5,1", "--dtype", "fp16", "--json"]
+    options = [
+        "--exit-layer",
+        "8",
+        "--num-speculations",
+        "4",
+        "--acceptance",
+        "0.5,1",
+        "--dtype",
+        "fp16",
+        "--prompt",
+        "300,5000",
+        "--json",
+    ]
     assert main(["roofline", "--shape", "llama2-70b", "--gpu", "a100", *options]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["model"]["fits"] is False and report["gpu"]["bandwidth"] == 2039
     assert [(step["name"], step["rows"]) for step in report["steps"]] == [
-        ("decode", 1), ("draft one token, exit 8", 1), ("verify 4 drafts, exit 8", 5),
+        ("decode", 1), ("draft one token, exit 8", 1), ("verify 4 drafts, exit 8", 5), ("prompt of 300 tokens", 300),
     ]  # fmt: skip
     assert [entry["acceptance"] for entry in report["speedups"]] == [0.5, 1.0]
     config = SHAPES["llama2-70b"]
@@ -137,6 +186,7 @@ def test_plot(tmp_path, capsys):
         (["--shape", "gpt2"], "shape must be one of llama3.2-1b, llama2-7b,"),
         (["--gpu", "tpu"], "gpu must be one of a100, a100-40gb, h100,"),
         (["--exit-layer", "32"], "exit_layer must be in 1..31, got 32"),
+        (["--weights", "q3_k"], "weights must be None, '16bit' or one of int8, int15, q4_0"),
         (["--acceptance", "1.2"], "acceptance must be in 0..1, got 1.2"),
         (["--acceptance", "many"], "must be numbers in 0..1, with commas between, got 'many'"),
         (["--context", "4084"], "context must be 0 or more and leave room for the drafts in 4096 positions"),
