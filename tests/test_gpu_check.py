@@ -5,7 +5,9 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -133,12 +135,19 @@ def test_the_fastest_configuration(monkeypatch):
     assert tuning.fastest(times, "out_residual") is None
 
 
+def test_whether_it_pays_that_kernels_begin_early(monkeypatch):
+    pays = load("tuning", monkeypatch).pays
+    assert pays({"decode": {"off": 2.0, "on": 1.9}, "verify 8 rows": {"off": 3.0, "on": 3.01}})
+    assert not pays({"decode": {"off": 2.0, "on": 1.99}, "verify 8 rows": {"off": 3.0, "on": 3.0}})
+    assert not pays({"decode": {"off": 2.0, "on": 1.9}, "verify 8 rows": {"off": 3.0, "on": 3.2}})
+
+
 def test_the_package_reads_what_was_tuned(tmp_path, monkeypatch):
     from layerskip_kernels.triton_ops import launch, tuned
 
     file = tmp_path / "tuned.json"
     ahead = {"1": 16, "2": 1, "4": 2, "8": 4}
-    said = {"A GPU": {"linear": {"columns": 16, "ahead": ahead, "prompt": [32, 64, 4]}}}
+    said = {"A GPU": {"linear": {"columns": 16, "ahead": ahead, "prompt": [32, 64, 4], "dependent": True}}}
     file.write_text(json.dumps(said))
     monkeypatch.setenv("LAYERSKIP_TRITON_TUNED", str(file))
     weight = torch.empty(2, 32, 8, 16, 8, dtype=torch.bfloat16)
@@ -148,7 +157,29 @@ def test_the_package_reads_what_was_tuned(tmp_path, monkeypatch):
         assert launch.streaming("linear", 1, 1, 2048, weight)["C"] == launch.columns_of("linear", weight) == columns
         assert tuned.config_of("linear").ahead[1] == ahead
         assert launch.streaming("linear", 40, 1, 2048, weight)["ROWS"] == prompt
+        assert tuned.config_of("linear").dependent == (gpu == "A GPU")
         assert tuned.config_of("out_residual") == tuned.DEFAULTS["out_residual"]
+
+
+@pytest.mark.parametrize(("backend", "arch", "depends"), [("cuda", 90, True), ("cuda", 80, False), ("hip", 0, False)])
+def test_kernels_of_few_rows_alone_begin_early(monkeypatch, backend, arch, depends):
+    """On GPUs that can, where tuned.json says so: not in the interpreter, nor prompts, nor quantised weights."""
+    from layerskip_kernels.triton_ops import launch, tuned
+
+    def dependent(rows, weight, **tuned_so):
+        monkeypatch.setattr(launch, "config_of", lambda op: replace(tuned.DEFAULTS[op], **tuned_so))
+        options = launch.streaming("out_residual", rows, 1, 2048, weight)
+        assert options["DEPENDENT"] == options.get("launch_pdl", False)
+        return options["DEPENDENT"]
+
+    weight, quantised = torch.empty(2, 32, 8, 16, 8, dtype=torch.bfloat16), torch.empty(2, 8, 512, dtype=torch.uint8)
+    assert not dependent(1, weight, dependent=True)
+    target = SimpleNamespace(backend=backend, arch=arch, warp_size=32)
+    driver = SimpleNamespace(active=SimpleNamespace(get_current_target=lambda: target))
+    monkeypatch.setattr(launch.triton.runtime, "driver", driver)
+    monkeypatch.setattr(launch, "INTERPRETED", False)
+    assert [dependent(rows, weight, dependent=True) for rows in (1, 8, 31, 32)] == [depends] * 3 + [False]
+    assert not dependent(1, quantised, dependent=True) and not dependent(1, weight)
 
 
 @pytest.mark.parametrize(
@@ -159,6 +190,7 @@ def test_the_package_reads_what_was_tuned(tmp_path, monkeypatch):
         {"A GPU": {"linear": {"columns": 16, "ahead": {"1": 3, "2": 1, "4": 1, "8": 1}}}},
         {"A GPU": {"linear": {"columns": 16, "ahead": {"1": 1}}}},
         {"A GPU": {"linear": {"columns": 16, "ahead": dict.fromkeys("1248", 1), "prompt": [48, 64, 4]}}},
+        {"A GPU": {"linear": {"columns": 16, "ahead": dict.fromkeys("1248", 1), "dependent": 1}}},
         {"A GPU": {"norm_head_argmax": {"columns": 16, "ahead": dict.fromkeys("1248", 1), "prompt": [64, 64, 4]}}},
     ],
 )  # fmt: skip

@@ -25,6 +25,20 @@ def test_the_blocks_run_one_after_the_other(capsys):
     assert gained[: len(generations[0].token_ids)] == generations[0].token_ids
 
 
+def test_what_holds_a_hazard_is_there():
+    """The table in docs/architecture.md: tests, functions and files by name, of which each is some file's."""
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\|.*", text.split("### What the interpreter cannot show")[1].split("\n## ")[0], re.MULTILINE)
+    names = {
+        part for row in rows for name in re.findall(r"`([\w.]+)`", row) for part in name.removesuffix(".py").split(".")
+    }
+    places = [ROOT / "tests", ROOT / "triton_ops", ROOT / "benchmarks" / "compile_only"]
+    files = [path for place in places for path in place.rglob("*.py")]
+    code = "\n".join(f"def {path.stem}\n{path.read_text(encoding='utf-8')}" for path in files)
+    defined = set(re.findall(r"\bdef (\w+)|^class (\w+)|^([A-Z_]+) =", code, re.MULTILINE))
+    assert len(rows) > 15 and names - {"quality", "toml"} <= {name for found in defined for name in found}
+
+
 def test_links_lead_somewhere():
     links = [link for link in re.findall(r"\]\(([^)#]+)", README) if "://" not in link]
     assert links and all((ROOT / link).exists() for link in links)

@@ -95,14 +95,14 @@ def _linear_kernel(
     x_ptr, w_ptr, bias_ptr, y_ptr, stride_x, T, N, steps,
     KIND: tl.constexpr, HAS_BIAS: tl.constexpr,
     ROWS: tl.constexpr, TILES: tl.constexpr, C: tl.constexpr, AHEAD: tl.constexpr, EVEN: tl.constexpr,
-    FMA: tl.constexpr, PROMPT: tl.constexpr,
+    FMA: tl.constexpr, PROMPT: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(1) * C + tl.arange(0, C)
     row0 = tl.program_id(0).to(tl.int64) * ROWS  # programs that read the same weights run one after the other
     packed = tl.minimum(n, (N + 15) // 16 * 16 - 1)
     y = products(
         x_ptr, stride_x, x_ptr, row0, T, (w_ptr,), (packed,), steps, KIND, False,
-        ROWS, TILES, C, AHEAD, EVEN, FMA, PROMPT,
+        ROWS, TILES, C, AHEAD, EVEN, FMA, PROMPT, DEPENDENT,
     )  # fmt: skip
     for r in tl.static_range(1 if PROMPT else ROWS):
         row = row_of(row0, r, ROWS, PROMPT)

@@ -29,7 +29,7 @@ def products(
     x_ptr, stride_x, rows_ptr, row0, num_rows, w_ptrs, columns, steps,
     KIND: tl.constexpr, GATHER: tl.constexpr,
     ROWS: tl.constexpr, TILES: tl.constexpr, C: tl.constexpr, AHEAD: tl.constexpr, EVEN: tl.constexpr,
-    FMA: tl.constexpr, PROMPT: tl.constexpr,
+    FMA: tl.constexpr, PROMPT: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """Rule 1 or rule 8 for ROWS rows and TILES times C columns: a tuple of fp32 [C], tile by tile, row by row.
 
@@ -38,7 +38,8 @@ def products(
 
     x_ptr: rows as the kind of the weights wants them (Rows.of), row0 .. row0 + ROWS - 1 of ``num_rows``, or those that
     int32 rows_ptr names there (GATHER); beyond the last, the last. w_ptrs: a tuple of packed weights of one kind, one a
-    tile; columns: a tuple of int32 [C]; steps: of eight k in a segment, as rule 1 takes them.
+    tile; columns: a tuple of int32 [C]; steps: of eight k in a segment, as rule 1 takes them. DEPENDENT: as in dot,
+    which alone waits for the kernel before.
     """
     if PROMPT and KIND == 0:
         return prompt_dot(x_ptr, row0, w_ptrs, columns, steps, ROWS, TILES, C, FMA)
@@ -52,8 +53,8 @@ def products(
             x_ptrs = x_ptrs + (x_ptr + _row(rows_ptr, row0 + r, num_rows, GATHER) * stride_x,)
         tiles = ()
         for i in tl.static_range(TILES):
-            tiles = tiles + (w_ptrs[i] + packed_offsets(columns[i], steps),)
-        return dot(x_ptrs, tiles, steps, ROWS, TILES, C, AHEAD, EVEN, FMA)
+            tiles = tiles + (w_ptrs[i] + packed_offsets(columns[i], steps, C),)
+        return dot(x_ptrs, tiles, steps, ROWS, TILES, C, AHEAD, EVEN, FMA, DEPENDENT)
     elif ROWS <= 8:
         return integer_dot(
             x_ptr, stride_x, rows_ptr, row0, num_rows, w_ptrs, columns, (steps + 3) // 4, KIND, GATHER,

@@ -67,6 +67,14 @@ def before_sm_90() -> bool:
     return target.backend == "cuda" and target.arch < 90
 
 
+def launches_depend() -> bool:
+    """Whether a kernel may begin before the one ahead of it is done (programmatic dependent launch): from sm_90 on."""
+    if INTERPRETED:
+        return False
+    target = triton.runtime.driver.active.get_current_target()
+    return target.backend == "cuda" and target.arch >= 90
+
+
 def needs_all_registers(op: str, rows: int, dtype: torch.dtype) -> bool:
     """Whether ptxas must be told of a thread's registers lest it spill some: what it spares by itself differs."""
     if INTERPRETED:
@@ -101,9 +109,13 @@ def streaming(op: str, num_rows: int, tiles: int, k: int, *weights: Tensor) -> d
     options = dict(OPTIONS)
     if needs_all_registers(op, rows, weight.dtype):
         options["maxnreg"] = MAX_REGISTERS
+    dependent = config.dependent and launches_depend()
+    if dependent:
+        options["launch_pdl"] = True
     return dict(
         ROWS=rows, TILES=tiles, C=columns, AHEAD=ahead, EVEN=weight.size(1) % ahead == 0,
-        FMA=exact_products(weight.dtype), PROMPT=False, num_warps=threads // threads_per_warp(), **options,
+        FMA=exact_products(weight.dtype), PROMPT=False, DEPENDENT=dependent, num_warps=threads // threads_per_warp(),
+        **options,
     )  # fmt: skip
 
 
@@ -113,8 +125,8 @@ def streaming_prompts(tiles: int, rows: int, columns: int, warps: int, exact: bo
     if not INTERPRETED:
         options["maxnreg"] = MAX_REGISTERS
     return dict(
-        ROWS=rows, TILES=tiles, C=columns // tiles, AHEAD=1, EVEN=False, FMA=exact, PROMPT=True, num_warps=warps,
-        **options,
+        ROWS=rows, TILES=tiles, C=columns // tiles, AHEAD=1, EVEN=False, FMA=exact, PROMPT=True, DEPENDENT=False,
+        num_warps=warps, **options,
     )  # fmt: skip
 
 
@@ -131,7 +143,8 @@ def streaming_integers(num_rows: int, tiles: int, k: int, other: Tensor | None) 
         options["maxnreg"] = MAX_REGISTERS
     return dict(
         ROWS=rows, TILES=tiles, C=GROUP, AHEAD=1, EVEN=blocks(k, 32 * SEGMENTS) % 2 == 0,
-        FMA=other is not None and exact_products(other.dtype), PROMPT=False, num_warps=4, **options,
+        FMA=other is not None and exact_products(other.dtype), PROMPT=False, DEPENDENT=False, num_warps=4,
+        **options,
     )  # fmt: skip
 
 
@@ -143,5 +156,5 @@ def streaming_tiles(num_rows: int, tiles: int, k: int) -> dict[str, Any]:
         options["maxnreg"] = MAX_REGISTERS
     return dict(
         ROWS=rows, TILES=tiles, C=columns // tiles, AHEAD=1, EVEN=blocks(k, 32 * SEGMENTS) % 2 == 0, FMA=False,
-        PROMPT=True, num_warps=columns // GROUP, **options,
+        PROMPT=True, DEPENDENT=False, num_warps=columns // GROUP, **options,
     )  # fmt: skip

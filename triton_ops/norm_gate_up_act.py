@@ -30,7 +30,7 @@ def _gate_up_act_kernel(
     T, F, steps,
     GATE_KIND: tl.constexpr, UP_KIND: tl.constexpr, HAS_BIAS: tl.constexpr, GELU: tl.constexpr,
     ROWS: tl.constexpr, TILES: tl.constexpr, C: tl.constexpr, AHEAD: tl.constexpr, EVEN: tl.constexpr,
-    FMA: tl.constexpr, PROMPT: tl.constexpr,
+    FMA: tl.constexpr, PROMPT: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(1)
     row0 = tl.program_id(0).to(tl.int64) * ROWS  # programs that read the same weights run one after the other
@@ -40,15 +40,15 @@ def _gate_up_act_kernel(
     if GATE_KIND == UP_KIND:
         y = products(
             x_gate_ptr, stride_x, x_gate_ptr, row0, T, (gate_ptr, up_ptr), (packed, packed), steps, GATE_KIND, False,
-            ROWS, TILES, C, AHEAD, EVEN, FMA, PROMPT,
+            ROWS, TILES, C, AHEAD, EVEN, FMA, PROMPT, DEPENDENT,
         )  # fmt: skip
     else:
         y = products(
             x_gate_ptr, stride_x, x_gate_ptr, row0, T, (gate_ptr,), (packed,), steps, GATE_KIND, False,
-            ROWS, 1, C, AHEAD, EVEN, FMA, PROMPT,
+            ROWS, 1, C, AHEAD, EVEN, FMA, PROMPT, DEPENDENT,
         ) + products(
             x_up_ptr, stride_x, x_up_ptr, row0, T, (up_ptr,), (packed,), steps, UP_KIND, False,
-            ROWS, 1, C, AHEAD, EVEN, FMA, PROMPT,
+            ROWS, 1, C, AHEAD, EVEN, FMA, PROMPT, DEPENDENT,
         )  # fmt: skip
     if HAS_BIAS:
         gate_bias = tl.load(bias_ptr + n, mask=n < F, other=0.0).to(tl.float32)

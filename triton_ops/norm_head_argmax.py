@@ -33,7 +33,7 @@ def _head_kernel(
     x_ptr, rows_ptr, w_ptr, logits_ptr, best_ptr, token_ptr, stride_x, T, N, steps, multiplier, cap,
     KIND: tl.constexpr, LOGITS: tl.constexpr, CAPPED: tl.constexpr,
     ROWS: tl.constexpr, TILES: tl.constexpr, C: tl.constexpr, AHEAD: tl.constexpr, EVEN: tl.constexpr,
-    FMA: tl.constexpr, PROMPT: tl.constexpr,
+    FMA: tl.constexpr, PROMPT: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(1)
     row0 = tl.program_id(0).to(tl.int64) * ROWS  # programs that read the same weights run one after the other
@@ -46,7 +46,7 @@ def _head_kernel(
         columns = columns + (tl.minimum(first + t * C, last),)
     y = products(
         x_ptr, stride_x, rows_ptr, row0, T, w_ptrs, columns, steps, KIND, True,
-        ROWS, TILES, C, AHEAD, EVEN, FMA, PROMPT,
+        ROWS, TILES, C, AHEAD, EVEN, FMA, PROMPT, DEPENDENT,
     )  # fmt: skip
     for r in tl.static_range(ROWS):
         if row0 + r < T:

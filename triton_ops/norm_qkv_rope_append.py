@@ -63,7 +63,7 @@ def _qkv_rope_append_kernel(
     Q_KIND: tl.constexpr, K_KIND: tl.constexpr, V_KIND: tl.constexpr,
     HAS_BIAS: tl.constexpr, ROPE: tl.constexpr, PARTIAL: tl.constexpr, NORMED: tl.constexpr,
     ROWS: tl.constexpr, TILES: tl.constexpr, C: tl.constexpr, AHEAD: tl.constexpr, EVEN: tl.constexpr,
-    FMA: tl.constexpr, PROMPT: tl.constexpr,
+    FMA: tl.constexpr, PROMPT: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(1)
     row0 = tl.program_id(0).to(tl.int64) * ROWS  # programs that read the same weights run one after the other
@@ -88,22 +88,22 @@ def _qkv_rope_append_kernel(
         w_ptr = tl.where(is_q, wq_ptr, tl.where(is_v, wv_ptr, wk_ptr))
         y = products(
             xq_ptr, stride_x, xq_ptr, row0, T, (w_ptr, w_ptr), columns, steps, Q_KIND, False,
-            ROWS, TILES, C, AHEAD, EVEN, FMA, PROMPT,
+            ROWS, TILES, C, AHEAD, EVEN, FMA, PROMPT, DEPENDENT,
         )  # fmt: skip
     elif is_q:
         y = products(
             xq_ptr, stride_x, xq_ptr, row0, T, (wq_ptr, wq_ptr), columns, steps, Q_KIND, False,
-            ROWS, TILES, C, AHEAD, EVEN, FMA, PROMPT,
+            ROWS, TILES, C, AHEAD, EVEN, FMA, PROMPT, DEPENDENT,
         )  # fmt: skip
     elif is_v:
         y = products(
             xv_ptr, stride_x, xv_ptr, row0, T, (wv_ptr, wv_ptr), columns, steps, V_KIND, False,
-            ROWS, TILES, C, AHEAD, EVEN, FMA, PROMPT,
+            ROWS, TILES, C, AHEAD, EVEN, FMA, PROMPT, DEPENDENT,
         )  # fmt: skip
     else:
         y = products(
             xk_ptr, stride_x, xk_ptr, row0, T, (wk_ptr, wk_ptr), columns, steps, K_KIND, False,
-            ROWS, TILES, C, AHEAD, EVEN, FMA, PROMPT,
+            ROWS, TILES, C, AHEAD, EVEN, FMA, PROMPT, DEPENDENT,
         )  # fmt: skip
     if HAS_BIAS:
         bias_ptrs = bias_ptr + tl.where(is_q, 0, tl.where(is_v, num_heads + num_kv_heads, num_heads)) * K

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .contract import add_normed_rows, device_function, norm_rows, rounded, to_dtype
+from .contract import INTERPRETED, add_normed_rows, device_function, norm_rows, rounded, to_dtype
 from .integer_dot import products
 from .integer_rows import Rows
 from .launch import blocks, streaming
@@ -21,6 +21,17 @@ from .prompt_rows import rows_for
 from .quantised import code_of
 
 __all__ = ["linear_residual", "out_residual"]
+
+
+COMPILED = tl.constexpr(not INTERPRETED)
+
+
+@device_function
+def _wait_for_stores():
+    """On AMD's GPUs each wave waits until its stores are there: the one that counts its program waits for its own
+    alone, and a barrier for none. On NVIDIA's, counting comes after what a barrier has put before it."""
+    if COMPILED and tl.target_info.is_hip():
+        tl.inline_asm_elementwise("s_waitcnt vmcnt(0)", "=v,~{memory}", [], dtype=tl.int32, is_pure=False, pack=1)
 
 
 @device_function
@@ -50,7 +61,7 @@ def _linear_residual_kernel(
     KIND: tl.constexpr, HAS_BIAS: tl.constexpr,
     NORM: tl.constexpr, HAS_NORM: tl.constexpr, POST: tl.constexpr, KEEP: tl.constexpr,
     ROWS: tl.constexpr, TILES: tl.constexpr, C: tl.constexpr, AHEAD: tl.constexpr, EVEN: tl.constexpr,
-    FMA: tl.constexpr, PROMPT: tl.constexpr,
+    FMA: tl.constexpr, PROMPT: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(1)
     row0 = tl.program_id(0).to(tl.int64) * ROWS  # programs that read the same weights run one after the other
@@ -59,7 +70,7 @@ def _linear_residual_kernel(
     packed = tl.minimum(n, (N + 15) // 16 * 16 - 1)
     y = products(
         x_ptr, stride_x, x_ptr, row0, T, (w_ptr,), (packed,), steps, KIND, False,
-        ROWS, TILES, C, AHEAD, EVEN, FMA, PROMPT,
+        ROWS, TILES, C, AHEAD, EVEN, FMA, PROMPT, DEPENDENT,
     )  # fmt: skip
     if HAS_BIAS:
         bias = tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)
@@ -79,6 +90,7 @@ def _linear_residual_kernel(
                 slot = tl.load(slots_ptr + row, mask=row < T, other=-1)
                 tl.store(hidden_cache_ptr + slot * N + n, h, mask=mask & (slot >= 0) & (slot < num_slots))
     if NORM or POST:
+        _wait_for_stores()
         tl.debug_barrier()  # all of this program's columns are written before it is counted
         arrived = tl.atomic_add(arrivals_ptr + tl.program_id(0), 1, sem="acq_rel", scope="gpu")
         if arrived == tl.num_programs(1) - 1:

@@ -1,8 +1,8 @@
 """How many columns a tile of 16-bit weights has, and how many steps are on their way to a thread: by op and rows.
 
 No choice changes a bit. What `make gpu-check` found fastest on a GPU is in tuned.json beside this file, or in the file
-that LAYERSKIP_TRITON_TUNED names: {GPU: {op: {"columns": 16, "ahead": {"1": 8, ...}, "prompt": [64, 64, 4]}}}. What it
-does not say is as in DEFAULTS.
+that LAYERSKIP_TRITON_TUNED names: {GPU: {op: {"columns": 16, "ahead": {"1": 8, ...}, "prompt": [64, 64, 4],
+"dependent": true}}}. What it does not say is as in DEFAULTS.
 """
 
 from __future__ import annotations
@@ -29,11 +29,14 @@ PROMPTS = ((64, 64, 4), (64, 128, 8), (128, 64, 8), (32, 64, 4), (64, 32, 4))
 @dataclass(frozen=True)
 class Config:
     """``columns`` of a tile; ``ahead``: by the rows of a program, how many steps of 16-bit weights are on their way
-    while one is used (half as many of fp32 weights). ``prompt``: one of PROMPTS, for the ops that have tiles."""
+    while one is used (half as many of fp32 weights). ``prompt``: one of PROMPTS, for the ops that have tiles.
+    ``dependent``: a kernel of few rows of 16-bit or fp32 weights asks for its first ones while the kernel ahead of it
+    runs (contract.dot), on GPUs that can; off until it is measured to be faster."""
 
     columns: int
     ahead: dict[int, int]
     prompt: tuple[int, int, int] | None = None
+    dependent: bool = False
 
 
 DEFAULTS = {
@@ -73,12 +76,15 @@ def read_tuned(file: Path) -> dict[str, dict[str, Config]]:
 def _config(op: str, values: dict[str, Any]) -> Config:
     default = DEFAULTS[op].prompt if op in DEFAULTS else None
     prompt: Any = tuple(values["prompt"]) if "prompt" in values else default
-    config = Config(values["columns"], {int(rows): ahead for rows, ahead in values["ahead"].items()}, prompt)
+    ahead = {int(rows): ahead for rows, ahead in values["ahead"].items()}
+    config = Config(values["columns"], ahead, prompt, values.get("dependent", False))
     valid = op in DEFAULTS and config.columns in COLUMNS and set(config.ahead) == set(ROWS)
     valid = valid and (prompt is None if default is None else prompt in PROMPTS)
+    valid = valid and isinstance(config.dependent, bool)
     if not valid or not set(config.ahead.values()) <= set(AHEADS):
         raise ValueError(
             f"{op!r} is {values}; it must be one of {', '.join(DEFAULTS)}, with columns of {COLUMNS} and, for each of "
-            f"{ROWS} rows, one of {AHEADS} steps ahead, and (but for the head) for prompts one of {PROMPTS}"
+            f"{ROWS} rows, one of {AHEADS} steps ahead, and (but for the head) for prompts one of {PROMPTS}; "
+            "dependent is true or false"
         )
     return config

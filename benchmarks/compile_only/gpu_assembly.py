@@ -109,6 +109,32 @@ def ptx_tile_loop(ptx: str) -> TileLoop:
     return TileLoop(chains, Counter(int(count or 1) * int(bits) // 8 for count, bits in loads), sorted(set(problems)))
 
 
+def ptx_dependence(ptx: str, others: int) -> list[str]:
+    """Of a kernel that may begin before the one ahead of it is done: what it does before it waits for that one. It may
+    ask for weights, which leave the caches first, and for so many ``others`` that nobody writes; it must do the former.
+    """
+    ops = ptx_instructions(ptx)
+    waits, lets = (ops.count(f"griddepcontrol.{what}") for what in ("wait", "launch_dependents"))
+    if (waits, lets) != (1, 1):
+        return [f"waits {waits} times for the kernel ahead and lets the next one begin {lets} times, not once each"]
+    before = ops[: ops.index("griddepcontrol.wait")]
+    touched = [op for op in before if re.match(r"(?:ld|st|atom|red|cp)\.(?!param)(?:\S*\.)?(?:global|async)", op)]
+    weights = [op for op in touched if op.startswith("ld.global") and "evict_first" in op]
+    problems = [] if weights else ["asks for no weight before it waits for the kernel ahead"]
+    strange = [op for op in touched if op not in weights]
+    if len(strange) > others or any(not op.startswith("ld.global") for op in strange):
+        problems.append(f"before it waits for the kernel ahead: {', '.join(sorted(set(strange)))}")
+    if ops.index("griddepcontrol.launch_dependents") < len(before):
+        problems.append("lets the next kernel begin before it has waited for the one ahead")
+    return problems
+
+
+def sass_asked_before_wait(sass: str) -> int | None:
+    """Loads of memory before the wait for the kernel ahead (ACQBULK) in the machine's code. None: there is no wait."""
+    ops = [op for line in sass.splitlines() if (op := _sass_opcode(line))]
+    return ops[: ops.index("ACQBULK")].count("LDG") if "ACQBULK" in ops else None
+
+
 def llvm_multiply_adds(llir: str) -> int:
     """fma calls in LLVM's IR, as the kernel's source has them (unrolled), a dot's among them; vectors count by their
     length."""
@@ -174,31 +200,33 @@ class WeightLoad:
 
 
 def weight_layout(ttgir: str) -> WeightLoad:
-    """The loads of tiles [C, 8, 8] (triton_ops/packing.py). Raises ValueError unless all have one layout."""
+    """The loads of tiles [8, 8 C] (contract.packed_offsets): those of norms, which may be as large, read
+    past the first-level cache. Raises ValueError unless all have one layout."""
     loads = set(re.findall(
-        r"(?:tt\.load|buffer_load) .*: tensor<(\d\d+)x8x8x(?:!tt\.ptr<)?b?f(16|32)>?, (#blocked\d*)>", ttgir
+        r"(?:tt\.load|buffer_load) (?!.*cache_?[mM]odifier = c).*: (?:!tt\.ptr<\w+> -> )?"
+        r"tensor<8x(\d\d+)x(?:!tt\.ptr<)?b?f(16|32)>?, (#blocked\d*)>", ttgir,
     ))  # fmt: skip
     if len(loads) != 1:
         raise ValueError(f"weight loads of {len(loads)} kinds: {sorted(loads)}")
-    columns, bits, name = loads.pop()
+    numbers, bits, name = loads.pop()
     found = re.search(rf"^{name} = #ttg\.blocked<{{(.*)}}>", ttgir, re.MULTILINE)
     if not found:
         raise ValueError(f"no layout {name}")
     layout = {key: [int(n) for n in values.split(", ")] for key, values in re.findall(r"(\w+) = \[(.*?)\]", found[1])}
     each, lanes, warps = layout["sizePerThread"], layout["threadsPerWarp"], layout["warpsPerCTA"]
-    times = prod(-(-size // prod(part)) for size, *part in zip((int(columns), 8, 8), each, lanes, warps, strict=True))
+    times = prod(-(-size // prod(part)) for size, *part in zip((8, int(numbers)), each, lanes, warps, strict=True))
     size = int(bits) // 8
-    elements = [
-        (place[0] * each[0] + i) // 16 * 1024 + (place[0] * each[0] + i) % 16 * 8
-        + (place[1] * each[1] + j) * 128 + place[2] * each[2] + k
-        for place in product(*map(range, lanes)) for i, j, k in product(*map(range, each))
+    places = [
+        (lane * each[0] + i, other * each[1] + j)
+        for lane, other in product(*map(range, lanes)) for i, j in product(*map(range, each))
     ]  # fmt: skip
+    elements = {segment * 128 + at // 128 * 1024 + at % 128 for segment, at in places}
     sectors = {element * size // 32 for element in elements}
     return WeightLoad(
-        min(16, each[2] * size),
+        min(16, each[1] * size),
         prod(each) * times * size,
-        len(set(elements)) * size / (32 * len(sectors)),
-        lanes[0] * each[0] >= min(int(columns), prod(lanes) // lanes[2]),
+        len(elements) * size / (32 * len(sectors)),
+        lanes[1] * each[1] >= min(int(numbers), prod(lanes) * each[1]),
     )
 
 
@@ -211,6 +239,7 @@ AMD_FORBIDDEN = {
 }
 DIVISION, ROOT = 5, 2  # multiply-adds in LLVM's expansion of an IEEE division (v_div_fmas apart) and square root
 WIDE_DIVISION = "0x5f7ffffc"  # a literal of the division of 64-bit integers, which has v_rcp_f32 and two v_fma, too
+NARROW_DIVISION = "0x4f7ffffe"  # the same of 32-bit integers, whose v_rcp_f32 may be v_rcp_iflag_f32
 
 
 def amd_instructions(text: str) -> list[str]:
@@ -224,13 +253,32 @@ def amd_forbidden(text: str) -> list[str]:
         f"{what}: {op}" for op in ops for what, pattern in AMD_FORBIDDEN.items() if re.fullmatch(pattern, op)
     )
     said = [f"{text} ({count} times)" for text, count in found.items()]
-    reciprocals = sum(op.startswith("v_rcp_f32") for op in ops)
+    reciprocals = sum(op.startswith(("v_rcp_f32", "v_rcp_iflag_f32")) for op in ops)
     divisions = sum(op.startswith("v_div_fixup_f32") for op in ops)
-    if reciprocals != divisions + text.count(WIDE_DIVISION):
+    if reciprocals != divisions + text.count(WIDE_DIVISION) + text.count(NARROW_DIVISION):
         said.append(f"an approximation: {reciprocals} v_rcp_f32 for {divisions} IEEE divisions")
     if not re.search(r"\.amdhsa_float_denorm_mode_32 3\b", text):
         said.append("denormals flushed to zero")
     return said
+
+
+def amd_stores_on_their_way(text: str) -> list[str]:
+    """Counts of programs (atomic_add) that tell others of stores which may not be there yet. The wave that counts makes
+    them visible and waits for its own stores alone; so each wave must have waited for its own before the barrier."""
+    problems, on_their_way, at_barrier = [], False, False
+    for line in text.splitlines():
+        op = re.match(r"\s+(\w+)(.*)", re.sub(r";.*", "", line))
+        if op is None:
+            continue
+        if re.fullmatch(r"(?:global|buffer|flat)_store_\w+", op[1]):
+            on_their_way = True
+        elif op[1] == "s_waitcnt" and "vmcnt(0)" in op[2]:
+            on_their_way = False
+        elif op[1] == "s_barrier":
+            at_barrier = on_their_way
+        elif re.match(r"(?:global|buffer|flat)_atomic_add", op[1]) and at_barrier:
+            problems.append("a program is counted while stores of its waves may be on their way")
+    return problems
 
 
 def amd_multiply_adds(text: str) -> int:

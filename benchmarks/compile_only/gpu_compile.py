@@ -10,7 +10,7 @@ import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ sys.path.insert(0, str(ROOT))
 from layerskip_kernels.model_config import ModelConfig
 from layerskip_kernels.operands import DraftSampling, LayerWeights, LogitEdits, ModelSizes, ModelWeights
 from layerskip_kernels.triton_ops import integer_rows, steps
+from layerskip_kernels.triton_ops import launch as launching
 from layerskip_kernels.triton_ops.graphs import table_width
 from layerskip_kernels.triton_ops.packing import num_steps
 from layerskip_kernels.triton_ops.quantised import BY_SEGMENT, KINDS, Kind
@@ -110,6 +111,17 @@ def recording(launches: list[Launch]) -> Iterator[None]:
         yield
     finally:
         JITFunction.run = original
+
+
+@contextmanager
+def dependent_launches() -> Iterator[None]:
+    """Kernels are launched as tuned.Config says of ``dependent``."""
+    original = launching.config_of
+    launching.config_of = lambda op: replace(original(op), dependent=True)
+    try:
+        yield
+    finally:
+        launching.config_of = original
 
 
 def set_target(name: str) -> None:

@@ -13,9 +13,11 @@ import argparse
 import json
 import multiprocessing
 import os
+import re
 import sys
 import tempfile
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,7 @@ STEPS = (("decode", 1), ("draft", 1), ("verify", 7))
 CHUNK = 256  # rows of a prompt that go through the layers at once
 PROMPTS = ("bf16", "fp32", "int8", "int15", "q8_0", "q4_0", "q4_k_m")  # whose prompts docs/performance.md counts
 COUNTED = (("decode", 4), ("decode", 8), ("decode", 16))
-Case = tuple[str, str, str, int]  # shape, dtype, kind of step, rows
+Case = tuple[str, str, str, int]  # shape, dtype, kind of step ("dependent": a verification so launched), rows
 LATENCY = 0.7e-6  # seconds from a load to its data in a busy memory system: assumed, not measured
 TOLERANCE = 0.02  # bytes of a step beside the count on paper
 MAX_PER_LAYER, MAX_BESIDES = 6, 4
@@ -52,6 +54,7 @@ MOST_SPILLED = 0.03  # of the instructions of a tile of quantised weights, some 
 LEAST_FMA = 0.75  # of the instructions in the loop of a prompt's kernel; 0.84 was reached
 LEAST_FMA_OF_ATTENTION = 0.65  # the same of its loops over K and V, whose heads have fewer numbers; 0.68 to 0.79
 KIND_ARGUMENTS = ("KIND", "Q_KIND", "K_KIND", "V_KIND", "GATE_KIND", "UP_KIND")
+DEPENDENT = ("sm_90", "sm_100")  # which may begin before the kernel ahead of them is done
 STREAMING = ("_qkv_rope_append_kernel", "_linear_residual_kernel", "_gate_up_act_kernel", "_head_kernel")
 MAY_FUSE = (*STREAMING, "_attend_kernel")  # in 16 bits: their products are exact
 
@@ -170,6 +173,7 @@ def examine(target: str, shape: str, dtype: str, launch: Any, folder: Path) -> K
         said = asm.amd_resources(text)
         registers, spilled = said["reg"], said["stack"] + said["local"]
         problems, multiply_adds = asm.amd_forbidden(text), asm.amd_multiply_adds(text)
+        problems += asm.amd_stores_on_their_way(text)
         narrow: dict[int, int] = {}
     else:
         cubin, ptx = folder / "kernel.cubin", compiled.asm["ptx"]
@@ -178,6 +182,8 @@ def examine(target: str, shape: str, dtype: str, launch: Any, folder: Path) -> K
         registers, spilled = said["reg"], said["stack"] + said["local"]
         problems, multiply_adds = asm.ptx_forbidden(ptx), asm.ptx_multiply_adds(ptx)
         narrow = dict(asm.ptx_weight_loads(ptx))
+        if arguments.get("DEPENDENT"):
+            problems += dependence_problems(ptx, asm.disassemble(cubin), arguments["ROWS"] * ("rows_ptr" in arguments))
         loops = asm.sass_loops(asm.disassemble(cubin)) if launch.name in MAY_FUSE else []
         prompt = arguments.get("PROMPT", False)
         if launch.name == "_attend_kernel" and arguments["FMA"] and arguments["q_ptr"].size(0) <= MOST_DECODED:
@@ -266,6 +272,20 @@ def tile_problems(tile: Any, sums: int, loop: dict[str, int]) -> list[str]:
     return problems
 
 
+def dependence_problems(ptx: str, sass: str, others: int) -> list[str]:
+    """Of a kernel that asks for weights before it waits for the one ahead: in PTX, and in what ptxas made of it.
+
+    ``others``: the head's rows, which are copied in before a step, say which rows there are.
+    """
+    import gpu_assembly as asm
+
+    problems, asked = asm.ptx_dependence(ptx, others), asm.sass_asked_before_wait(sass)
+    wanted = len(re.findall(r"\bld\.global", ptx.partition("griddepcontrol.wait")[0]))
+    if asked != wanted:
+        problems.append(f"{asked} loads before the wait for the kernel ahead in the machine's code, {wanted} in PTX")
+    return problems
+
+
 def products_of_step(kind: int) -> int:
     """Integer MMAs of a warp in a step of sixteen columns and eight rows: of two segments, blocks or planes, halves."""
     return 8 if kind & 15 == 6 else 4
@@ -343,6 +363,7 @@ def loop_work(kernel: Kernel, num_bytes: int) -> dict[str, float]:
 def file_bytes(config: Any, weights: str, layers: int) -> int:
     """Beyond a bf16 model's bytes (a negative number): those of quantised matrices as they are stored."""
     import torch
+
     from gpu_compile import types_of
     from layerskip_kernels.evaluation.floors import matrix_bytes
 
@@ -421,11 +442,13 @@ def check_target(job: tuple[str, list[Case]]) -> dict[str, Any]:
     steps = []
     with tempfile.TemporaryDirectory() as folder:
         for shape, dtype, kind, rows in cases:
-            step = gpu_compile.Step(kind, rows)
+            depends = kind == "dependent"
+            step = gpu_compile.Step("verify" if depends else kind, rows)
             if kind == "sampling":
                 launches = gpu_compile.record_sampling(CONFIGS[shape], rows)
             else:
-                launches = gpu_compile.record(CONFIGS[shape], dtype, step)
+                with gpu_compile.dependent_launches() if depends else nullcontext():
+                    launches = gpu_compile.record(CONFIGS[shape], dtype, step)
             work = Counter[str]()
             for launch in launches:
                 key = f"{launch.compiled.hash} {launch.grid}" if launch.name in STREAMING else launch.compiled.hash
@@ -435,6 +458,7 @@ def check_target(job: tuple[str, list[Case]]) -> dict[str, Any]:
             if kind == "sampling":  # a few rows of scores beside all weights: not on paper
                 continue
             counts = count_step(CONFIGS[shape], GPUS[LIMITS[target].gpu], step, dtype, launches)
+            counts["dependent"] = sum(bool(launch.arguments.get("DEPENDENT")) for launch in launches)
             steps.append({"target": target, "shape": shape, "dtype": dtype, **counts, **work})
     return {"kernels": [asdict(kernel) for kernel in kernels.values()], "steps": steps}
 
@@ -450,6 +474,8 @@ def whole_grid(target: str) -> list[Case]:
     cases = [(shape, "bf16", kind, rows) for shape in SHAPES for kind, rows in (*STEPS, *counted)]
     cases += [("llama3.2-1b", dtype, "verify", rows) for dtype in ("fp16", "fp32") for rows in (1, 7)]
     cases += [("llama3.2-1b", "fp32", "sampling", 7)]
+    if target in DEPENDENT:
+        cases += [("llama3.2-1b", dtype, "dependent", rows) for dtype, rows in (("bf16", 1), ("bf16", 7), ("fp32", 1))]
     cases += [("llama3.2-1b", "q4_k_m", kind, rows) for kind, rows in (*STEPS, ("verify", 16))]
     if target != "gfx942":
         cases += [("llama3.2-1b", numbers, "prompt", 64) for numbers in ("bf16", "fp32", "q4_0", "int8")]

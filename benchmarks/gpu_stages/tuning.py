@@ -1,7 +1,8 @@
 """Stage 6: launch configurations of the kernels that stream 16-bit weights, timed at the shapes of real models.
 
 Writes what was fastest into tuned.json, beside the kernels and in the stage's folder; the package reads the former
-(triton_ops/tuned.py). Each configuration's results are compared with the default's before it is timed.
+(triton_ops/tuned.py). Each configuration's results are compared with the default's before it is timed. Whether kernels
+are to begin before the one ahead is done (``dependent``) is timed last, on steps of a model, since it takes several.
 """
 
 from __future__ import annotations
@@ -20,9 +21,11 @@ import torch
 from torch import Tensor
 
 from layerskip_kernels import triton_ops
+from layerskip_kernels.evaluation import datasheets
 from layerskip_kernels.triton_ops import launch, tuned
 from layerskip_kernels.triton_ops.tuned import DEFAULTS, Config
 from stage import DEVICE, REHEARSING, Stage, StageError, main, milliseconds
+from timings import CONTEXTS, TINY, our_model, random_llama, steps_after
 
 # Of Llama-3-8B: columns and inputs of the matrices that an op multiplies with (of qkv, those of q).
 SHAPES = {"out_residual": (4096, 14336), "norm_gate_up_act": (14336, 4096), "norm_qkv_rope_append": (4096, 4096),
@@ -36,6 +39,8 @@ COLUMNS, AHEADS = ((16, 32), (4,)) if REHEARSING else (tuned.COLUMNS, (2, 4, 8, 
 WORKERS = 14
 PROMPT = 40 if REHEARSING else 256  # rows of a prompt that go through the layers at once
 PROMPTS = tuned.PROMPTS[:2] if REHEARSING else tuned.PROMPTS
+LAYERS, DEPENDENT_ROUNDS = (2, 1) if REHEARSING else (8, 7)
+LEAST_GAIN = 0.01  # of a step's time, for which kernels depend on one another
 Choice = tuple[str, int, int, int]  # op, columns, rows, ahead
 
 
@@ -151,12 +156,55 @@ def timed_prompts(stage: Stage, op: str) -> dict[tuple[int, int, int], float]:
     return times
 
 
+def timed_dependence() -> dict[str, dict[str, float]]:
+    """Milliseconds of steps of a few layers whose kernels begin when the one ahead is done ("off"), or before ("on").
+
+    Each in turn, as captured; medians. Raises StageError where the logits differ.
+    """
+    shape = replace(datasheets.SHAPES["llama3.2-1b"], **(TINY if REHEARSING else {"num_layers": LAYERS}))
+    model = our_model(random_llama(shape), "llama3.2-1b")
+    ways: dict[str, dict[str, Callable[[], Any]]] = {}
+    logits: dict[str, list[Tensor]] = {}
+
+    def choose_way(way: str) -> None:
+        launch.config_of = lambda op: replace(tuned.config_of(op), dependent=way == "on")
+
+    for way in ("off", "on"):
+        torch.manual_seed(0)  # of the cache's K and V
+        steps = steps_after(model, CONTEXTS[0])
+        ways[way] = {name: run for name, (run, _) in steps.items() if name in ("decode", "verify 8 rows")}
+        choose_way(way)
+        logits[way] = [run()[2] for run in ways[way].values() for _ in range(3)]  # launched, captured, replayed
+    if not all(map(torch.equal, logits["off"], logits["on"])):
+        raise StageError("kernels that begin before the one ahead is done gave other bits")
+    times: dict[str, dict[str, list[float]]] = {name: {"off": [], "on": []} for name in ways["on"]}
+    for _ in range(DEPENDENT_ROUNDS):
+        for name, of_way in times.items():
+            for way, found in of_way.items():
+                choose_way(way)
+                found.append(milliseconds(ways[way][name], rounds=1))
+    return {
+        name: {way: round(sorted(found)[len(found) // 2], 5) for way, found in of_way.items()}
+        for name, of_way in times.items()
+    }
+
+
+def pays(times: dict[str, dict[str, float]]) -> bool:
+    off, on = (sum(of_way[way] for of_way in times.values()) for way in ("off", "on"))
+    return on < (1 - LEAST_GAIN) * off
+
+
 def write(file: Path, gpu: str, configs: dict[str, Any]) -> None:
     """Beside what the file says of other GPUs."""
     said = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     said[gpu] = {**said.get(gpu, {}), **configs}
     file.write_text(json.dumps(said, indent=1) + "\n", encoding="utf-8")
     tuned.read_tuned(file)  # raises where it is not what the package reads
+
+
+def write_all(folder: Path, gpu: str, configs: dict[str, Any]) -> None:
+    for file in [folder / "tuned.json", *([] if REHEARSING else [tuned.FILE])]:
+        write(file, gpu, configs)
 
 
 def run(stage: Stage) -> None:
@@ -180,9 +228,15 @@ def run(stage: Stage) -> None:
             configs[op] = found
             if prompts:
                 configs[op]["prompt"] = min(prompts, key=lambda tile: prompts[tile])
-            for file in [folder / "tuned.json", *([] if REHEARSING else [tuned.FILE])]:
-                write(file, gpu, configs)
+            write_all(folder, gpu, configs)
         stage.note(gpu=gpu, times=rows_of_table, fastest=configs)
+    if stage.left() > 40:
+        dependence = timed_dependence()
+        stage.note(dependence=dependence)
+        if pays(dependence):
+            configs = {op: config | {"dependent": True} for op, config in configs.items()}
+            write_all(folder, gpu, configs)
+            stage.note(fastest=configs)
     if len(configs) < len(OPS):
         raise StageError(f"only {', '.join(configs) or 'none'} of {', '.join(OPS)} were timed whole")
 

@@ -100,11 +100,9 @@ class TritonOps:
 
     def __init__(self, device: torch.device) -> None:
         if device.type == "cuda" and torch.version.hip:
-            # The last program to finish a group of rows normalises what all of them wrote. The compiler waits for its
-            # own wave's stores only before it counts a program, so others' may still be on their way (gfx942).
             raise RuntimeError(
-                "backend 'triton' does not run on AMD GPUs: its residual kernels could read what another program has "
-                "not stored yet; use backend='cpu'"
+                "backend 'triton' does not run on AMD GPUs: its kernels were compiled for them, but never run; use "
+                "backend='cpu'"
             )
         if device.type == "cuda" and device.index >= torch.cuda.device_count():
             there = ", ".join(f"cuda:{index}" for index in range(torch.cuda.device_count()))

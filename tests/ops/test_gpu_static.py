@@ -17,7 +17,8 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 HARNESS = ROOT / "benchmarks" / "compile_only"
-CASES = ["bf16,decode,1", "bf16,draft,1", "bf16,verify,7", "bf16,prompt,64", "q4_k_m,verify,7", "fp32,sampling,7"]
+CASES = ["bf16,dependent,1", "bf16,decode,1", "bf16,draft,1", "bf16,verify,7", "bf16,prompt,64"]
+CASES += ["q4_k_m,verify,7", "fp32,sampling,7"]
 
 
 def load(name):
@@ -90,7 +91,8 @@ def test_only_dots_and_attention_fuse(report):
 
 def test_the_launches_of_steps(report):
     """Launches a step, with one chunk of attention to merge: 16 layers decoding and verifying, 2 drafting."""
-    steps = {step["kind"]: step for step in report["steps"] if step["dtype"] == "bf16" and step["kind"] != "prompt"}
+    steps = [step for step in report["steps"] if step["dtype"] == "bf16" and step["kind"] != "prompt"]
+    steps = {step["kind"]: step for step in steps if not step["dependent"]}
     for step in steps.values():
         assert step["launches"] - step["besides"] == gpu_static.MAX_PER_LAYER * step["layers"]
         assert abs(step["bytes"] - step["paper"]) <= gpu_static.TOLERANCE * step["paper"]
@@ -100,6 +102,12 @@ def test_the_launches_of_steps(report):
         "draft": (2, 3),  # join, head, take
         "verify": (16, 4),  # rows join at two depths
     }
+
+
+def test_kernels_ask_for_weights_before_they_wait_for_the_one_ahead(report):
+    """qkv, output, gate and up, and down of each layer, and the head; PTX and SASS were read for it."""
+    (step,) = (step for step in report["steps"] if step["dependent"])
+    assert (step["layers"], step["dependent"]) == (16, 4 * 16 + 1)
 
 
 def test_quantised_weights_are_multiplied_as_they_are_loaded(report):
@@ -218,6 +226,46 @@ def test_a_bf16_sum_on_sm_80_is_no_multiply_add():
     assert asm.ptx_multiply_adds(pair + "    fma.rn.bf16x2  %r1, %r2, %r3, %r4;\n") == 2
 
 
+DEPENDENT = """
+    ld.param.b64  %rd1, [k_param_0];
+    @%p1 ld.global.L1::evict_first.L2::cache_hint.v4.b32  {%r1, %r2, %r3, %r4}, [%rd1], %rd2;
+    griddepcontrol.wait; // dummy
+    griddepcontrol.launch_dependents; // dummy
+    ld.global.v4.b32  {%r5, %r6, %r7, %r8}, [%rd3];
+    st.global.b16  [%rd4], %rs1;
+"""
+READ, WAIT, LET = "    ld.global.b32  %r9, [%rd5];\n", "    griddepcontrol.wait; // dummy\n", "launch_dependents"
+
+
+def test_what_is_done_before_the_kernel_ahead_is_done():
+    judge = asm.ptx_dependence
+    assert judge(DEPENDENT, 0) == []
+    assert judge(READ + DEPENDENT, 1) == [] and judge(READ + DEPENDENT, 0) and judge(READ * 2 + DEPENDENT, 1)
+    for early in ("st.global.b16  [%rd4], %rs1;", "atom.global.gpu.acq_rel.add.u32  %r1, [%rd1], 1;",
+                  "st.global.L1::no_allocate.b32 [%rd1], %r1;", "red.global.add.u32 [%rd1], 1;"):  # fmt: skip
+        assert judge(f"    {early}\n" + DEPENDENT, 1)
+    assert judge(DEPENDENT.replace(WAIT, ""), 0) and judge(DEPENDENT + WAIT, 0)
+    assert judge(WAIT + DEPENDENT.replace(WAIT, ""), 0)  # no weight is asked for before it
+    assert judge(DEPENDENT.replace(LET, "wait"), 0)
+    let = f"    griddepcontrol.{LET}; // dummy\n"
+    assert judge(let + DEPENDENT.replace(let, ""), 0)
+
+
+SASS = """
+        /*0000*/                   LDG.E.128 R4, desc[UR4][R2.64] ;
+        /*0010*/                   ACQBULK ;
+        /*0020*/                   LDG.E R4, desc[UR4][R2.64] ;
+"""
+
+
+def test_what_ptxas_left_before_the_wait():
+    assert asm.sass_asked_before_wait(SASS) == 1
+    assert asm.sass_asked_before_wait(SASS.replace("ACQBULK", "NOP")) is None
+    assert gpu_static.dependence_problems(DEPENDENT, SASS, 0) == []
+    assert gpu_static.dependence_problems(DEPENDENT, SASS.replace("LDG.E.128", "LDC"), 0)
+    assert gpu_static.dependence_problems(DEPENDENT, SASS.replace("ACQBULK", "LDG.E R8, desc[UR4][R2.64]", 1) + SASS, 0)
+
+
 @pytest.mark.parametrize(
     "line",
     [
@@ -272,24 +320,39 @@ def test_resident_programs(threads, registers, shared, resident):
     assert gpu_static.resident_programs(gpu_static.LIMITS["sm_90"], threads, registers, shared) == resident
 
 
-LAYOUT = """#blocked = #ttg.blocked<{{sizePerThread = [1, 1, {each}], threadsPerWarp = [{lanes}], warpsPerCTA = [{warps}], order = [2, 1, 0]}}>
-    %w = tt.load %p, %m evictionPolicy = evict_first : tensor<16x8x8x!tt.ptr<{dtype}>, #blocked> loc(#loc)
-    %x = tt.load %q : tensor<1x8x8x!tt.ptr<f32>, #blocked> loc(#loc)
+LAYOUT = """#blocked = #ttg.blocked<{{sizePerThread = [1, {each}], threadsPerWarp = [{lanes}], warpsPerCTA = [{warps}], order = [1, 0]}}>
+    %w = {load} : {pointer}tensor<8x128x{element}, #blocked> loc(#loc)
+    %x = tt.load %q : tensor<8x1x8x!tt.ptr<f32>, #blocked> loc(#loc)
+    %h = tt.load %q, %n, %z cacheModifier = cg : tensor<8x256x!tt.ptr<bf16>, #blocked1> loc(#loc)
 """  # noqa: E501
+LOADS = {  # as Triton writes them for NVIDIA, and its versions for AMD
+    "nvidia": ("tt.load %p, %m evictionPolicy = evict_first", "", "!tt.ptr<{}>"),
+    "amd": ("amdg.buffer_load %p[%o], %m {contiguity = 8 : i32}", "", "{}"),
+    "amd of 3.9": (
+        "amdg.buffer_load %p[%o], %m {cachePolicy = #tt.cache_policy<cache_modifier = none, eviction_policy = "
+        "evict_first>, contiguity = 8 : i32}",
+        "!tt.ptr<{}> -> ",
+        "{}",
+    ),
+}
 
 
+@pytest.mark.parametrize("version", LOADS)
 @pytest.mark.parametrize(
     ("each", "lanes", "warps", "dtype", "expected"),
     [
-        (8, "16, 2, 1", "1, 4, 1", "bf16", (16, 16, 1.0, True)),
-        (8, "16, 2, 1", "1, 4, 1", "f32", (16, 32, 1.0, True)),
-        (8, "4, 8, 1", "4, 1, 1", "bf16", (16, 16, 1.0, False)),
-        (4, "16, 1, 2", "1, 4, 1", "bf16", (8, 16, 1.0, True)),
-        (2, "16, 2, 1", "1, 4, 1", "bf16", (4, 16, 0.25, True)),
+        (8, "2, 16", "4, 1", "bf16", (16, 16, 1.0, True)),
+        (8, "2, 16", "4, 1", "f32", (16, 32, 1.0, True)),
+        (8, "8, 4", "1, 4", "bf16", (16, 16, 1.0, False)),
+        (4, "1, 32", "4, 1", "bf16", (8, 16, 1.0, True)),
+        (2, "2, 16", "4, 1", "bf16", (4, 16, 1.0, False)),
+        (1, "32, 1", "1, 4", "bf16", (2, 64, 0.0625, False)),
     ],
 )
-def test_a_warps_weight_load(each, lanes, warps, dtype, expected):
-    load = asm.weight_layout(LAYOUT.format(each=each, lanes=lanes, warps=warps, dtype=dtype))
+def test_a_warps_weight_load(version, each, lanes, warps, dtype, expected):
+    load, pointer, element = (text.replace("{}", dtype) for text in LOADS[version])
+    text = LAYOUT.format(each=each, lanes=lanes, warps=warps, load=load, pointer=pointer, element=element)
+    load = asm.weight_layout(text)
     assert (load.bytes_at_once, load.bytes_of_thread, load.sector_use, load.columns_first) == expected
     problems = gpu_static.load_problems({load.bytes_at_once: 1}, load.sector_use, load.columns_first)
     assert bool(problems) == (expected[0] != 16 or not expected[3])
@@ -320,6 +383,30 @@ def test_amd_assembly_is_read():
                  "global_atomic_pk_add_bf16 v1, v2, s[0:1]", "ds_add_rtn_f32 v1, v2, v3"):  # fmt: skip
         assert asm.amd_forbidden(f"{AMD}\t{line}\n"), line
     assert asm.amd_forbidden(AMD.replace("mode_32 3", "mode_32 0"))
+
+
+@pytest.mark.parametrize("reciprocal", ["v_rcp_iflag_f32_e32", "v_rcp_f32_e32"])
+def test_a_division_of_integers_has_a_reciprocal(reciprocal):
+    """Of 32 bits, as Triton's versions have it; each is known by its literal."""
+    division = f"\t{reciprocal} v1, v1\n\tv_mul_f32_e32 v1, 0x4f7ffffe, v1\n"
+    assert asm.amd_forbidden(AMD + division) == []
+    assert asm.amd_forbidden(AMD + division + f"\t{reciprocal} v1, v1\n")
+
+
+ARRIVES = """
+	buffer_store_short v2, v14, s[8:11], 0 offen
+	s_waitcnt vmcnt(0)
+	s_barrier
+	buffer_wbl2 sc1
+	s_waitcnt vmcnt(0)
+	global_atomic_add v3, v3, v4, s[4:5] sc0
+"""
+
+
+def test_a_program_that_is_counted_before_its_stores_are_there_is_seen():
+    assert asm.amd_stores_on_their_way(ARRIVES) == []
+    assert asm.amd_stores_on_their_way(ARRIVES.replace("\ts_waitcnt vmcnt(0)\n", "", 1))
+    assert asm.amd_stores_on_their_way(ARRIVES.replace("vmcnt(0)\n\ts_b", "lgkmcnt(0)\n\ts_b"))
 
 
 def test_a_step_beside_the_paper():
