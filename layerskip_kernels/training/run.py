@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +102,22 @@ def export_checkpoint(config: TrainingConfig, folder: Path) -> Path:
     return checkpoint
 
 
+PRECISION = "ACCELERATE_MIXED_PRECISION"
+
+
+@contextlib.contextmanager
+def _precision_of_its_own() -> Iterator[None]:
+    """Transformers 4 leaves a training's precision in the environment, where the next one would take it for its own."""
+    before = os.environ.get(PRECISION)
+    try:
+        yield
+    finally:
+        os.environ.pop(PRECISION, None)
+        if before is not None:
+            os.environ[PRECISION] = before
+
+
+@_precision_of_its_own()
 def build_trainer(config: TrainingConfig) -> LayerSkipTrainer:
     """The trainer of a config: vocabulary, data sets (both kept in the output folder) and model.
 

@@ -1,5 +1,6 @@
 """How long a training takes is said before it starts and from its first step on; nothing of it changes the training."""
 
+import os
 import re
 import subprocess
 import sys
@@ -100,3 +101,15 @@ def test_a_training_uses_nothing_that_is_deprecated(tmp_path):
     )
     ran = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, timeout=120)
     assert ran.returncode == 0, ran.stderr
+
+
+def test_a_precision_does_not_reach_the_next_training(tmp_path, monkeypatch):
+    """Transformers 4 writes it into the environment, for the process and all that it starts."""
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    monkeypatch.setattr("layerskip_kernels.training.run.has_bf16_units", lambda: True)
+    found = []
+    for bf16 in (True, False):
+        trainer = build_trainer(read_config(write_config(tmp_path, training={"bf16": bf16})))
+        found.append(trainer.accelerator.mixed_precision)
+        assert "ACCELERATE_MIXED_PRECISION" not in os.environ
+    assert found == ["bf16", "no"]
