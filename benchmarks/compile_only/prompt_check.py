@@ -1,8 +1,10 @@
-"""The kernels of prompts, compiled for NVIDIA's GPUs and run on the CPU from their PTX (ptx_run.py): rule 1's bits.
+"""The kernels of prompts, compiled for NVIDIA's GPUs and run on the CPU from their PTX (ptx_run.py): the contract's
+bits.
 
 Triton's dot of fp32 numbers is a chain of multiply-adds, whose order its interpreter does not have: so what the
 compiler made of it is run, instruction by instruction, and compared with the reference. Sums are kept in fp32, and
-terms are of very different sizes, so that another order would be seen.
+terms are of very different sizes, so that another order would be seen. Of quantised weights, whose sums have no order,
+it is seen that threads multiply what belongs together.
 """
 
 from __future__ import annotations
@@ -21,7 +23,9 @@ import torch
 from torch import Tensor
 
 import gpu_compile
+from layerskip_kernels.model.quantise import quantise
 from layerskip_kernels.ops.reference import arithmetic as reference
+from layerskip_kernels.ops.reference import blocks as reference_blocks
 from layerskip_kernels.triton_ops import launch, pack_weight, tuned
 from layerskip_kernels.triton_ops.elementwise import linear
 from layerskip_kernels.triton_ops.integer_rows import Rows
@@ -32,11 +36,12 @@ from ptx_run import Counts, run
 
 ROWS, INPUTS, OUTPUTS = 70, 136, 40  # segments of 17: three steps, of which two are multiplied at once
 HEADS, KV_HEADS, HEAD, PAGE = 3, 1, 8, 16
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+QUANTISED = ["q4_0", "q8_0", "q4_k", "q6_k", "int8", "int15"]
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def numbers(*shape: int, dtype: torch.dtype, seed: int) -> Tensor:
-    """Of 16 bits, in sizes from 2^-6 to 2^6 or so."""
+    """In sizes from 2^-6 to 2^6 or so."""
     generator = torch.Generator().manual_seed(seed)
     sizes = torch.exp2(3 * torch.randn(shape, generator=generator)).clamp(2**-6, 2**6)
     return (torch.randn(shape, generator=generator) * sizes).to(dtype)
@@ -48,7 +53,7 @@ def launched(call: Callable[[], Any], counts: Counts) -> Any:
     with gpu_compile.recording(launches):
         result = call()
     for la in launches:
-        if not la.arguments.get("PROMPT", la.name == "_turn_rows_kernel"):
+        if not la.arguments.get("PROMPT", la.arguments.get("TILE", la.name == "_turn_rows_kernel")):
             raise RuntimeError(f"{la.name} took the path of few rows")
         given = [name for name, kind in la.compiled.src.signature.items() if kind != "constexpr"]
         arguments = [as_array(la.arguments[name]) for name in given]
@@ -60,7 +65,9 @@ def launched(call: Callable[[], Any], counts: Counts) -> Any:
 def as_array(value: Any) -> Any:
     if not isinstance(value, Tensor):
         return value
-    return value.view(torch.int16).numpy() if value.dtype in DTYPES.values() else value.numpy()
+    if not value.is_contiguous():  # rows beside which others of their forms lie
+        value = value.as_strided((value.untyped_storage().nbytes() // value.itemsize - value.storage_offset(),), (1,))
+    return value.view(torch.int16).numpy() if value.dtype in (torch.bfloat16, torch.float16) else value.numpy()
 
 
 def ops(dtype: torch.dtype, counts: Counts) -> dict[str, bool]:
@@ -105,6 +112,22 @@ def qkv(rows: Rows, x: Tensor, dtype: torch.dtype, counts: Counts) -> bool:
     return all(map(torch.equal, (q.view(ROWS, -1), k, v), expected))
 
 
+def check_quantised(target: str, name: str) -> dict[str, Any]:
+    """Rule 8's bits, of segments of three blocks: one product alone, and two that share a program's columns."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(ROWS, 3 * 256, generator=generator)
+    found = [quantise(torch.randn(OUTPUTS, 3 * 256, generator=generator), name) for _ in range(2)]
+    first, second = map(pack_weight, found)
+    sums = [reference_blocks.integer_dot(x, weight) for weight in found]
+    counts = Counts()
+    bits = {"linear": torch.equal(launched(lambda: linear(x, first, None, OUTPUTS), counts), sums[0])}
+    rows, activation = Rows.of_numbers(x, first), Rows(ROWS, OUTPUTS, (), x.device)
+    launched(lambda: gate_up_act(rows, first, second, x, activation, OUTPUTS, ROWS), counts)
+    expected = Rows.of_numbers(reference.silu(sums[0]) * sums[1]).numbers
+    bits["gate_up_act"] = torch.equal(activation.numbers, expected)
+    return {"target": target, "weights": name, "bits": bits, "integer_products": counts.ops["mma"]}
+
+
 def check(target: str, dtype: str, prompt: tuple[int, int, int]) -> dict[str, Any]:
     """The bits, and what the program's loads from shared memory cost beside its multiply-adds."""
     configs = {op: replace(config, prompt=config.prompt and prompt) for op, config in tuned.DEFAULTS.items()}
@@ -120,10 +143,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--target", default="sm_90", choices=("sm_80", "sm_90", "sm_100"))
     parser.add_argument("--case", action="append", help="dtype,rows,columns,warps; default: all, in bf16 and fp16")
+    parser.add_argument("--quantised", action="append", help="a type of weights; default: some, if there is no case")
     args = parser.parse_args()
     gpu_compile.set_target(args.target)
-    cases = [(case.split(",")[0], tuple(map(int, case.split(",")[1:]))) for case in args.case or ()]
-    found = [check(args.target, *case) for case in cases or [(d, p) for p in tuned.PROMPTS for d in DTYPES]]
+    cases: list[Any] = [(case.split(",")[0], tuple(map(int, case.split(",")[1:]))) for case in args.case or ()]
+    if not cases and not args.quantised:
+        cases, args.quantised = [(d, p) for p in tuned.PROMPTS for d in DTYPES], QUANTISED
+    found = [check_quantised(args.target, name) for name in args.quantised or ()]
+    found += [check(args.target, *case) for case in cases]
     for entry in found:
         print(json.dumps(entry))
     return int(not all(all(entry["bits"].values()) for entry in found))

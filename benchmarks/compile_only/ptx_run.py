@@ -1,9 +1,10 @@
 """Runs a compiled Triton kernel's PTX on the CPU: all threads of a program in step, one NumPy call an instruction.
 
-Enough of PTX for the kernels that multiply tiles of 16-bit numbers (triton_ops/prompt_dot.py); anything else raises
-NotImplementedError, as does a branch that threads take apart. Sums are rounded as the instructions say: a multiply-add
-whose product is not exact in fp32, which NumPy could not round once, raises ValueError. Loads from shared memory are
-counted, and the cycles that its banks take for them.
+Enough of PTX for the kernels that multiply tiles of numbers (triton_ops/prompt_dot.py) or of quantised weights
+(integer_tiles.py), and that round rows for these; anything else raises NotImplementedError, as does a branch that
+threads take apart. Sums are rounded as the instructions say: a multiply-add whose product is not exact in fp32, which
+NumPy could not round once, raises ValueError. Loads from shared memory are counted, and the cycles that its banks take
+for them.
 """
 
 from __future__ import annotations
@@ -143,6 +144,10 @@ class Program:
                 self.matrices(op, args)
             elif op[0] == "mov":
                 self.mov(op, args, active)
+            elif op[0] == "mma":
+                self.integer_mma(op, args, active)
+            elif op[0] == "createpolicy":
+                pass  # how long caches keep what is loaded
             else:
                 self.write(args[0], self.value(op, args[1:]), active)
 
@@ -178,6 +183,10 @@ class Program:
             return np.divide(*(self.read(arg, np.float32) for arg in args))
         if name == "cvt":
             return self.cvt(op, args[0])
+        if name == "shfl":
+            return self.shuffle(op, args)
+        if name == "prmt":
+            return self.permute(args)
         if name == "selp":
             dtype = np.uint32 if kind == "f32" else INTEGERS[kind]
             return np.where(self.registers[args[2]], self.read(args[0], dtype), self.read(args[1], dtype))
@@ -218,6 +227,38 @@ class Program:
         if name == "not":
             return ~pair[0]
         raise NotImplementedError(".".join(op))
+
+    def shuffle(self, op: tuple[str, ...], args: tuple[str, ...]) -> Values:
+        """What the lane has whose number differs in the bits of the second operand."""
+        if op[1:3] != ("sync", "bfly") or args[2] != "31":
+            raise NotImplementedError(".".join(op))
+        return self.read(args[0], np.uint32)[np.arange(self.threads) ^ int(args[1], 0)]
+
+    def permute(self, args: tuple[str, ...]) -> Values:
+        """Four of the eight bytes of two words."""
+        selector = int(args[2].rstrip("U"), 0)
+        places = [selector >> 4 * i & 15 for i in range(4)]
+        if max(places) > 7:
+            raise NotImplementedError(f"prmt {args[2]}")
+        of_both = np.stack([self.read(arg, np.uint32) for arg in args[:2]], axis=1).view(np.uint8)
+        return np.ascontiguousarray(of_both[:, places]).view(np.uint32)[:, 0]
+
+    def integer_mma(self, op: tuple[str, ...], args: tuple[str, ...], active: Values) -> None:
+        """[16, 32] times [32, 8] of each warp: lane 4 g + t has k = 4 t .. 4 t + 3 and 16 further of rows g and g + 8,
+        the same of column g, and columns 2 t and 2 t + 1 of the sums of its rows."""
+        if op[3:] != ("m16n8k32", "row", "col", "satfinite", "s32", "s8", "s8", "s32") or not active.all():
+            raise NotImplementedError(".".join(op))
+        a, b = (
+            [self.read(name, np.uint32).view(np.int8).reshape(-1, 8, 16) for name in names(arg)] for arg in args[1:3]
+        )
+        c = [self.read(name, np.int32).reshape(-1, 8, 4) for name in names(args[3])]
+        rows = np.concatenate([np.concatenate(a[:2], axis=1), np.concatenate(a[2:], axis=1)], axis=2).astype(np.int64)
+        products = rows @ np.concatenate(b, axis=2).astype(np.int64).transpose(0, 2, 1)
+        for i, name in enumerate(names(args[0])):
+            half = products[:, i // 2 * 8 : i // 2 * 8 + 8, i % 2 :: 2] + c[i]
+            if abs(half).max() >= 1 << 31:
+                raise OverflowError("a sum of products beyond 32 bits")
+            self.write(name, half.reshape(-1).astype(np.int32), active)
 
     @staticmethod
     def shift(name: str, value: Values, by: Values) -> Values:
@@ -340,6 +381,7 @@ def multiply_add(a: Values, b: Values, c: Values) -> Values:
 
 FLOATS: dict[str, Callable[..., Values]] = {
     "fma": multiply_add, "add": np.add, "sub": np.subtract, "mul": np.multiply, "neg": np.negative,
+    "max": np.fmax, "min": np.fmin,
 }  # fmt: skip
 
 
