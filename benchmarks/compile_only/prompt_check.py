@@ -26,12 +26,15 @@ import gpu_compile
 from layerskip_kernels.model.quantise import quantise
 from layerskip_kernels.ops.reference import arithmetic as reference
 from layerskip_kernels.ops.reference import blocks as reference_blocks
+from layerskip_kernels.ops.reference import layers as reference_layers
 from layerskip_kernels.triton_ops import launch, pack_weight, tuned
 from layerskip_kernels.triton_ops.elementwise import linear
 from layerskip_kernels.triton_ops.integer_rows import Rows
 from layerskip_kernels.triton_ops.norm_gate_up_act import gate_up_act
 from layerskip_kernels.triton_ops.norm_qkv_rope_append import qkv_rope_append
 from layerskip_kernels.triton_ops.out_residual import out_residual
+from layerskip_kernels.triton_ops.paged_attention import paged_attention
+from layerskip_kernels.triton_ops.rms_norm import from_segments
 from ptx_run import Counts, run
 
 ROWS, INPUTS, OUTPUTS = 70, 136, 40  # segments of 17: three steps, of which two are multiplied at once
@@ -52,14 +55,19 @@ def launched(call: Callable[[], Any], counts: Counts) -> Any:
     launches: list[gpu_compile.Launch] = []
     with gpu_compile.recording(launches):
         result = call()
+    run_all(launches, counts)
+    return result
+
+
+def run_all(launches: list[gpu_compile.Launch], counts: Counts) -> None:
     for la in launches:
-        if not la.arguments.get("PROMPT", la.arguments.get("TILE", la.name == "_turn_rows_kernel")):
+        taken = [la.arguments[name] for name in ("PROMPT", "TILE", "TILED") if name in la.arguments]
+        if not any(taken) and la.name != "_turn_rows_kernel":
             raise RuntimeError(f"{la.name} took the path of few rows")
         given = [name for name, kind in la.compiled.src.signature.items() if kind != "constexpr"]
         arguments = [as_array(la.arguments[name]) for name in given]
         threads, shared = 32 * la.compiled.metadata.num_warps, la.compiled.metadata.shared
         run(la.compiled.asm["ptx"], threads, shared, arguments, la.grid, counts)
-    return result
 
 
 def as_array(value: Any) -> Any:
@@ -112,6 +120,25 @@ def qkv(rows: Rows, x: Tensor, dtype: torch.dtype, counts: Counts) -> bool:
     return all(map(torch.equal, (q.view(ROWS, -1), k, v), expected))
 
 
+def check_attention(target: str) -> dict[str, Any]:
+    """Rule 4's bits, of rows that follow others, in bf16: two turns of the loops over K and V."""
+    dtype, before, rows, heads, size = torch.bfloat16, 40, 34, 2, 32
+    pages = -(-(before + rows) // PAGE)
+    q, k, v = (numbers(*shape, dtype=dtype, seed=i) for i, shape in enumerate(
+        [(rows, heads, size), (pages, 1, size, PAGE), (pages, 1, PAGE, size)]))  # fmt: skip
+    table, positions = torch.arange(pages, dtype=torch.int32).flip(0)[None], torch.arange(before, before + rows)
+    args = q, k, v, table, torch.tensor([0, rows], dtype=torch.int32), positions, 0.002
+    counts = Counts()
+    launches: list[gpu_compile.Launch] = []
+    with gpu_compile.recording(launches):
+        paged_attention(*args)  # which makes numbers of what is not there yet
+    run_all(launches, counts)
+    [la] = launches
+    got = from_segments(la.arguments["out_ptr"], heads * size, dtype)
+    return {"target": target, "bits": {"attention": torch.equal(got, reference_layers.paged_attention(*args))},
+            "multiply_adds": counts.ops["fma.rn.f32"] + 2 * counts.ops["fma.rn.f32x2"]}  # fmt: skip
+
+
 def check_quantised(target: str, name: str) -> dict[str, Any]:
     """Rule 8's bits, of segments of three blocks: one product alone, and two that share a program's columns."""
     generator = torch.Generator().manual_seed(0)
@@ -142,14 +169,16 @@ def check(target: str, dtype: str, prompt: tuple[int, int, int]) -> dict[str, An
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--target", default="sm_90", choices=("sm_80", "sm_90", "sm_100"))
-    parser.add_argument("--case", action="append", help="dtype,rows,columns,warps; default: all, in bf16 and fp16")
+    parser.add_argument("--case", action="append", help="dtype,rows,columns,warps; default: all, in each dtype")
     parser.add_argument("--quantised", action="append", help="a type of weights; default: some, if there is no case")
+    parser.add_argument("--attention", action="store_true", help="attention; the default if nothing else is named")
     args = parser.parse_args()
     gpu_compile.set_target(args.target)
     cases: list[Any] = [(case.split(",")[0], tuple(map(int, case.split(",")[1:]))) for case in args.case or ()]
-    if not cases and not args.quantised:
-        cases, args.quantised = [(d, p) for p in tuned.PROMPTS for d in DTYPES], QUANTISED
+    if not cases and not args.quantised and not args.attention:
+        cases, args.quantised, args.attention = [(d, p) for p in tuned.PROMPTS for d in DTYPES], QUANTISED, True
     found = [check_quantised(args.target, name) for name in args.quantised or ()]
+    found += [check_attention(args.target)] if args.attention else []
     found += [check(args.target, *case) for case in cases]
     for entry in found:
         print(json.dumps(entry))

@@ -13,6 +13,7 @@ import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,8 @@ from numpy.typing import NDArray
 
 Values = NDArray[Any]
 WIDTHS = {"8": 1, "16": 2, "32": 4, "64": 8}
-INTEGERS = {"s16": np.int16, "s32": np.int32, "s64": np.int64, "u16": np.uint16, "u32": np.uint32, "u64": np.uint64,
+INTEGERS = {"s8": np.int8, "s16": np.int16, "s32": np.int32, "s64": np.int64,
+            "u8": np.uint8, "u16": np.uint16, "u32": np.uint32, "u64": np.uint64,
             "b16": np.uint16, "b32": np.uint32, "b64": np.uint64}  # fmt: skip
 COMPARE = {"lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal, "eq": np.equal,
            "ne": np.not_equal}  # fmt: skip
@@ -75,13 +77,12 @@ class Program:
         self.shared = np.full(max(16, shared), 0xFF, np.uint8)  # NaN, until it is written
         self.at_once = joined_loads(self.lines, set(self.labels.values()))
 
-    def run(self, place: tuple[int, int]) -> None:
+    def run(self, place: tuple[int, ...], grid: tuple[int, ...]) -> None:
         everyone = np.ones(self.threads, bool)
         self.registers: dict[str, Values] = {
             "%tid.x": np.arange(self.threads, dtype=np.uint32),
-            "%ctaid.x": np.full(self.threads, place[0], np.uint32),
-            "%ctaid.y": np.full(self.threads, place[1], np.uint32),
-            "%ctaid.z": np.zeros(self.threads, np.uint32),
+            **{f"%ctaid.{axis}": np.full(self.threads, i, np.uint32) for axis, i in zip("xyz", place, strict=True)},
+            **{f"%nctaid.{axis}": np.full(self.threads, i, np.uint32) for axis, i in zip("xyz", grid, strict=True)},
             "global_smem": np.zeros(self.threads, np.uint64),
             **{name: np.full(self.threads, i, np.uint64) for i, name in enumerate(self.arguments)},
         }
@@ -185,6 +186,9 @@ class Program:
             return self.cvt(op, args[0])
         if name == "shfl":
             return self.shuffle(op, args)
+        if name == "redux" and op[2] in ("min", "max"):
+            of_warps = self.read(args[0], INTEGERS[kind]).reshape(-1, 32)
+            return np.repeat(of_warps.min(1) if op[2] == "min" else of_warps.max(1), 32)
         if name == "prmt":
             return self.permute(args)
         if name == "selp":
@@ -229,10 +233,11 @@ class Program:
         raise NotImplementedError(".".join(op))
 
     def shuffle(self, op: tuple[str, ...], args: tuple[str, ...]) -> Values:
-        """What the lane has whose number differs in the bits of the second operand."""
-        if op[1:3] != ("sync", "bfly") or args[2] != "31":
+        """What the lane has that the second operand names, or whose number differs in its bits."""
+        if op[1] != "sync" or op[2] not in ("bfly", "idx") or args[2] != "31":
             raise NotImplementedError(".".join(op))
-        return self.read(args[0], np.uint32)[np.arange(self.threads) ^ int(args[1], 0)]
+        lanes, named = np.arange(self.threads), self.read(args[1], np.uint32).astype(np.int64) % 32
+        return self.read(args[0], np.uint32)[lanes ^ named if op[2] == "bfly" else lanes // 32 * 32 + named]
 
     def permute(self, args: tuple[str, ...]) -> Values:
         """Four of the eight bytes of two words."""
@@ -268,6 +273,10 @@ class Program:
 
     def cvt(self, op: tuple[str, ...], arg: str) -> Values:
         target, source = op[-2:]
+        if op[1:] == ("rn", "bf16", "f32"):
+            bits = self.read(arg, np.uint32)
+            nearest = (bits + np.uint32(0x7FFF) + (bits >> np.uint32(16) & np.uint32(1))) >> np.uint32(16)
+            return np.where(np.isnan(bits.view(np.float32)), 0x7FFF, nearest).astype(np.uint16)
         if op[1:-2] not in ((), ("rn",)):
             raise NotImplementedError(".".join(op))
         if (target, source) == ("f32", "bf16"):
@@ -402,9 +411,9 @@ def run(
     # Triton adds two pointers, to memory that these kernels do not use.
     named = dict(zip(parameters, [*given, *[0] * (len(parameters) - len(given))], strict=True))
     program = Program(ptx, threads, shared, memory, named, counts)
-    for y in range(grid[1]):
-        for x in range(grid[0]):
-            program.run((x, y))
+    grid = (*grid, 1, 1)[:3]
+    for z, y, x in product(*map(range, reversed(grid))):
+        program.run((x, y, z), grid)
     for key, array in arrays.items():
         array.reshape(-1).view(np.uint8)[:] = memory[begins[key] : begins[key] + array.nbytes]
     return counts

@@ -121,14 +121,24 @@ def test_norm_qkv_rope_append(rows, normed, tiles):
 # ---- what is compiled ----
 
 
-@pytest.mark.parametrize("target", ["sm_90"])
-def test_the_compiled_dot_has_rule_1s_bits(target, tmp_path):
-    """All four kernels, run from their PTX; and lanes do not wait for each other's banks of shared memory."""
-    command = [sys.executable, ROOT / "benchmarks/compile_only/prompt_check.py", "--target", target]
-    environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
-    result = subprocess.run([*command, "--case", "bf16,64,64,4"], capture_output=True, text=True, env=environment)
+def run_compiled(folder, *options):
+    command = [sys.executable, ROOT / "benchmarks/compile_only/prompt_check.py", "--target", "sm_90", *options]
+    environment = os.environ | {"TRITON_CACHE_DIR": str(folder), "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stdout + result.stderr
-    [found] = map(json.loads, result.stdout.splitlines())
+    return list(map(json.loads, result.stdout.splitlines()))
+
+
+def test_the_compiled_dot_has_rule_1s_bits(tmp_path):
+    """All four kernels, run from their PTX; and lanes do not wait for each other's banks of shared memory."""
+    [found] = run_compiled(tmp_path, "--case", "bf16,64,64,4")
     assert found["bits"] == dict.fromkeys(("linear", "out_residual", "gate_up_act", "qkv"), True)
     assert found["multiply_adds"] > 0 < found["shared_loads"]
     assert found["bank_cycles"] <= 4 * found["shared_loads"]
+
+
+def test_the_compiled_tiles_of_quantised_weights_and_of_attention(tmp_path):
+    """Run from their PTX as well: rule 8's bits, and rule 4's."""
+    quantised, attention = run_compiled(tmp_path, "--quantised", "q4_0", "--attention")
+    assert quantised["bits"] == {"linear": True, "gate_up_act": True} and quantised["integer_products"] > 0
+    assert attention["bits"] == {"attention": True} and attention["multiply_adds"] > 0
