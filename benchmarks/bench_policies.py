@@ -20,7 +20,7 @@ from tqdm import tqdm
 from layerskip_kernels import GenerationConfig, Model, generate, load_model
 from layerskip_kernels.decoding.exits import each_exit
 from layerskip_kernels.engine.acceptance import EDGES, DraftHistory
-from layerskip_kernels.engine.costs import Pass, StepRows, draft_head_weights
+from layerskip_kernels.engine.costs import Pass, StepRows
 from layerskip_kernels.engine.draft_lengths import DraftLengths
 from layerskip_kernels.engine.drafts import DraftRequest, Drafts
 from layerskip_kernels.evaluation.prompts import example_prompts
@@ -88,7 +88,7 @@ class Price:
             seconds += self._of([Pass((middle - exit_layer) * layer, count + 1)]) / self.plain
         head = [Pass(c.vocab_size * c.hidden_size, verified + 1)]
         last = [Pass(exit_layer * layer, 1), Pass((c.num_layers - middle) * layer, verified + 1), *head]
-        checks = [Pass(draft_head_weights(self.model), count + 1) for count in counts]
+        checks = [Pass(self.model.draft_products[middle] - middle * layer, count + 1) for count in counts]
         return seconds + self._of(last + checks) / self.plain
 
     def _rise(self, exit_layer: int, count: int) -> float:

@@ -63,13 +63,13 @@ TORCH_LIBRARY(layerskip, m) {
       "draft_pass(int model, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor(c!) hidden_cache, Tensor tokens, "
       "Tensor positions, Tensor num_drafts, Tensor block_table, Tensor? draft_head, Tensor? draft_ids, "
       "Tensor[] sampling, Tensor[] stops, int exit_layer, int max_drafts, bool keep_scores, "
-      "int adapter, Tensor(d!)? adapter_k, Tensor(e!)? adapter_v) -> "
+      "int[] adapter_exits, int[] adapters, Tensor(d!)[] adapter_k, Tensor(e!)[] adapter_v) -> "
       "(Tensor drafts, Tensor num_drafted, Tensor confidences, Tensor scores)");
   m.def(
       "verify_pass(int model, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor(c!) hidden_cache, Tensor tokens, "
       "Tensor positions, Tensor depths, Tensor query_start_loc, Tensor num_drafts, Tensor judged, "
-      "Tensor block_table, int exit_layer, int adapter, Tensor(d!)? adapter_k, "
-      "Tensor(e!)? adapter_v) -> (Tensor num_accepted, Tensor next_tokens, Tensor logits)");
+      "Tensor block_table, int[] adapter_exits, int[] adapters, Tensor(d!)[] adapter_k, "
+      "Tensor(e!)[] adapter_v) -> (Tensor num_accepted, Tensor next_tokens, Tensor logits)");
 
   // Data movement in the cache, described in layerskip_kernels/ops/cache_ops.py; implemented in csrc/cuda/cache_ops.h.
   m.def(

@@ -7,7 +7,7 @@ pages, S positions per page. Linear weights and the embedding have the model's d
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -151,7 +151,8 @@ class AdapterLayers(NamedTuple):
     """The A + 1 layers of an exit adapter as run_layers takes them, and their pages in the cache.
 
     The first stands for the ``exit_layer`` layers that a row has passed. It is never run: rows start at depth 1. An
-    adapter without attention has pages of that one alone.
+    adapter without attention has pages of that one alone. Passes take those that their rows pass, in the order of their
+    exits, no two of one.
     """
 
     weights: ModelWeights
@@ -186,6 +187,10 @@ class PendingRows:
         starts = torch.nn.functional.pad(chosen.cumsum(0), (1, 0))[self.query_start_loc.long()].int()
         there = chosen.nonzero()[:, 0].to(self.tokens.device, non_blocking=True)
         return PendingRows(self.tokens[there], self.positions[there], self.depths[chosen], starts, self.block_table)
+
+    def raised_to(self, depth: int) -> PendingRows:
+        """The same, once those of a lower depth have come to it."""
+        return replace(self, depths=self.depths.clamp(min=depth))
 
 
 @dataclass(frozen=True, eq=False)

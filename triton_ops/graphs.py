@@ -38,7 +38,7 @@ from .contract import CHUNK
 from .edit_logits import columns_of_ids, with_room
 from .launch import blocks
 from .row_maps import bucket, draft_rows, draft_steps, packed, packed_length, split, verify_rows
-from .steps import Adapter, DraftPass, Drawing, Llama, PagedCache, VerifyPass, head_of
+from .steps import DraftPass, Drawing, Leg, Llama, PagedCache, VerifyPass, head_of
 from .transfer import to_device
 from .workspace import Workspace
 
@@ -173,7 +173,7 @@ class KeptPasses:
     def draft_pass(
         self, weights: ModelWeights, sizes: ModelSizes, cache: CacheTensors, rows: DraftRows, head: DraftHead | None,
         exit_layer: int, max_drafts: int, sampling: DraftSampling | None = None, keep_scores: bool = False,
-        adapter: AdapterLayers | None = None,
+        adapters: Sequence[AdapterLayers] = (),
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """The drafts, and the scores that they were drawn from [B, max_drafts, V] ([0, ...] if not kept)."""
         counts = rows.num_drafts.tolist()
@@ -189,8 +189,9 @@ class KeptPasses:
             inputs = StaticInputs(size, size, width, lengths, cache.k.device, others)
             workspace, llama = self._shared(cache.k).workspace, Llama(weights, sizes)
             paged = _weak_cache(cache, inputs, workspace)
-            pages = _weak_cache(adapter.cache, inputs, workspace) if adapter else None
-            onward = Llama(adapter.weights, adapter.sizes) if adapter else None
+            # How a row comes to the exit: to what depth, and through whose layers there.
+            passed = [(a.exit_layer, Llama(a.weights, a.sizes), _weak_cache(a.cache, inputs, workspace))
+                      for a in adapters]  # fmt: skip
             device_ids = None if ids is None else ids.to(inputs.tokens.device)
             columns = None if device_ids is None else columns_of_ids(device_ids, sizes.vocab_size)
             draft = DraftPass(
@@ -199,18 +200,21 @@ class KeptPasses:
             )  # fmt: skip
             draws = DraftSampling.of_flat(inputs.others) if drawing else None
 
-            def adapted() -> Adapter | None:
-                return Adapter(onward, pages()) if onward is not None and pages is not None else None
-
             def step_of(num_rows: int) -> Callable[[], None]:
-                move, last = draft.move(llama, paged(), num_rows), adapted()
-                further = draft.move(last.llama, last.cache, num_rows, depth=1) if last else None
-                return lambda: draft.step(llama, paged(), move, device_ids, exit_layer, draws, adapted(), further)
+                legs, depth = [], 0
+                for at, onward, pages in passed:
+                    legs.append(Leg(llama, paged, draft.move(llama, paged(), num_rows, depth), at))
+                    move, stop = draft.move(onward, pages(), num_rows, depth=1), len(onward.weights.layers)
+                    legs.append(Leg(onward, pages, move, stop, keep=False))
+                    depth = at
+                if depth < exit_layer:
+                    legs.append(Leg(llama, paged, draft.move(llama, paged(), num_rows, depth), exit_layer))
+                return lambda: draft.step(legs, device_ids, draws)
 
             return KeptDraft(inputs, draft, step_of)
 
         key = ("draft", id(weights), weight.data_ptr(), head_size, size, room, exit_layer, width, sizes, drawing,
-               keep_scores, adapter and id(adapter.weights), adapter and adapter.sizes)  # fmt: skip
+               keep_scores, *((a.exit_layer, id(a.weights), a.sizes) for a in adapters))  # fmt: skip
         given = [rows.tokens, rows.positions, rows.block_table, *settings]
         tokens, positions, table, *settings = given if order == sorted(order) else [tensor[order] for tensor in given]
         with self._turn(cache.k):

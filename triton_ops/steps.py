@@ -7,7 +7,7 @@ besides: one for each depth at which rows join, the LM head, and the choice of a
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -39,7 +39,7 @@ from .sampling import Drawing
 from .transfer import to_device
 from .workspace import BufferSizes, Move, Workspace
 
-__all__ = ["Adapter", "DraftPass", "Drawing", "Llama", "PagedCache", "VerifyPass", "head_of", "run_layers"]
+__all__ = ["DraftPass", "Drawing", "Leg", "Llama", "PagedCache", "VerifyPass", "head_of", "run_layers"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,11 +158,15 @@ def run_layers(weights: ModelWeights, sizes: ModelSizes, cache: CacheTensors, ro
 
 
 @dataclass(frozen=True, eq=False)
-class Adapter:
-    """An exit adapter's layers with their pages (AdapterLayers); rows at the exit are at depth 1."""
+class Leg:
+    """A part of a draft's way: a move to layer ``stop`` of the model, or of an exit adapter (AdapterLayers), whose rows
+    begin at depth 1 and are not kept."""
 
     llama: Llama
-    cache: PagedCache
+    cache: Callable[[], PagedCache]
+    move: Move
+    stop: int
+    keep: bool = True
 
 
 class DraftPass:
@@ -208,15 +212,13 @@ class DraftPass:
         return Move(llama.buffer_sizes(cache, self.head), kind, maps, cache.reach, cache.workspace)
 
     def step(
-        self, llama: Llama, cache: PagedCache, move: Move, draft_ids: Tensor | None, exit_layer: int,
-        sampling: DraftSampling | None = None, adapter: Adapter | None = None, onward: Move | None = None,
+        self, legs: Sequence[Leg], draft_ids: Tensor | None, sampling: DraftSampling | None = None
     ) -> None:  # fmt: skip
-        """The next draft of each row that wants one. ``onward``: the rows' move through the adapter's layers."""
-        error, candidates, order = error_of(cache.k), self.candidates, move.order
-        raise_rows(llama, cache, move, self.tokens, self.positions, exit_layer)
-        if adapter is not None and onward is not None:  # the kept hidden states stay the exit's
-            depth, move = len(adapter.llama.weights.layers), onward
-            raise_rows(adapter.llama, adapter.cache, move, self.tokens, self.positions, depth, keep=False)
+        """The next draft of each row that wants one; the head sees what comes of the last leg."""
+        llama, move = legs[0].llama, legs[-1].move
+        error, candidates, order = error_of(legs[0].cache().k), self.candidates, move.order
+        for leg in legs:
+            raise_rows(leg.llama, leg.cache(), leg.move, self.tokens, self.positions, leg.stop, leg.keep)
         head_candidates(
             move.buffers.x, self.rows[: len(order)], self.head, self.head_size, candidates, self.logits,
             llama.sizes.logits_multiplier, llama.sizes.logits_cap,

@@ -197,7 +197,7 @@ def record(config: ModelConfig, numbers: str, step: Step) -> list[Launch]:
         move = draft.move(llama, cache, 1)
         steps.error_of(cache.k)  # made once for a cache
         with recording(launches), StaysOnDevice():
-            draft.step(llama, cache, move, None, EXIT_LAYER)
+            draft.step([steps.Leg(llama, lambda: cache, move, EXIT_LAYER)], None)
     else:
         drafts = 0 if step.kind == "prompt" else step.rows - 1
         depths = [EXIT_LAYER] * drafts + [0] if step.kind == "verify" else [0] * step.rows

@@ -4,7 +4,6 @@
 #include <ATen/ops/zeros.h>
 
 #include <cmath>
-#include <optional>
 
 #include "checks.h"
 #include "edits.h"
@@ -113,11 +112,11 @@ struct DraftBuffers {
   std::vector<SamplingScratch> scratch;  // of each thread
 };
 
-// One draft of some sequences: a move of one row each to the exit, one through the adapter if there is any, the LM
-// head, its confidence, and the choice of a token.
+// One draft of some sequences: moves of one row each to every adapter's exit, through it, and to the exit, the LM head,
+// its confidence, and the choice of a token.
 class DraftCycle {
  public:
-  DraftCycle(const ModelView& model, const std::optional<AdapterView>& adapter, const DraftHead& head,
+  DraftCycle(const ModelView& model, const std::vector<AdapterView>& adapters, const DraftHead& head,
              const CacheView& cache, const Tensor& block_table, const std::vector<Drafting>& drafting,
              const DraftSampling& sampling, int64_t exit_layer, DraftBuffers& buffers,
              const std::vector<float*>& kept_scores)
@@ -140,25 +139,26 @@ class DraftCycle {
     }
     const int64_t num_sequences = block_table.size(0), count = Count();
     starts.resize(num_sequences + 1, static_cast<int32_t>(count));
-    const std::vector<int32_t> depths(count, 0), at_exit(count, 1);
-    const PendingRows pending{tokens.data(), positions.data(), depths.data(), starts.data(), count, num_sequences};
-    move_ = std::make_unique<Move>(model, cache, CheckedRows(pending, block_table, model, cache), num_sequences,
-                                   exit_layer);
-    if (adapter.has_value()) {
-      const PendingRows adapted{tokens.data(), positions.data(), at_exit.data(), starts.data(), count, num_sequences};
-      const ModelView& layers = adapter->model();
-      adapter_move_ =
-          std::make_unique<Move>(layers, adapter->cache, CheckedRows(adapted, block_table, layers, adapter->cache),
-                                 num_sequences, layers.num_layers(), /*keeps=*/false);
+    const auto add = [&](const ModelView& layers, const CacheView& pages, int64_t depth, int64_t stop, bool keeps) {
+      const std::vector<int32_t> depths(count, static_cast<int32_t>(depth));
+      const PendingRows pending{tokens.data(), positions.data(), depths.data(), starts.data(), count, num_sequences};
+      moves_.push_back(std::make_unique<Move>(layers, pages, CheckedRows(pending, block_table, layers, pages),
+                                              num_sequences, stop, keeps));
+    };
+    int64_t depth = 0;
+    for (const AdapterView& adapter : adapters) {
+      add(model, cache, depth, adapter.exit_layer, /*keeps=*/true);
+      add(adapter.model(), adapter.cache, 1, adapter.model().num_layers(), /*keeps=*/false);
+      depth = adapter.exit_layer;
     }
+    if (depth < exit_layer) add(model, cache, depth, exit_layer, /*keeps=*/true);
     head_ = std::make_unique<Head>(model.final_norm, head.weight, model.sizes.hidden_size, head.size, model.logits,
                                    count, buffers.logits);
   }
 
   void Run(Team& team) {
-    move_->Run(team);
-    if (adapter_move_) adapter_move_->Run(team);
-    head_->Run(team, model_.kernels(), (adapter_move_ ? adapter_move_ : move_)->hidden());
+    for (const std::unique_ptr<Move>& move : moves_) move->Run(team);
+    head_->Run(team, model_.kernels(), moves_.back()->hidden());
     const int64_t size = draft_head_.size, pieces = (size + kMassPiece - 1) / kMassPiece;
     team.ForEach(Count() * pieces, 1, [&](int64_t i, int64_t) {
       const int64_t r = i / pieces, begin = i % pieces * kMassPiece, greatest = head_->tokens[r];
@@ -209,8 +209,8 @@ class DraftCycle {
   const std::vector<Drafting>& drafting_;
   const DraftSampling& sampling_;
   DraftBuffers& buffers_;
-  const std::vector<float*>& kept_scores_;  // where each sequence's scores are kept; empty: they are not
-  std::unique_ptr<Move> move_, adapter_move_;
+  const std::vector<float*>& kept_scores_;    // where each sequence's scores are kept; empty: they are not
+  std::vector<std::unique_ptr<Move>> moves_;  // one after the other; the head reads the last
   std::unique_ptr<Head> head_;
 
  public:
@@ -229,8 +229,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> draft_pass(int64_t kept, Tensor k_cac
                                                       const Tensor& num_drafts, const Tensor& block_table,
                                                       const OptionalTensor& draft_head, const OptionalTensor& draft_ids,
                                                       TensorList sampling, TensorList stops, int64_t exit_layer,
-                                                      int64_t max_drafts, bool keep_scores, int64_t adapter,
-                                                      OptionalTensor adapter_k, OptionalTensor adapter_v) {
+                                                      int64_t max_drafts, bool keep_scores,
+                                                      at::IntArrayRef adapter_exits, at::IntArrayRef adapters,
+                                                      TensorList adapter_k, TensorList adapter_v) {
   CheckTensor("tokens", tokens, at::kLong, {kAny});
   const int64_t sequences = tokens.numel();
   CheckTensor("positions", positions, at::kLong, {sequences});
@@ -245,8 +246,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> draft_pass(int64_t kept, Tensor k_cac
   CheckExit(exit_layer, model);
   const int64_t* position = positions.const_data_ptr<int64_t>();
   CheckRange("positions", position, sequences, 0, model.max_positions);
-  const std::optional<AdapterView> adapted =
-      CheckedAdapter(adapter, adapter_k, adapter_v, hidden_cache, block_table, cache);
+  const std::vector<AdapterView> passed =
+      CheckedAdapters(adapter_exits, adapters, adapter_k, adapter_v, hidden_cache, block_table, cache, exit_layer);
   const DraftHead head = CheckedDraftHead(model, draft_head, draft_ids, k_cache.scalar_type());
   const DraftSampling settings(sampling, sequences, model.vocab_size);
   DraftStops stop_rule(stops, sequences, max_drafts);
@@ -267,7 +268,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> draft_pass(int64_t kept, Tensor k_cac
     std::vector<float*> kept;
     for (int64_t b = 0; keep_scores && b < sequences; ++b)
       kept.push_back(score + (b * max_drafts + i) * model.vocab_size);
-    DraftCycle cycle(model, adapted, head, cache, block_table, drafting, settings, exit_layer, buffers, kept);
+    DraftCycle cycle(model, passed, head, cache, block_table, drafting, settings, exit_layer, buffers, kept);
     RunPass(PassKind::kDraft, [&](Team& team) { cycle.Run(team); });
     cycle.CheckChosen();
     std::vector<Drafting> going_on;

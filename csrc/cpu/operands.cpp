@@ -247,20 +247,26 @@ DraftHead CheckedDraftHead(const ModelView& model, const std::optional<Tensor>& 
   return {CheckPacked("draft_head", *weight, dtype, size, model.sizes.hidden_size), size, id};
 }
 
-std::optional<AdapterView> CheckedAdapter(int64_t adapter, const std::optional<Tensor>& k_pages,
-                                          const std::optional<Tensor>& v_pages, const Tensor& hidden_cache,
-                                          const Tensor& block_table, const CacheView& cache) {
-  const bool none = adapter == 0;
-  TORCH_CHECK_VALUE(none == !k_pages.has_value() && none == !v_pages.has_value(),
-                    "adapter, adapter_k and adapter_v must be given together");
-  if (none) return std::nullopt;
-  const CacheView pages = CheckedCache(*k_pages, *v_pages, hidden_cache, block_table, block_table.size(0));
-  TORCH_CHECK_VALUE(pages.page_size == cache.page_size, "adapter_k has pages of ", pages.page_size,
-                    " positions, expected ", cache.page_size);
-  AdapterView view{ModelFor(adapter, *k_pages, hidden_cache), pages};
-  TORCH_CHECK_VALUE(view.model().num_layers() >= 2, "adapter has ", view.model().num_layers(),
-                    " layers, expected at least 2");
-  return view;
+std::vector<AdapterView> CheckedAdapters(at::IntArrayRef exits, at::IntArrayRef adapters, at::TensorList k,
+                                         at::TensorList v, const Tensor& hidden_cache, const Tensor& block_table,
+                                         const CacheView& cache, int64_t stop) {
+  const size_t count = exits.size();
+  TORCH_CHECK_VALUE(adapters.size() == count && k.size() == count && v.size() == count,
+                    "adapter_exits, adapters, adapter_k and adapter_v must be of one length, got ", count, ", ",
+                    adapters.size(), ", ", k.size(), " and ", v.size());
+  std::vector<AdapterView> views;
+  for (size_t i = 0; i < count; ++i) {
+    const int64_t lowest = i == 0 ? 1 : exits[i - 1] + 1;
+    TORCH_CHECK_VALUE(lowest <= exits[i] && exits[i] <= stop, "adapter_exits[", i, "] is ", exits[i], ", expected ",
+                      lowest, "..", stop, ": they ascend, up to the layer that rows rise to");
+    const CacheView pages = CheckedCache(k[i], v[i], hidden_cache, block_table, block_table.size(0));
+    TORCH_CHECK_VALUE(pages.page_size == cache.page_size, "adapter_k[", i, "] has pages of ", pages.page_size,
+                      " positions, expected ", cache.page_size);
+    views.push_back({exits[i], ModelFor(adapters[i], k[i], hidden_cache), pages});
+    TORCH_CHECK_VALUE(views.back().model().num_layers() >= 2, "adapters[", i, "] has ",
+                      views.back().model().num_layers(), " layers, expected at least 2");
+  }
+  return views;
 }
 
 }  // namespace layerskip

@@ -59,15 +59,17 @@ DraftHead CheckedDraftHead(const ModelView& model, const std::optional<at::Tenso
 
 // The layers of an exit adapter and their pages, of which the first stand for all up to the exit and are never run.
 struct AdapterView {
+  int64_t exit_layer;
   std::shared_ptr<const KeptModel> kept;
   CacheView cache;
 
   const ModelView& model() const { return kept->view; }
 };
 
-// `adapter`: the number of its layers, 0 where there is none; `cache`: the model's.
-std::optional<AdapterView> CheckedAdapter(int64_t adapter, const std::optional<at::Tensor>& k_pages,
-                                          const std::optional<at::Tensor>& v_pages, const at::Tensor& hidden_cache,
-                                          const at::Tensor& block_table, const CacheView& cache);
+// Those that rows pass up to layer `stop`, in the order of their exits: `adapters` are the numbers of their layers, `k`
+// and `v` their pages; `cache`: the model's.
+std::vector<AdapterView> CheckedAdapters(at::IntArrayRef exits, at::IntArrayRef adapters, at::TensorList k,
+                                         at::TensorList v, const at::Tensor& hidden_cache,
+                                         const at::Tensor& block_table, const CacheView& cache, int64_t stop);
 
 }  // namespace layerskip

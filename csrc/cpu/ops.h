@@ -71,13 +71,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> draft_pass(int64_t kept, Tensor k_cac
                                                       const Tensor& num_drafts, const Tensor& block_table,
                                                       const OptionalTensor& draft_head, const OptionalTensor& draft_ids,
                                                       TensorList sampling, TensorList stops, int64_t exit_layer,
-                                                      int64_t max_drafts, bool keep_scores, int64_t adapter,
-                                                      OptionalTensor adapter_k, OptionalTensor adapter_v);
+                                                      int64_t max_drafts, bool keep_scores,
+                                                      at::IntArrayRef adapter_exits, at::IntArrayRef adapters,
+                                                      TensorList adapter_k, TensorList adapter_v);
 std::tuple<Tensor, Tensor, Tensor> verify_pass(int64_t kept, Tensor k_cache, Tensor v_cache, Tensor hidden_cache,
                                                const Tensor& tokens, const Tensor& positions, const Tensor& depths,
                                                const Tensor& query_start_loc, const Tensor& num_drafts,
-                                               const Tensor& judged, const Tensor& block_table, int64_t exit_layer,
-                                               int64_t adapter, OptionalTensor adapter_k, OptionalTensor adapter_v);
+                                               const Tensor& judged, const Tensor& block_table,
+                                               at::IntArrayRef adapter_exits, at::IntArrayRef adapters,
+                                               TensorList adapter_k, TensorList adapter_v);
 
 Tensor empty_huge(int64_t num_bytes);
 int64_t pass_threads();

@@ -12,10 +12,11 @@ namespace layerskip {
 
 namespace {
 
-// Raises rows below the exit to it, through the adapter there, and leaves its K and V; the hidden states that are kept
-// are the exit's.
+// Raises rows below an adapter's exit to it and leaves their K and V there; the hidden states that are kept are the
+// exit's.
 void PassAdapter(const ModelView& model, const AdapterView& adapter, const CacheView& cache, int64_t num_sequences,
-                 int64_t exit_layer, SortedRows& rows) {
+                 SortedRows& rows) {
+  const int64_t exit_layer = adapter.exit_layer;
   const auto below = std::lower_bound(rows.depths.begin(), rows.depths.end(), exit_layer) - rows.depths.begin();
   if (below == 0) return;
   SortedRows lower = rows.First(below), at_exit = lower;
@@ -47,8 +48,9 @@ void run_layers(int64_t kept, Tensor k_cache, Tensor v_cache, Tensor hidden_cach
 std::tuple<Tensor, Tensor, Tensor> verify_pass(int64_t kept, Tensor k_cache, Tensor v_cache, Tensor hidden_cache,
                                                const Tensor& tokens, const Tensor& positions, const Tensor& depths,
                                                const Tensor& query_start_loc, const Tensor& num_drafts,
-                                               const Tensor& judged, const Tensor& block_table, int64_t exit_layer,
-                                               int64_t adapter, OptionalTensor adapter_k, OptionalTensor adapter_v) {
+                                               const Tensor& judged, const Tensor& block_table,
+                                               at::IntArrayRef adapter_exits, at::IntArrayRef adapters,
+                                               TensorList adapter_k, TensorList adapter_v) {
   const PendingRows pending = CheckedPendingRows(tokens, positions, depths, query_start_loc);
   const int64_t sequences = pending.num_sequences;
   const CacheView cache = CheckedCache(k_cache, v_cache, hidden_cache, block_table, sequences);
@@ -56,12 +58,9 @@ std::tuple<Tensor, Tensor, Tensor> verify_pass(int64_t kept, Tensor k_cache, Ten
   const ModelView& model = kept_model->view;
   SortedRows rows = CheckedRows(pending, block_table, model, cache);
   const DraftCounts counts = CheckedDraftCounts(num_drafts, judged, pending.starts, sequences);
-  const std::optional<AdapterView> adapted =
-      CheckedAdapter(adapter, adapter_k, adapter_v, hidden_cache, block_table, cache);
-  if (adapted.has_value()) {
-    CheckExit(exit_layer, model);
-    PassAdapter(model, *adapted, cache, sequences, exit_layer, rows);
-  }
+  const std::vector<AdapterView> passed = CheckedAdapters(adapter_exits, adapters, adapter_k, adapter_v, hidden_cache,
+                                                          block_table, cache, model.num_layers() - 1);
+  for (const AdapterView& adapter : passed) PassAdapter(model, adapter, cache, sequences, rows);
   Move move(model, cache, std::move(rows), sequences, model.num_layers());
 
   // Judged rows, in the order given, by their index in the move.

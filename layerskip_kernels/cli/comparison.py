@@ -86,7 +86,10 @@ def _demo(args: argparse.Namespace) -> int:
     config, equal = generation_config(args), True
     shown = [(args.model, args.exit_adapter)]
     if not any(shown[0]):  # the adapters are the default model's
-        shown = [*((None, name) for name in shipped_exit_adapters()), *((name, None) for name in shipped_checkpoints())]
+        shown = [
+            *((None, [name]) for name in shipped_exit_adapters()),
+            *((name, None) for name in shipped_checkpoints()),
+        ]
     for args.model, args.exit_adapter in shown:
         prompts = example_prompts(args.model, args.num_prompts).prompts
         equal &= demo(load(args), prompts, config)

@@ -68,7 +68,7 @@ def _sweep(args: argparse.Namespace) -> int:
     require_matplotlib(args.plot)
     examples = named_prompts(args, args.num_prompts)
     model = load(args)
-    adapted = [] if model.exit_adapter is None else [model.exit_adapter.exit_layer]
+    adapted = [adapter.exit_layer for adapter in model.exit_adapters]
     layers = args.exit_layer or adapted or exit_layers.exit_layers_of(model.config.num_layers)
     try:
         found = sweep(
@@ -86,19 +86,22 @@ def _sweep(args: argparse.Namespace) -> int:
         print("nothing was saved; --save makes the best setting this model's default", file=sys.stderr)
         return 0
     check_worth_saving(found)
-    path = write_defaults(_kept_with(args), defaults_of(model, best(found)))
-    print(f"the best setting is now this model's default: {path}", file=sys.stderr)
+    path = write_defaults(_kept_with(args, best(found)["exit_layer"]), defaults_of(model, best(found)))
+    whose = "this model's default" if len(adapted) < 2 else "the default of its exit adapter, used alone"
+    print(f"the best setting is now {whose}: {path}", file=sys.stderr)
     return 0
 
 
-def _kept_with(args: argparse.Namespace) -> str | Path | None:
-    """Whose defaults are written: the exit adapter's, where there is one, else the model's."""
+def _kept_with(args: argparse.Namespace, exit_layer: int) -> str | Path | None:
+    """Whose defaults are written: those of the exit's adapter, where there are adapters, else the model's."""
+    from layerskip_kernels.model.exit_adapter import exit_of
     from layerskip_kernels.model.sources import locate_exit_adapter
 
-    if args.exit_adapter is None:
-        return args.model
-    adapter = locate_exit_adapter(args.exit_adapter)
-    return adapter if adapter.is_dir() else adapter.parent
+    adapters = [locate_exit_adapter(named) for named in args.exit_adapter or []]
+    for adapter in adapters:
+        if len(adapters) == 1 or exit_of(adapter) == exit_layer:
+            return adapter if adapter.is_dir() else adapter.parent
+    return args.model
 
 
 # ---- lens ----
@@ -140,7 +143,7 @@ def _lens(args: argparse.Namespace) -> int:
         f"{model.name}: the {found['tokens']} tokens generated need {found['mean_layer']:.2f} of "
         f"{found['num_layers']} layers on average ({counted(found['prompts'], 'prompt')})"
     )
-    if adapter := found.get("adapter"):
+    for adapter in found.get("adapters", []):
         text += (
             f"; its exit adapter after layer {adapter['exit_layer']} says {adapter['agreement']:.1%} of them, the "
             f"layer alone {found['agreement'][adapter['exit_layer'] - 1]:.1%}"

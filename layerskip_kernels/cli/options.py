@@ -192,8 +192,10 @@ def add_model_options(parser: argparse.ArgumentParser, adapted: bool = True) -> 
     )
     parser.add_argument(
         "--exit-adapter",
+        action="append",
         metavar="PATH",
-        help="an exit_adapter.safetensors for this model, its folder, or the name of a shipped one: drafts pass it",
+        help="an exit_adapter.safetensors for this model, its folder, or the name of a shipped one: drafts pass it; "
+        "may be repeated, for several exits",
     )
 
 

@@ -40,13 +40,13 @@ class ExitRows:
 
 
 def each_exit(
-    model: Model, token_ids: Sequence[int], start: int = 0, exits: Sequence[int] | None = None, adapter: bool = False
+    model: Model, token_ids: Sequence[int], start: int = 0, exits: Sequence[int] | None = None, adapters: bool = False
 ) -> Iterator[ExitRows]:
     """What each layer says after each of ``token_ids[start:]``: runs of rows, each from the first layer to the last.
 
-    ``exits``: the layers that are asked, in 1..L (None: all). ``adapter``: the model's exit adapter, if it has one, is
-    asked as well, after the bare layer at its exit. Raises ValueError for another one, for an empty text, one
-    that is too long for the model, and ``start`` outside it.
+    ``exits``: the layers that are asked, in 1..L (None: all). ``adapters``: the model's exit adapters are asked as
+    well, each after the bare layer at its exit. Raises ValueError for another layer, for an empty text, one that is
+    too long for the model, and ``start`` outside it.
     """
     num_layers = model.config.num_layers
     exits = range(1, num_layers + 1) if exits is None else sorted(set(exits))
@@ -54,7 +54,7 @@ def each_exit(
         raise ValueError(f"exits must be layers in 1..{num_layers}, got {list(exits)}")
     if not 0 <= start < len(token_ids):
         raise ValueError(f"start must be in 0..{len(token_ids) - 1}, the positions of the text, got {start}")
-    model = model if adapter else model.with_exit_adapter(None)
+    model = model if adapters else model.with_exit_adapters([])
     cache = PagedKVCache.with_room_for(model, [len(token_ids)])
     cache.check_prompt(token_ids)
     sequence = cache.add_sequence(token_ids[: start or 1])
@@ -75,10 +75,10 @@ def _through_layers(
     table = torch.from_numpy(cache.pool.block_table([sequence.id]))
     page_of = table[0, positions // cache.pool.page_size].long()
     page, offset = model.ops.to_device(page_of, positions % cache.pool.page_size)
-    weights, sizes, adapter = model.weights, model.sizes, model.exit_adapter
+    weights, sizes, adapters = model.weights, model.sizes, {a.exit_layer: a for a in model.exit_adapters}
     start_loc = torch.tensor([0, count], dtype=torch.int32)
     depth = 0
-    for layer in sorted({*exits, model.config.num_layers, *([adapter.exit_layer] if adapter else [])}):
+    for layer in sorted({*exits, model.config.num_layers, *adapters}):
         depths = torch.full((count,), depth, dtype=torch.int32)
         rows = PendingRows(tokens, positions, depths, start_loc, table)
         model.ops.run_layers(weights, sizes, cache.tensors, rows, layer)
@@ -90,15 +90,16 @@ def _through_layers(
             )
             best, logits = model.ops.to_host(cache.k, best, logits)
             yield ExitRows(layer, start, best, logits)
-        if adapter and layer == adapter.exit_layer:
-            yield ExitRows(layer, start, *_adapter_says(model, cache, adapter, rows), adapted=True)
+        if layer in adapters:
+            yield ExitRows(layer, start, *_adapter_says(model, cache, adapters[layer], rows), adapted=True)
     cache.pool.commit([sequence.id], [stop])
 
 
 def _adapter_says(model: Model, cache: PagedKVCache, adapter: ExitAdapter, rows: PendingRows) -> tuple[Tensor, Tensor]:
     """Of rows at its exit: each one's best token int64 [T], and logits fp32 [T, V], -inf outside a head of its own; on
     the host. Writes the adapter's K and V."""
-    hidden = adapt_rows(model.ops, cache.hidden, cache.adapter_layers(model), rows)
+    own = cache.adapters_to(adapter.exit_layer)[-1] if adapter.num_layers else None
+    hidden = adapt_rows(model.ops, cache.hidden, own, rows)
     weights, sizes, head = adapter.draft_weights, model.sizes, adapter.head
     weight, size = (weights.lm_head, sizes.vocab_size) if head is None else (head.weight, len(head.ids))
     found = model.ops.norm_head_argmax(hidden, weights.final_norm, weight, size, *sizes.head)

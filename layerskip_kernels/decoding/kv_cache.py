@@ -57,14 +57,14 @@ class CacheStats:
 class PagedKVCache:
     """Pages for ``num_pages * page_size`` positions of one model, shared by any number of sequences.
 
-    It belongs to that model, and to copies of it that differ in the draft vocabulary alone, not in the exit adapter:
+    It belongs to that model, and to copies of it that differ in the draft vocabulary alone, not in the exit adapters:
     every step, engine and swap that is given the cache with another model raises ValueError.
 
     k [L, P, G, K, S] and v [L, P, G, S, K] in the model's dtype (S = page_size; a page of k is transposed, so
-    that its positions are adjacent); hidden [P, S, D]: each pending position's hidden state at its depth. K and V of an
-    exit adapter's A layers, if they attend, follow in the same pages: ``all_k`` and ``all_v`` have L + A layers, which
-    swaps, forks and prefix sharing move together; ``adapter_tensors`` are its own, after one more layer that is not
-    touched. Raises CacheFull where pages run short; the call that raised has then changed nothing.
+    that its positions are adjacent); hidden [P, S, D]: each pending position's hidden state at its depth. K and V of
+    exit adapters' layers, if they attend, follow in the same pages, adapter by adapter: ``all_k`` and ``all_v`` have
+    those of all layers, which swaps, forks and prefix sharing move together. Raises CacheFull where pages run short;
+    the call that raised has then changed nothing.
 
     ``prefix_sharing``: prompts that begin like a text in the cache, under the same salt, take its full pages
     instead of computing them; the pages of freed sequences are kept for that, until they are needed. The bits are
@@ -85,7 +85,13 @@ class PagedKVCache:
         self.all_v = empty(layers, num_pages, c.num_kv_heads, page_size, c.head_dim, dtype=model.dtype)
         self.hidden = empty(num_pages, page_size, c.hidden_size, dtype=model.dtype)
         self.k, self.v = self.all_k[:own], self.all_v[:own]
-        self.adapter_tensors = CacheTensors(self.all_k[own - 1 :], self.all_v[own - 1 :], self.hidden)
+        self._adapters: dict[int, AdapterLayers] = {}  # by exit; before its own each has a layer that is not touched
+        end = own
+        for adapter in model.exit_adapters:
+            start, end = end - 1, end + adapter.num_kv_layers
+            tensors = CacheTensors(self.all_k[start:end], self.all_v[start:end], self.hidden)
+            layers_there = AdapterLayers(adapter.weights, adapter.sizes, tensors, adapter.exit_layer)
+            self._adapters[adapter.exit_layer] = layers_there
         self._staging = Staging()
         self._error = cache_ops.new_error(self.k.device)
         # Of the tensors alone: a pool that referred to its cache could not be collected.
@@ -117,12 +123,9 @@ class PagedKVCache:
             raise ValueError(f"memory must be at least {page_bytes} bytes, one page of this model, got {num_bytes}")
         return cls(model, num_bytes // page_bytes, page_size, prefix_sharing)
 
-    def adapter_layers(self, model: Model) -> AdapterLayers | None:
-        """The layers of the model's exit adapter with their pages here; None: there are none."""
-        adapter = model.exit_adapter
-        if adapter is None or not adapter.num_layers:
-            return None
-        return AdapterLayers(adapter.weights, adapter.sizes, self.adapter_tensors, adapter.exit_layer)
+    def adapters_to(self, layer: int) -> tuple[AdapterLayers, ...]:
+        """The exit adapters that a row passes on its way to a layer (`Model.exit_at`), with their pages here."""
+        return tuple(self._adapters[adapter.exit_layer] for adapter in self.model.exit_at(layer).adapters)
 
     @property
     def tensors(self) -> CacheTensors:

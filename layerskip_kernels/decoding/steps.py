@@ -54,10 +54,10 @@ def draft_step(
     ``num_speculations``: how many, for all sequences or one number for each (0: that one does not draft).
     ``samplers`` (None: greedy): how each sequence's tokens are drawn; verify_step needs the same. ``stops`` (None: no
     such): where each sequence stops before its count; where a backend has no confidences, nothing stops. The drafts'
-    K and V of those layers (and of the exit adapter's) and their hidden states at the exit stay in the cache for
-    verify_step. Raises ValueError for an exit layer outside 1..L-1 or another than the
-    exit adapter's, for a count below 1 (or 0 in a list), for a sequence not prefilled or without positions left;
-    CacheFull when pages run short.
+    K and V of those layers (and of exit adapters' on the way) and their hidden states at the exit stay in the cache
+    for verify_step. Raises ValueError for an exit layer outside 1..L-1 or, where there are exit adapters, without one,
+    for a count below 1 (or 0 in a list), for a sequence not prefilled or without positions left; CacheFull when pages
+    run short.
     """
     cache.check_model(model)
     model.check_exit(exit_layer)
@@ -102,7 +102,7 @@ def verify_step(model: Model, cache: PagedKVCache, draft: Draft, samplers: Sampl
         sampling = judge_sampling(model.ops, draft, samplers, model.config.vocab_size) if in_pass else None
         num_accepted, next_tokens, logits = model.ops.verify_pass(
             model.weights, model.sizes, cache.tensors, rows, draft.num_tokens, draft.judged, sampling,
-            cache.adapter_layers(model) if model.num_adapter_kv_layers else None,
+            cache.adapters_to(model.config.num_layers),
         )  # fmt: skip
         # One copy, for which the host waits once. Logits are large: only what is drawn on the host has them copied.
         wanted = [num_accepted, next_tokens, draft.tokens, *([logits] if any(samplers) and not in_pass else [])]
@@ -135,9 +135,10 @@ def _draft(
     )
     rejecting = [b for b, sampler in enumerate(samplers) if sampler is not None and sampler.rejects]
     sampling = draft_sampling(samplers, [s.tokens for s in sequences])
+    weights, head, _ = model.exit_at(exit_layer)
     drafted = model.ops.draft_pass(
-        model.draft_weights, model.sizes, cache.tensors, rows, model.draft_head, exit_layer, max(counts), sampling,
-        stops if model.ops.drafts_adapt else None, bool(rejecting), cache.adapter_layers(model),
+        weights, model.sizes, cache.tensors, rows, head, exit_layer, max(counts), sampling,
+        stops if model.ops.drafts_adapt else None, bool(rejecting), cache.adapters_to(exit_layer),
     )  # fmt: skip
     scores = {b: drafted.scores[b, : int(drafted.counts[b])] for b in rejecting}
     confidences = {}

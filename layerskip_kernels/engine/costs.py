@@ -41,13 +41,13 @@ class StepRows:
     judged: int = 0
 
     def draft_passes(self, model: Model) -> list[Pass]:
-        """Draft i of all sequences of an exit layer that draft more than i tokens: its layers, an adapter's, a head."""
-        head, passes = draft_head_weights(model), []
+        """Draft i of all sequences of an exit layer that draft more than i tokens: its layers, adapters', a head."""
+        passes = []
         for exit_layer in {e for e, count in self.drafts if count}:
             counts = [count for e, count in self.drafts if e == exit_layer]
             for i in range(math.ceil(max(counts))):
                 rows = sum(count > i for count in counts)
-                passes += [Pass(exit_layer * model.layer_products + model.adapter_products, rows), Pass(head, rows)]
+                passes.append(Pass(model.draft_products[exit_layer], rows))
         return passes
 
     def verify_passes(self, model: Model) -> list[Pass]:
@@ -60,16 +60,11 @@ class StepRows:
             rows += sum(count for e, count in self.drafts if e == exit_layer)
             first = exit_layer
         passes.append(Pass((c.num_layers - first) * model.layer_products, rows))
-        if model.num_adapter_kv_layers:  # rows that have not been drafted pass the adapter here
-            passes.append(Pass(model.adapter_products, len(self.drafts) + self.prompt))
+        for at, products in model.adapter_products.items():  # for rows that have not been drafted past it
+            drafted = sum(count for e, count in self.drafts if e < at)
+            passes.append(Pass(products, len(self.drafts) + drafted + self.prompt))
         judged = len(self.drafts) + sum(count for _, count in self.drafts) + self.judged
         return passes + [Pass(c.vocab_size * c.hidden_size, judged)] * (judged > 0)
-
-
-def draft_head_weights(model: Model) -> int:
-    """Of the head that drafts are read off."""
-    c = model.config
-    return (c.vocab_size if model.draft_head is None else len(model.draft_head.ids)) * c.hidden_size
 
 
 class Costs:

@@ -277,7 +277,7 @@ class DraftLengths:
         """The rates and shares of all sequences' drafts with an exit layer, from a guess where there were none."""
         known, measured = self.pool.of(exit_layer, drawn), self.model.defaults
         guess, weight = min(0.9, 3 * self.GUESS * exit_layer / self.model.config.num_layers), self.GUESS_WEIGHT
-        if self.model.exit_adapter is not None:
+        if self.model.exit_adapters:
             guess = self.ADAPTED_GUESS
         if measured is not None and measured.num_speculations and measured.exit_layer == exit_layer:
             # So many drafts were best, so about half of the times all of them were accepted.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from layerskip_kernels.engine.acceptance import Floats
-from layerskip_kernels.engine.costs import StepCosts, StepRows, draft_head_weights
+from layerskip_kernels.engine.costs import StepCosts, StepRows
 from layerskip_kernels.engine.expectation import SELDOM, expected_drafts, least_products
 from layerskip_kernels.model.model import Model
 
@@ -56,8 +56,8 @@ class DraftPrices:
         c = model.config
         self._model, self._costs = model, costs
         self._num_layers, self._layer = c.num_layers, model.layer_products
-        self._adapter = model.adapter_products
-        self._draft_head, self._head = draft_head_weights(model), c.vocab_size * c.hidden_size
+        self._drafting = np.array(model.draft_products)  # of a draft, by exit layer
+        self._head = c.vocab_size * c.hidden_size
 
     def plan(self, exits: tuple[int, ...], most: Floats, estimates: Estimates, shape: StepShape) -> DraftPlan | None:
         """The best that is found for sequences with these exit layers; None where nothing beats plain decoding."""
@@ -103,11 +103,7 @@ class DraftPrices:
         """Seconds for one draft more: its share of a pass that it goes through in company, and a row to verify."""
         deep = (self._num_layers - layers) * self._layer + self._head
         per_weight = self._costs.verifying.per_weight
-        drafting = (
-            (layers * self._layer + self._adapter + self._draft_head)
-            * self._costs.drafting.per_weight(company)
-            / company
-        )
+        drafting = self._drafting[layers] * self._costs.drafting.per_weight(company) / company
         return drafting + deep * (per_weight(rows + 1) - per_weight(rows))
 
     def plain_seconds(self, sequences: int) -> float:
@@ -127,7 +123,7 @@ class DraftPrices:
         for layer in np.unique(layers):
             rows = made[layers == layer].sum(axis=0)
             passes = np.minimum(rows, 1.0) * self._costs.drafting.per_weight(np.maximum(rows, 1.0))
-            total += float(passes.sum()) * float(layer * self._layer + self._draft_head)
+            total += float(passes.sum()) * float(self._drafting[layer])
         return total
 
     @staticmethod

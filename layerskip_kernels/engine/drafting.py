@@ -40,8 +40,9 @@ _known: WeakKeyDictionary[ModelWeights | DraftHead, Known] = WeakKeyDictionary()
 
 
 def known_of(model: Model) -> Known:
-    """What is known of a model, which is what drafts with one head: it goes when the model goes."""
-    return _known.setdefault(model.draft_head or model.weights, Known())
+    """What is known of a model: of what drafts with one head, or up to one adapter. It goes when that goes."""
+    what = model.exit_adapters[-1] if model.exit_adapters else model
+    return _known.setdefault(what.draft_head or what.weights, Known())
 
 
 class DraftPlanner:

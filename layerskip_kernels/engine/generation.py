@@ -46,8 +46,8 @@ def generate(
     """
     config = config or GenerationConfig()
     token_ids = _encode_all(model, prompts)
-    if cache is None and config.strategy != "self_speculative":
-        model = model.with_exit_adapter(None)  # nothing drafts, so nobody needs K and V of the adapter
+    if cache is None:  # nobody needs K and V of adapters of other exits
+        model = model.with_exit_adapters(model.draft_exits(config))
     limits = [min(len(ids) + config.max_new_tokens, model.config.max_positions + 1) for ids in token_ids]
     if cache is None:
         cache = PagedKVCache.with_room_for(model, [limit for limit in limits for _ in range(config.num_samples)])

@@ -210,7 +210,7 @@ def sweep(
     facts["other_cpus"] = others.cpus()
     used = {
         "dtype": str(model.dtype).removeprefix("torch."),
-        "draft_vocab": None if model.draft_ids is None else len(model.draft_ids),
+        "draft_vocab": _draft_vocab_sizes(model, exit_layers),
         "num_layers": model.config.num_layers,
         "prompts": len(measured[PLAIN].generations),
         "prompts_from": source,
@@ -221,6 +221,13 @@ def sweep(
     }
     results = [_result(setting, rounds, facts["other_cpus"]) for name, setting in measured.items() if name != PLAIN]
     return {"model": model.name, "machine": {**facts, "settings": used}, "results": results}
+
+
+def _draft_vocab_sizes(model: Model, exit_layers: Sequence[int]) -> int | dict[int, int | None] | None:
+    """How many words drafts are chosen from (None: all); by exit layer, where these differ."""
+    heads = {exit_layer: model.exit_at(exit_layer).head for exit_layer in exit_layers}
+    sizes = {exit_layer: None if head is None else len(head.ids) for exit_layer, head in heads.items()}
+    return sizes if len(set(sizes.values())) > 1 else sizes[exit_layers[0]]
 
 
 def _result(setting: Measured, rounds: int, other_cpus: float | None) -> dict[str, Any]:
@@ -254,7 +261,8 @@ def check_worth_saving(report: dict[str, Any]) -> None:
 
 def defaults_of(model: Model, result: dict[str, Any]) -> DraftDefaults:
     """One result as the model's defaults, with the draft vocabulary that it was measured with."""
-    vocab = None if model.draft_ids is None else tuple(model.draft_ids.tolist())
+    head = model.exit_at(result["exit_layer"]).head
+    vocab = None if head is None else tuple(head.ids.tolist())
     return DraftDefaults(result["exit_layer"], result["num_speculations"], vocab)
 
 

@@ -22,8 +22,7 @@ __all__ = ["ALTERNATIVES", "Adapted", "Lens", "look", "look_at_all", "summary", 
 ALTERNATIVES = 3  # likeliest tokens of each layer that are kept
 VISIBLE = str.maketrans({" ": "·", "\n": "↵", "\t": "→", "\r": "↤"})
 
-
-ADAPTED = 0  # the exit adapter's place among the layers, which count from 1
+Place = tuple[int, bool]  # a layer, or the exit adapter after it
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ class Lens:
 
     guesses int64 [T, L]: the token that each layer would say, the last column what was generated; probabilities fp32
     [T, L]: what it gives that token; alternatives int64 and alternative_probabilities fp32 [T, L, 3]: the likeliest.
-    ``adapter``: None where the model has none.
+    ``adapters``: of each of the model's exit adapters.
     """
 
     name: str
@@ -52,7 +51,7 @@ class Lens:
     probabilities: Tensor
     alternatives: Tensor
     alternative_probabilities: Tensor
-    adapter: Adapted | None = None
+    adapters: tuple[Adapted, ...] = ()
 
     @property
     def token_ids(self) -> list[int]:
@@ -76,29 +75,31 @@ def look(model: Model, name: str, prompt: Sequence[int] | str, max_new_tokens: i
     [generation] = generate(model, [ids], config)
     text = ids + generation.token_ids[:-1]
     found = list(zip(*_cells(model, text, len(ids) - 1), strict=True))
-    layers, adapter = range(1, model.config.num_layers + 1), None
+    layers = [(layer, False) for layer in range(1, model.config.num_layers + 1)]
     guesses, said, likeliest, likelihoods = (_by_layer(cells, layers) for cells in found)
-    if model.exit_adapter is not None:
-        adapter = Adapted(model.exit_adapter.exit_layer, *(_by_layer(cells, [ADAPTED])[:, 0] for cells in found))
-    lens = Lens(name, ids, guesses, said, likeliest, likelihoods, adapter)
+    adapters = tuple(
+        Adapted(a.exit_layer, *(_by_layer(cells, [(a.exit_layer, True)])[:, 0] for cells in found))
+        for a in model.exit_adapters
+    )
+    lens = Lens(name, ids, guesses, said, likeliest, likelihoods, adapters)
     if lens.token_ids != generation.token_ids:
         raise BitsDiffer("the last layer does not say what was generated; run `layerskip verify`")
     return lens
 
 
-def _cells(model: Model, text: list[int], start: int) -> Iterator[tuple[tuple[int, Tensor], ...]]:
-    """For each run of rows at each layer: the four tensors of a Lens, each with the layer it belongs to."""
-    for rows in each_exit(model, text, start, adapter=True):
+def _cells(model: Model, text: list[int], start: int) -> Iterator[tuple[tuple[Place, Tensor], ...]]:
+    """For each run of rows at each place: the four tensors of a Lens, each with the place it belongs to."""
+    for rows in each_exit(model, text, start, adapters=True):
         probabilities = rows.logits.softmax(-1)
         likelihoods, likeliest = probabilities.topk(min(ALTERNATIVES, model.config.vocab_size))
         said = probabilities.gather(1, rows.tokens[:, None])[:, 0]
-        layer = ADAPTED if rows.adapted else rows.layer
-        yield tuple((layer, cells) for cells in (rows.tokens, said, likeliest, likelihoods))
+        place = rows.layer, rows.adapted
+        yield tuple((place, cells) for cells in (rows.tokens, said, likeliest, likelihoods))
 
 
-def _by_layer(cells: Sequence[tuple[int, Tensor]], layers: Sequence[int]) -> Tensor:
-    """Runs of rows [n, ...] of some layers -> [T, layers, ...]."""
-    return torch.stack([torch.cat([run for at, run in cells if at == layer]) for layer in layers], 1)
+def _by_layer(cells: Sequence[tuple[Place, Tensor]], places: Sequence[Place]) -> Tensor:
+    """Runs of rows [n, ...] of some places -> [T, places, ...]."""
+    return torch.stack([torch.cat([run for at, run in cells if at == place]) for place in places], 1)
 
 
 def look_at_all(model: Model, prompts: Sequence[tuple[str, str]], max_new_tokens: int) -> list[Lens]:
@@ -112,13 +113,12 @@ def summary(model: Model, lenses: Sequence[Lens]) -> dict[str, Any]:
 
     ``mean_layer``: of Lens.layers_needed over all tokens; ``histogram``: how many tokens need 1, 2, ... L layers;
     ``agreement``: the part of all tokens for which layer 1, 2, ... L says the final one, whatever follows it: about
-    what drafts at that exit are accepted at; ``adapter``: the ``exit_layer`` of the exit adapter and its ``agreement``,
-    where the model has one.
+    what drafts at that exit are accepted at; ``adapters``: of each exit adapter its ``exit_layer`` and ``agreement``,
+    where the model has any.
     """
     num_layers = lenses[0].guesses.size(1)
     needed = torch.cat([lens.layers_needed for lens in lenses])
     agrees = torch.cat([lens.guesses == lens.guesses[:, -1:] for lens in lenses])
-    adapted = [lens.adapter.guesses == lens.guesses[:, -1] for lens in lenses if lens.adapter is not None]
     found = {
         "model": model.name,
         "prompts": len(lenses),
@@ -128,10 +128,11 @@ def summary(model: Model, lenses: Sequence[Lens]) -> dict[str, Any]:
         "histogram": torch.bincount(needed, minlength=num_layers + 1)[1:].tolist(),
         "agreement": agrees.double().mean(0).tolist(),
     }
-    if lenses[0].adapter is None:
-        return found
-    agreement = torch.cat(adapted).double().mean().item()
-    return {**found, "adapter": {"exit_layer": lenses[0].adapter.exit_layer, "agreement": agreement}}
+    adapters = []
+    for i, adapted in enumerate(lenses[0].adapters):
+        right = torch.cat([lens.adapters[i].guesses == lens.guesses[:, -1] for lens in lenses])
+        adapters.append({"exit_layer": adapted.exit_layer, "agreement": right.double().mean().item()})
+    return {**found, "adapters": adapters} if adapters else found
 
 
 def token_text(model: Model, token: int) -> str:

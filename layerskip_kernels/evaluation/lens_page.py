@@ -95,10 +95,10 @@ def _text(model: Model, lens: Lens) -> str:
 
 
 def _layer_titles(lens: Lens) -> str:
-    """The layers, and an exit adapter after the one that it follows."""
+    """The layers, and exit adapters after those that they follow."""
     titles = [str(layer) for layer in range(1, lens.guesses.size(1) + 1)]
-    if lens.adapter is not None:
-        titles.insert(lens.adapter.exit_layer, f"{lens.adapter.exit_layer} + adapter")
+    for adapter in reversed(lens.adapters):
+        titles.insert(adapter.exit_layer, f"{adapter.exit_layer} + adapter")
     return "".join(f'<th scope="col">{title}</th>' for title in titles)
 
 
@@ -116,7 +116,7 @@ def _row(model: Model, lens: Lens, t: int) -> str:
             model, lens.alternatives[t, layer - 1], lens.alternative_probabilities[t, layer - 1]
         )
         cells.append(_cell(model, guess, final, probability, title, layer == needed))
-    if (adapter := lens.adapter) is not None:
+    for adapter in reversed(lens.adapters):  # each place counts layers alone
         likeliest = _likeliest(model, adapter.alternatives[t], adapter.alternative_probabilities[t])
         title = f"layer {adapter.exit_layer} and the exit adapter: {likeliest}"
         cell = _cell(model, int(adapter.guesses[t]), final, float(adapter.probabilities[t]), title)

@@ -123,9 +123,10 @@ def draw_layers_needed(summary: dict[str, Any], path: Path, note: str = "") -> N
         loc="left", fontsize=11, parse_math=False,
     )  # fmt: skip
     below.plot(layers, [100 * part for part in summary["agreement"]], "o-", color="#17549c", markersize=3.5)
-    if adapter := summary.get("adapter"):
+    for adapter in (adapters := summary.get("adapters", [])):
         at, part = adapter["exit_layer"], 100 * adapter["agreement"]
-        below.plot([at], [part], "D", color="#c46210", label=f"with the exit adapter: {part:.0f} %")
+        below.plot([at], [part], "D", color="#c46210", label=f"{at} with the exit adapter: {part:.0f} %")
+    if adapters:
         below.legend(loc="lower right", frameon=False)
     below.set(xlabel="layer", ylabel="says the final token, %", ylim=(0, 105), xlim=(0.4, num_layers + 0.6))
     below.grid(alpha=0.3)

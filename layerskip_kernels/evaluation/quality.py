@@ -81,18 +81,18 @@ def perplexities(model: Model, texts: Sequence[Text], exits: Sequence[int] | Non
 
     ``tokens``: how many; ``exits``: for each ``exit_layer`` its ``perplexity`` (exp of the mean negative
     log-likelihood) and its ``agreement``, the part of the tokens for which it says what the last layer says;
-    ``adapter``: the same of the model's exit adapter, if it has one and all exits or its own are asked. Its
+    ``adapters``: the same of each of the model's exit adapters whose exit is among those, where there are any. Its
     ``perplexity`` is None where its head has not all the words of the texts.
     """
     last = model.config.num_layers
     asked = range(1, last + 1) if exits is None else sorted({*exits, last})
-    adapter = model.exit_adapter if model.exit_adapter and model.exit_adapter.exit_layer in asked else None
-    places = [(layer, False) for layer in asked] + ([(adapter.exit_layer, True)] if adapter else [])
+    model = model.with_exit_adapters(asked)
+    places = [(layer, False) for layer in asked] + [(adapter.exit_layer, True) for adapter in model.exit_adapters]
     losses: dict[tuple[int, bool], list[Tensor]] = {place: [] for place in places}
     said: dict[tuple[int, bool], list[Tensor]] = {place: [] for place in places}
     for tokens, start in tqdm(texts, desc="perplexity", unit="text"):
         targets = torch.tensor(tokens)
-        for rows in each_exit(model, tokens[:-1], start - 1, asked, adapter is not None):
+        for rows in each_exit(model, tokens[:-1], start - 1, asked, adapters=True):
             following = targets[rows.position + 1 : rows.position + 1 + len(rows.tokens)]
             log_probabilities = rows.logits.double().log_softmax(-1)
             losses[rows.layer, rows.adapted].append(-log_probabilities.gather(1, following[:, None])[:, 0])
@@ -107,7 +107,7 @@ def perplexities(model: Model, texts: Sequence[Text], exits: Sequence[int] | Non
         for place in places
     ]
     found = {"tokens": len(final), "exits": results[: len(asked)]}
-    return {**found, "adapter": results[-1]} if adapter else found
+    return {**found, "adapters": results[len(asked) :]} if model.exit_adapters else found
 
 
 # ---- pass@1 ----
@@ -151,7 +151,7 @@ def as_text(report: dict[str, Any]) -> str:
     found = report["perplexity"]
     lines = [f"{report['model']}, {found['tokens']} tokens judged", f"{'exit':>6}{'perplexity':>14}{'agreement':>12}"]
     lines += [_line(row, str(row["exit_layer"])) for row in found["exits"]]
-    if adapter := found.get("adapter"):
+    for adapter in found.get("adapters", []):
         lines.append(_line(adapter, f"{adapter['exit_layer']} +") + "  (with the exit adapter)")
     lines.append("agreement: the part of the tokens for which an exit says what the last layer says")
     if solved := report.get("pass_at_1"):

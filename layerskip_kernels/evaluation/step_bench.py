@@ -38,6 +38,8 @@ def bench(
 
     Raises BitsDiffer where they are not equal.
     """
+    model.check_exit(exit_layer)
+    model = model.with_exit_adapters([exit_layer])
     prompt = prompt_tokens(model, min(CONTEXT, model.config.max_positions - num_speculations - 2))
     if not same_bits(model, prompt, exit_layer, num_speculations):
         raise BitsDiffer("self-speculative decoding gave other bits than plain decoding; run `layerskip verify`")
@@ -91,11 +93,11 @@ def step_candidates(
 ) -> dict[str, Candidate]:
     """The baseline and the two steps, each undone after it was timed, so that all stand at the same position.
 
-    The baseline is the model without its exit adapter, in a cache of its own.
+    The baseline is the model without its exit adapters, in a cache of its own.
     """
     plain, plain_cache, plain_sequence = model, cache, sequence
-    if model.exit_adapter is not None:
-        plain = model.with_exit_adapter(None)
+    if model.exit_adapters:
+        plain = model.with_exit_adapters([])
         plain_cache, plain_sequence = prefilled(plain, sequence.tokens[: cache.length(sequence)], 1)
 
     def undo() -> None:

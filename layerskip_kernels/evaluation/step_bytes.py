@@ -24,20 +24,19 @@ def _bytes(model: Model, layers: Sequence[LayerWeights], positions: int) -> int:
     return sum(layer.nbytes + kv for layer in layers)
 
 
-def head_bytes(model: Model, drafting: bool = False) -> int:
-    """What the final norm and the LM head read; drafts may have a head of their own (Model.with_draft_vocab)."""
-    restricted = model.draft_head if drafting else None
-    head = model.weights.lm_head if restricted is None else restricted.weight
-    return model.weights.final_norm.nbytes + head.nbytes
+def head_bytes(model: Model, exit_layer: int | None = None) -> int:
+    """What the final norm and the LM head read; drafts at an exit may have a head of their own (Model.exit_at)."""
+    weights, head, _ = model.exit_at(exit_layer or model.config.num_layers)
+    return weights.final_norm.nbytes + (weights.lm_head if head is None else head.weight).nbytes
 
 
 def draft_bytes(model: Model, exit_layer: int, num_drafts: int, length: int, num_sequences: int = 1) -> int:
-    """Weights and KV read by draft_step after ``length`` known tokens: a pass, through the exit adapter as well, and a
-    head for each draft."""
-    adapter = () if model.exit_adapter is None else model.exit_adapter.weights.layers[1:]
-    layers = (*model.weights.layers[:exit_layer], *adapter)
+    """Weights and KV read by draft_step after ``length`` known tokens: for each draft a pass, through exit adapters as
+    well, and a head."""
+    adapted = (layer for adapter in model.exit_at(exit_layer).adapters for layer in adapter.weights.layers[1:])
+    layers = (*model.weights.layers[:exit_layer], *adapted)
     passes = sum(_bytes(model, layers, num_sequences * (length + i)) for i in range(num_drafts))
-    return passes + num_drafts * head_bytes(model, drafting=True)
+    return passes + num_drafts * head_bytes(model, exit_layer)
 
 
 def verify_bytes(model: Model, num_drafts: int, length: int) -> int:

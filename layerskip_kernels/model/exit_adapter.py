@@ -18,7 +18,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,9 +41,10 @@ from layerskip_kernels.operands import DraftHead, LayerWeights, ModelSizes, Mode
 from layerskip_kernels.ops.reference import BLOCK_TYPES, block_type, dequantise
 
 __all__ = [
-    "ADAPTER_FILE", "HEAD", "HEAD_IDS", "MLP", "AdapterKind", "ExitAdapter", "adapter_depth", "adapter_kind",
-    "adapter_numbers", "adapter_shapes", "check_adapter_weights", "exit_sizes", "model_norms", "num_adapter_layers",
-    "quantise_exit_adapter", "quantised_adapter", "read_exit_adapter", "write_exit_adapter",
+    "ADAPTER_FILE", "HEAD", "HEAD_IDS", "MLP", "AdapterKind", "DraftExit", "ExitAdapter", "adapter_depth",
+    "adapter_kind", "adapter_numbers", "adapter_shapes", "check_adapter_weights", "exit_of", "exit_sizes",
+    "model_norms", "num_adapter_layers", "quantise_exit_adapter", "quantised_adapter", "read_exit_adapter",
+    "write_exit_adapter",
 ]  # fmt: skip
 
 ADAPTER_FILE = "exit_adapter.safetensors"
@@ -64,7 +65,8 @@ class ExitAdapter:
 
     ``draft_weights``: the model's, under the adapter's final norm. ``weights``: the same with the adapter's layers, of
     which there are A + 1: a row that has passed the first of them is one at the exit, so that one is never run.
-    ``sizes``: of those layers. ``head``: what chooses among the drafts, in the backend's layout; None: the LM head.
+    ``sizes``: of those layers. ``head``: its own, in the backend's layout; None: the LM head. ``draft_head``: what
+    chooses among the drafts, that one or some of its words (`Model.with_draft_vocab`); None: the LM head.
     """
 
     exit_layer: int
@@ -72,6 +74,7 @@ class ExitAdapter:
     weights: ModelWeights
     sizes: ModelSizes
     head: DraftHead | None = None
+    draft_head: DraftHead | None = None
 
     @property
     def num_layers(self) -> int:
@@ -87,6 +90,18 @@ class ExitAdapter:
     def tensors(self) -> list[Tensor]:
         """Those that its K and V depend on, and its final norm."""
         return [self.weights.final_norm, *(t for layer in self.weights.layers[1:] for t in layer.tensors)]
+
+    def products(self, config: ModelConfig) -> int:
+        """tensor_names.layer_products of all its layers."""
+        return sum(layer_products(config, layer.attends) for layer in self.weights.layers[1:])
+
+
+class DraftExit(NamedTuple):
+    """What says a token at an exit: the model's weights, under the final norm that counts there, and a head."""
+
+    weights: ModelWeights
+    head: DraftHead | None  # None: the LM head
+    adapters: tuple[ExitAdapter, ...]  # that rows pass on their way, by exit; the exit's own is the last
 
 
 def exit_sizes(sizes: ModelSizes, exit_layer: int, num_layers: int) -> ModelSizes:
@@ -219,6 +234,11 @@ def read_exit_adapter(
     check_entries(entries, shapes)
     tensors = TensorsOnDemand(entries, shapes, dtype, keep_quantised=True)
     return int(exit_layer), {name: tensors.pop(name) for name in shapes} | ({} if ids is None else {HEAD_IDS: ids})
+
+
+def exit_of(path: Path) -> int:
+    """The exit layer of an adapter that was read before."""
+    return int(_opened(path)[2]["exit_layer"])
 
 
 def _opened(path: Path) -> tuple[Path, dict[str, TensorEntry], dict[str, str]]:

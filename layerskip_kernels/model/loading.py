@@ -1,6 +1,7 @@
 """A source -> a model ready to run, every value checked: never pickle, never remote code."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ __all__ = ["load_model", "read_checkpoint"]
 
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in TORCH_DTYPES.values()}
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+Source = str | os.PathLike[str]
 
 
 def load_model(
@@ -38,7 +40,7 @@ def load_model(
     dtype: torch.dtype | None = None,
     backend: str = "cpu",
     weights: str | None = None,
-    exit_adapter: str | os.PathLike[str] | None = None,
+    exit_adapter: Source | Sequence[Source] | None = None,
     device: torch.device | str | None = None,
 ) -> Model:
     """A model ready to run on ``backend``; ``source`` and ``dtype`` as in ``read_checkpoint``.
@@ -54,13 +56,16 @@ def load_model(
 
     ``exit_adapter``: an ``exit_adapter.safetensors`` made for this model, its folder (model/exit_adapter.py), or the
     name of one that this package ships: drafts exit into it, texts stay the model's. A ``layerskip.json`` beside it
-    counts before the model's. Raises ValueError naming the file for another model's adapter and for a damaged one.
+    counts before the model's. Of a list, one for each of several exits: where a GenerationConfig leaves the exit open,
+    it is chosen among theirs on the way, and what lies beside each counts for its draft vocabulary alone. Raises
+    ValueError naming the file for another model's adapter, a damaged one, and a second one of an exit.
     """
     quantise.check_weights(weights)
     device = _checked_device(device, backend)
     checkpoint = read_checkpoint(source, dtype, on_demand=True, keep_quantised=weights is None)
     model = Model.from_checkpoint(checkpoint, backend, weights, device)
-    return model if exit_adapter is None else _with_adapter(model, locate_exit_adapter(exit_adapter))
+    named = [exit_adapter] if isinstance(exit_adapter, (str, os.PathLike)) else exit_adapter or []
+    return _with_adapters(model, [locate_exit_adapter(one) for one in named])
 
 
 def _checked_device(device: torch.device | str | None, backend: str) -> torch.device | None:
@@ -75,16 +80,27 @@ def _checked_device(device: torch.device | str | None, backend: str) -> torch.de
     return named
 
 
-def _with_adapter(model: Model, path: Path) -> Model:
-    """The model with the adapter of a file or folder, and with the defaults beside that, if they are its own."""
+def _with_adapters(model: Model, paths: Sequence[Path]) -> Model:
+    """The model with the adapters of files or folders, and with the defaults beside each, if they are its own.
+
+    Defaults were measured with one exit, so the model's own do not count with adapters, nor one of several's.
+    """
     config = model.config
-    exit_layer, tensors = read_exit_adapter(path, config, model.dtype, model.name, model.weights)
-    beside = (path if path.is_dir() else path.parent) / DEFAULTS_FILE
-    defaults = read_defaults(beside, config) if beside.exists() else None
-    adapted = model.with_exit_adapter(exit_layer, tensors)
-    if defaults is not None and defaults.exit_layer == exit_layer:
-        return replace(adapted.with_draft_vocab(defaults.draft_vocab), defaults=defaults)
-    return replace(adapted, defaults=None)  # they were measured with another exit
+    found: dict[int, Path] = {}
+    for path in paths:
+        exit_layer, tensors = read_exit_adapter(path, config, model.dtype, model.name, model.weights)
+        if exit_layer in found:
+            raise ValueError(f"{path} is an exit adapter after layer {exit_layer}, as {found[exit_layer]} is; give one")
+        found[exit_layer] = path
+        beside = (path if path.is_dir() else path.parent) / DEFAULTS_FILE
+        defaults = read_defaults(beside, config) if beside.exists() else None
+        model = model.with_exit_adapter(exit_layer, tensors)
+        if defaults is not None and defaults.exit_layer == exit_layer:
+            model = model.with_draft_vocab(defaults.draft_vocab, exit_layer)
+        else:
+            defaults = None
+        model = replace(model, defaults=defaults if len(paths) == 1 else None)
+    return model
 
 
 def read_checkpoint(

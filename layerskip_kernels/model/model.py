@@ -7,7 +7,7 @@ and live in the backend (reference.run_layers says what it does).
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -20,25 +20,18 @@ from layerskip_kernels.config import AUTO, MOST_SPECULATIONS, NUM_SPECULATIONS, 
 from layerskip_kernels.model import quantise
 from layerskip_kernels.model.checkpoint import Checkpoint
 from layerskip_kernels.model.defaults import DraftDefaults
-from layerskip_kernels.model.exit_adapter import (
-    HEAD,
-    HEAD_IDS,
-    ExitAdapter,
-    adapter_kind,
-    exit_sizes,
-    num_adapter_layers,
-)
+from layerskip_kernels.model.exit_adapter import DraftExit, ExitAdapter
+from layerskip_kernels.model.layout import laid_out_adapter, layer_weights
 from layerskip_kernels.model.rope import rope_names, rope_tables
-from layerskip_kernels.model.tensor_names import NORMS, layer_products
+from layerskip_kernels.model.tensor_names import layer_products
 from layerskip_kernels.model.tokenizer import Tokenizer
 from layerskip_kernels.model.weight_hash import HashedTensors, tensor_digest
 from layerskip_kernels.model_config import ModelConfig
-from layerskip_kernels.operands import DraftHead, LayerWeights, ModelSizes, ModelWeights
+from layerskip_kernels.operands import DraftHead, ModelSizes, ModelWeights
 from layerskip_kernels.ops import Backend
 
 __all__ = ["Model"]
 
-Placer = Callable[[Tensor], Tensor]
 QUANTISED_ROWS = 1024
 FIRST_POSITIONS = 4096  # a larger cache extends the tables
 EXIT_PARTS = (1 / 8, 1 / 4, 1 / 3, 1 / 2)  # of all layers: exits among which one is chosen on the way
@@ -50,7 +43,8 @@ class Model:
 
     ``weights`` are in ``dtype`` (matrices perhaps quantised), linear weights and the embedding in the backend's
     layout. ``draft_head``: a draft vocabulary, in the backend's layout; None: drafts may be any token.
-    ``exit_adapter``: what drafts pass after its exit layer (`with_exit_adapter`); None: the head at once.
+    ``exit_adapters``: what drafts pass after their exit layers (`with_exit_adapter`), at most one an exit, in their
+    order; without any, drafts go to the head at once, at every exit.
     """
 
     config: ModelConfig
@@ -61,7 +55,7 @@ class Model:
     name: str = "model"
     draft_head: DraftHead | None = None
     defaults: DraftDefaults | None = None  # how it is best run, where that was measured
-    exit_adapter: ExitAdapter | None = None
+    exit_adapters: tuple[ExitAdapter, ...] = ()
     weights_digest: bytes | None = None  # SHA-256 of what was loaded to a GPU, and of how it was quantised
 
     @property
@@ -70,18 +64,25 @@ class Model:
 
     @property
     def draft_ids(self) -> Tensor | None:
-        """The draft vocabulary, int64 [N], ascending; None: all tokens."""
+        """The draft vocabulary of exits without an adapter, int64 [N], ascending; None: all tokens."""
         return None if self.draft_head is None else self.draft_head.ids
 
     @property
-    def draft_weights(self) -> ModelWeights:
-        """What drafts are made with: the model's weights, under the exit adapter's final norm if there is one."""
-        return self.weights if self.exit_adapter is None else self.exit_adapter.draft_weights
-
-    @property
     def num_adapter_kv_layers(self) -> int:
-        """Layers of the exit adapter that have K and V, which follow the model's in the cache."""
-        return 0 if self.exit_adapter is None else self.exit_adapter.num_kv_layers
+        """Layers of the exit adapters that have K and V, which follow the model's in the cache."""
+        return sum(adapter.num_kv_layers for adapter in self.exit_adapters)
+
+    def exit_at(self, layer: int) -> DraftExit:
+        """What says a token after ``layer`` layers, and the adapters that a row passes on its way there.
+
+        At an exit that is what drafts; at L it is the model itself. Adapters of lower exits are passed if they attend,
+        since later drafts may read their K and V, and the exit's own is.
+        """
+        own = next((a for a in self.exit_adapters if a.exit_layer == layer), None)
+        passed = tuple(a for a in self.exit_adapters if a.num_kv_layers and a.exit_layer < layer)
+        if own is not None:
+            return DraftExit(own.draft_weights, own.draft_head, (*passed, own) if own.num_layers else passed)
+        return DraftExit(self.weights, self.draft_head if layer < self.config.num_layers else None, passed)
 
     @cached_property
     def sizes(self) -> ModelSizes:
@@ -111,16 +112,26 @@ class Model:
         return layer_products(self.config)
 
     @cached_property
-    def adapter_products(self) -> int:
-        """The same of all layers of the exit adapter."""
-        layers = () if self.exit_adapter is None else self.exit_adapter.weights.layers[1:]
-        return sum(layer_products(self.config, layer.attends) for layer in layers)
+    def draft_products(self) -> tuple[int, ...]:
+        """Those of a draft after 0..L layers: of these, of the adapters on the way, and of the head."""
+        products, c = [], self.config
+        for layer in range(c.num_layers + 1):
+            _, head, adapters = self.exit_at(layer)
+            words = c.vocab_size if head is None else len(head.ids)
+            adapted = sum(adapter.products(c) for adapter in adapters)
+            products.append(layer * self.layer_products + adapted + words * c.hidden_size)
+        return tuple(products)
+
+    @cached_property
+    def adapter_products(self) -> dict[int, int]:
+        """Those of the adapters that a row passes on its way to the last layer, by their exits."""
+        return {a.exit_layer: a.products(self.config) for a in self.exit_at(self.config.num_layers).adapters}
 
     @cached_property
     def identity(self) -> bytes:
         """What a token's K and V depend on besides the tokens: SHA-256 of config, dtype, backend and weights.
 
-        An exit adapter's weights and layer belong to it: its K and V are the cache's, too.
+        Exit adapters' weights and layers belong to it: their K and V are the cache's, too.
 
         For what outlives the process: swap files. Weights on a GPU were hashed as they were loaded; others are read
         once here, with torch's number of threads.
@@ -128,10 +139,10 @@ class Model:
         weights = (
             [] if self.weights_digest is not None else [*self.weights.flat[:3], *self.weights.flat[5:]]
         )  # cos and sin follow from the config
-        weights += [] if self.exit_adapter is None else self.exit_adapter.tensors
+        weights += [tensor for adapter in self.exit_adapters for tensor in adapter.tensors]
         with ThreadPoolExecutor(torch.get_num_threads()) as threads:
             digests = list(threads.map(tensor_digest, weights))
-        adapted = () if self.exit_adapter is None else (self.exit_adapter.exit_layer,)
+        adapted = [(adapter.exit_layer, adapter.num_layers) for adapter in self.exit_adapters]
         settings = repr((self.config, self.dtype, self.backend, *adapted)).encode() + (self.weights_digest or b"")
         return hashlib.sha256(hashlib.sha256(settings).digest() + b"".join(digests)).digest()
 
@@ -147,10 +158,10 @@ class Model:
             place = self.ops.placer()
             cos, sin = rope_tables(self.config, count)
             self.weights.replace_tables(place(cos), place(sin))
-        adapter = self.exit_adapter
-        if adapter is not None and self.weights.cos.size(1) > adapter.weights.cos.size(1):
-            for weights in (adapter.weights, adapter.draft_weights):
-                weights.replace_tables(self.weights.cos, self.weights.sin)
+        for adapter in self.exit_adapters:
+            if self.weights.cos.size(1) > adapter.weights.cos.size(1):
+                for weights in (adapter.weights, adapter.draft_weights):
+                    weights.replace_tables(self.weights.cos, self.weights.sin)
 
     def has_kv_of(self, other: Model) -> bool:
         """Whether both compute the same K and V from the same tokens: one set of weights in memory, run the same way.
@@ -160,7 +171,7 @@ class Model:
         """
         return self is other or (
             self.weights is other.weights
-            and self.exit_adapter is other.exit_adapter
+            and [id(a.weights) for a in self.exit_adapters] == [id(a.weights) for a in other.exit_adapters]
             and (self.config, self.dtype, self.backend) == (other.config, other.dtype, other.backend)
         )
 
@@ -169,16 +180,16 @@ class Model:
 
         (0, 0) in plain decoding, no drafts for an early exit alone. What the config leaves open is that of
         ``defaults``; without it, a third of the layers and 4 drafts. "auto" begins with that exit, and has a largest
-        number of drafts. With an exit adapter the exit is the adapter's. Raises ValueError for an exit layer that this
-        model does not have, or that its exit adapter does not follow.
+        number of drafts. With exit adapters the exit is one of theirs, by itself the first. Raises ValueError for an
+        exit layer that this model does not have, or that no adapter follows where there are adapters.
         """
         if config.strategy == "autoregressive":
             return 0, 0
         if config.strategy == "early_exit":
             return config.resolve_exit_layer(self.config.num_layers), 0
         chosen, default = self.defaults, self.defaults.exit_layer if self.defaults else None
-        if self.exit_adapter is not None:
-            default = self.exit_adapter.exit_layer
+        if self.exit_adapters and default not in (exits := [adapter.exit_layer for adapter in self.exit_adapters]):
+            default = exits[0]
         exit_layer = config.resolve_exit_layer(self.config.num_layers, default)
         self.check_exit(exit_layer)
         if isinstance(config.num_speculations, int):
@@ -191,10 +202,12 @@ class Model:
         """Raise ValueError unless this model's layers below the last can draft at ``exit_layer``."""
         if not 1 <= exit_layer < self.config.num_layers:
             raise ValueError(f"exit_layer must be in 1..{self.config.num_layers - 1}, got {exit_layer}")
-        if self.exit_adapter is not None and exit_layer != self.exit_adapter.exit_layer:
+        exits = [str(adapter.exit_layer) for adapter in self.exit_adapters]
+        if exits and str(exit_layer) not in exits:
+            follows = "exit adapter follows" if len(exits) == 1 else "exit adapters follow"
             raise ValueError(
-                f"exit_layer must be {self.exit_adapter.exit_layer}, which this model's exit adapter follows, got "
-                f"{exit_layer}; leave it None, or use the model without the adapter (with_exit_adapter(None))"
+                f"exit_layer must be {' or '.join(exits)}, which this model's {follows}, got {exit_layer}; leave it "
+                "None, or use the model without adapters (with_exit_adapters([]))"
             )
 
     def leaves_drafting_open(self, config: GenerationConfig) -> bool:
@@ -209,62 +222,70 @@ class Model:
             return ()
         first, count = self.draft_settings(config)[0], self.config.num_layers
         chosen = config.exit_layer == AUTO or (config.exit_layer is None and self.defaults is None)
-        if self.exit_adapter is not None or not (chosen and self.leaves_drafting_open(config)):
+        if not (chosen and self.leaves_drafting_open(config)):
             return (first,)
-        others = {min(count - 1, max(1, round(count * part))) for part in EXIT_PARTS}
+        others = {adapter.exit_layer for adapter in self.exit_adapters}
+        others = others or {min(count - 1, max(1, round(count * part))) for part in EXIT_PARTS}
         return (first, *sorted(others - {first}))
 
-    def with_draft_vocab(self, token_ids: Iterable[int] | None) -> Model:
+    def with_draft_vocab(self, token_ids: Iterable[int] | None, exit_layer: int | None = None) -> Model:
         """The same model, drafting only tokens of a list (None: any); verification still chooses among all of them.
 
         The LM head recurs with every draft, so a short list of frequent tokens makes drafts cheaper. Where an exit
-        adapter has a head of its own, any means any of that. Raises ValueError for an empty list and for an id outside
-        the vocabulary, or outside that head's.
+        adapter has a head of its own, any means any of that. ``exit_layer``: of drafts through the adapter there alone;
+        None: of all. Raises ValueError for an empty list and for an id outside the vocabulary, or outside that head's.
         """
-        whole = self.exit_adapter.head if self.exit_adapter is not None else None
-        if token_ids is None:
-            return replace(self, draft_head=whole)
-        ids = sorted(set(token_ids))
-        if not ids or ids[0] < 0 or ids[-1] >= self.config.vocab_size:
+        ids = None if token_ids is None else sorted(set(token_ids))
+        if ids is not None and (not ids or ids[0] < 0 or ids[-1] >= self.config.vocab_size):
             shown = f"{len(ids)} ids" + (f" from {ids[0]} to {ids[-1]}" if ids else "")
             raise ValueError(f"draft_vocab must be token ids in 0..{self.config.vocab_size - 1}, got {shown}")
-        draft_ids = rows = torch.tensor(ids)
+        of_model = self._with_words(None, ids)
+        adapters = tuple(
+            a if exit_layer not in (None, a.exit_layer)
+            else replace(a, draft_head=self._with_words(a.head, ids) if a.head else of_model)
+            for a in self.exit_adapters
+        )  # fmt: skip
+        return replace(self, draft_head=of_model if exit_layer is None else self.draft_head, exit_adapters=adapters)
+
+    def _with_words(self, whole: DraftHead | None, token_ids: list[int] | None) -> DraftHead | None:
+        """A head (None: the LM head) with some tokens' rows alone, the ids ascending; None: it as it is."""
+        if token_ids is None:
+            return whole
+        ids = rows = torch.tensor(token_ids)
+        weight = self.weights.lm_head if whole is None else whole.weight
         if whole is not None:
-            rows = torch.searchsorted(whole.ids, draft_ids).clamp(max=len(whole.ids) - 1)
-            if not torch.equal(whole.ids[rows], draft_ids):
+            rows = torch.searchsorted(whole.ids, ids).clamp(max=len(whole.ids) - 1)
+            if not torch.equal(whole.ids[rows], ids):
                 raise ValueError(
                     f"draft_vocab must be among the {len(whole.ids)} tokens of the exit adapter's own head; "
                     "leave it None, which means all of them"
                 )
-        head = self.ops.select_rows(self.weights.lm_head if whole is None else whole.weight, rows)
-        held = self.ops.empty(*head.shape, dtype=head.dtype).copy_(head)
-        return replace(self, draft_head=DraftHead(held, draft_ids))
+        head = self.ops.select_rows(weight, rows)
+        return DraftHead(self.ops.empty(*head.shape, dtype=head.dtype).copy_(head), ids)
 
-    def with_exit_adapter(self, exit_layer: int | None, tensors: dict[str, Tensor] | None = None) -> Model:
-        """The same model, whose drafts pass an adapter after ``exit_layer``, before the head (None: no adapter).
+    def with_exit_adapter(self, exit_layer: int, tensors: dict[str, Tensor]) -> Model:
+        """The same model with one more exit adapter, which drafts pass after ``exit_layer``, before the head.
 
         ``tensors``: `exit_adapter.adapter_shapes`, of the model's dtype or quantised, on the CPU: the adapter's layers,
-        each like one of the model's, its final norm, and perhaps a head with HEAD_IDS, which becomes the draft head.
+        each like one of the model's, its final norm, and perhaps a head with HEAD_IDS, which drafts there then have.
         The model's own K, V, logits and text are what they are without. Raises ValueError for an exit layer outside
-        1..L-1.
+        1..L-1, and for one that has an adapter.
         """
-        had_head = self.exit_adapter is not None and self.exit_adapter.head is not None
-        bare = replace(self, exit_adapter=None, draft_head=None if had_head else self.draft_head)
-        if exit_layer is None or tensors is None:
-            return bare
-        bare.check_exit(exit_layer)
-        tensors, own = dict(tensors), self.weights
-        pack_weight, place = self.ops.pack_weight, self.ops.placer()
-        layers = tuple(
-            _layer_weights(tensors, f"layers.{layer}.", lambda weight: place(pack_weight(weight)), place, self.config)
-            for layer in range(num_adapter_layers(adapter_kind(tensors)))
-        )
-        head = DraftHead(place(pack_weight(tensors.pop(HEAD))), tensors.pop(HEAD_IDS)) if HEAD in tensors else None
-        final_norm = place(tensors.pop("norm.weight"))
-        drafting = replace(own, final_norm=final_norm)
-        weights, sizes = replace(drafting, layers=layers[:1] + layers), exit_sizes(self.sizes, exit_layer, len(layers))
-        adapter = ExitAdapter(exit_layer, drafting, weights, sizes, head)
-        return replace(bare, draft_head=head or bare.draft_head, exit_adapter=adapter)
+        if not 1 <= exit_layer < self.config.num_layers:
+            raise ValueError(f"exit_layer must be in 1..{self.config.num_layers - 1}, got {exit_layer}")
+        if any(adapter.exit_layer == exit_layer for adapter in self.exit_adapters):
+            raise ValueError(f"exit_layer {exit_layer} has an exit adapter already; an exit has at most one")
+        adapter = laid_out_adapter(exit_layer, tensors, self.config, self.weights, self.sizes, self.ops)
+        adapter = adapter if adapter.head else replace(adapter, draft_head=self.draft_head)
+        adapters = sorted((*self.exit_adapters, adapter), key=lambda adapter: adapter.exit_layer)
+        return replace(self, exit_adapters=tuple(adapters))
+
+    def with_exit_adapters(self, exits: Iterable[int]) -> Model:
+        """The same model with those of its exit adapters alone that follow these exit layers: what is not there costs
+        nothing. Their K and V are what they were."""
+        wanted = set(exits)
+        kept = tuple(adapter for adapter in self.exit_adapters if adapter.exit_layer in wanted)
+        return self if kept == self.exit_adapters else replace(self, exit_adapters=kept)
 
     @classmethod
     def from_checkpoint(
@@ -304,7 +325,7 @@ class Model:
         cos, sin = rope_tables(config, min(config.max_positions, FIRST_POSITIONS))
         final_norm, cos, sin = place(tensors.pop("model.norm.weight")), place(cos), place(sin)
         layers = tuple(
-            _layer_weights(tensors, f"model.layers.{layer}.", pack_linear, place, config)
+            layer_weights(tensors, f"model.layers.{layer}.", pack_linear, place, config)
             for layer in range(config.num_layers)
         )
         laid_out = ModelWeights(embedding, final_norm, lm_head, cos, sin, layers)
@@ -316,30 +337,3 @@ class Model:
             weights_digest=digest,
         )  # fmt: skip
         return model.with_draft_vocab(defaults.draft_vocab) if defaults and defaults.draft_vocab else model
-
-
-def _layer_weights(
-    tensors: dict[str, Tensor] | HashedTensors, prefix: str, pack: Placer, place: Placer, config: ModelConfig
-) -> LayerWeights:
-
-    def take(name: str) -> Tensor:
-        return tensors.pop(prefix + name)
-
-    def bias(wanted: bool, *names: str) -> Tensor | None:
-        return place(torch.cat([take(f"{name}_proj.bias") for name in names])) if wanted else None
-
-    attends = f"{prefix}self_attn.q_proj.weight" in tensors
-    places = {at: name for at, name in NORMS[config.norm_placement].items() if attends or at.startswith("mlp")}
-    norms = {at: place(take(f"{name}.weight")) for at, name in places.items()}
-    if attends and config.qk_norm != "none":
-        norms |= {name: place(take(f"self_attn.{name}.weight")) for name in ("q_norm", "k_norm")}
-    qkv_bias = bias(attends and config.qkv_bias, *(f"self_attn.{p}" for p in "qkv"))
-    out_bias = bias(attends and config.out_bias, "self_attn.o")
-    empty = place(torch.empty(0))
-    wq, wk, wv, wo = (pack(take(f"self_attn.{p}_proj.weight")) if attends else empty for p in "qkvo")
-    gate_up_bias, down_bias = bias(config.mlp_bias, "mlp.gate", "mlp.up"), bias(config.mlp_bias, "mlp.down")
-    w_gate, w_up, w_down = (pack(take(f"mlp.{p}_proj.weight")) for p in ("gate", "up", "down"))
-    return LayerWeights(
-        wq=wq, wk=wk, wv=wv, qkv_bias=qkv_bias, wo=wo, out_bias=out_bias, w_gate=w_gate, w_up=w_up, w_down=w_down,
-        gate_up_bias=gate_up_bias, down_bias=down_bias, **{"attn_norm": None, "mlp_norm": None, **norms},
-    )  # fmt: skip

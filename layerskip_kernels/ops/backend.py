@@ -30,7 +30,7 @@ What each op means, with shapes and dtypes, is said once, in ``reference``; data
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -215,7 +215,7 @@ class Backend(Protocol):
         sampling: DraftSampling | None = None,
         stops: DraftStops | None = None,
         keep_scores: bool = False,
-        adapter: AdapterLayers | None = None,
+        adapters: Sequence[AdapterLayers] = (),
     ) -> Drafted: ...
     def verify_pass(
         self,
@@ -226,5 +226,5 @@ class Backend(Protocol):
         num_drafts: Tensor,
         judged: Tensor,
         sampling: JudgeSampling | None = None,
-        adapter: AdapterLayers | None = None,
+        adapters: Sequence[AdapterLayers] = (),
     ) -> tuple[Tensor, Tensor, Tensor]: ...

@@ -6,6 +6,7 @@ expected and what came.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 from weakref import WeakKeyDictionary, finalize
 
@@ -58,11 +59,14 @@ def model_number(weights: ModelWeights, sizes: ModelSizes, cache: CacheTensors) 
     return known.number
 
 
-def _numbered(adapter: AdapterLayers | None) -> tuple[int, Tensor | None, Tensor | None]:
-    """As the schemas of the two passes take it."""
-    if adapter is None:
-        return 0, None, None
-    return model_number(adapter.weights, adapter.sizes, adapter.cache), adapter.cache.k, adapter.cache.v
+def _flat(adapters: Sequence[AdapterLayers]) -> tuple[list[int], list[int], list[Tensor], list[Tensor]]:
+    """As the schemas of the two passes take them: their exits, the numbers of their layers, and their pages."""
+    return (
+        [a.exit_layer for a in adapters],
+        [model_number(a.weights, a.sizes, a.cache) for a in adapters],
+        [a.cache.k for a in adapters],
+        [a.cache.v for a in adapters],
+    )
 
 
 class CpuOps(HostMemory):
@@ -249,12 +253,12 @@ class CpuOps(HostMemory):
         sampling: DraftSampling | None = None,
         stops: DraftStops | None = None,
         keep_scores: bool = False,
-        adapter: AdapterLayers | None = None,
+        adapters: Sequence[AdapterLayers] = (),
     ) -> Drafted:
         drafted = _cpp.draft_pass(
             model_number(weights, sizes, cache), *cache, rows.tokens, rows.positions, rows.num_drafts,
             rows.block_table, head and head.weight, head and head.ids, sampling.flat if sampling else [],
-            stops.flat if stops else [], exit_layer, max_drafts, keep_scores, *_numbered(adapter),
+            stops.flat if stops else [], exit_layer, max_drafts, keep_scores, *_flat(adapters),
         )  # fmt: skip
         return Drafted(*drafted)
 
@@ -267,12 +271,11 @@ class CpuOps(HostMemory):
         num_drafts: Tensor,
         judged: Tensor,
         sampling: JudgeSampling | None = None,
-        adapter: AdapterLayers | None = None,
+        adapters: Sequence[AdapterLayers] = (),
     ) -> tuple[Tensor, Tensor, Tensor]:
         if sampling is not None:
             raise ValueError("backend 'cpu' does not draw tokens in verify_pass")
         return _cpp.verify_pass(
             model_number(weights, sizes, cache), *cache, rows.tokens, rows.positions, rows.depths,
-            rows.query_start_loc, num_drafts, judged, rows.block_table,
-            adapter.exit_layer if adapter else 0, *_numbered(adapter),
+            rows.query_start_loc, num_drafts, judged, rows.block_table, *_flat(adapters),
         )  # fmt: skip

@@ -267,9 +267,10 @@ def draft_pass(
     exit_layer: int,
     max_drafts: int,
     keep_scores: bool,
-    adapter: int,
-    adapter_k: Tensor | None,
-    adapter_v: Tensor | None,
+    adapter_exits: list[int],
+    adapters: list[int],
+    adapter_k: list[Tensor],
+    adapter_v: list[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     sequences, vocab_size = tokens.size(0), _unknown_size()  # of the model
     return (
@@ -293,10 +294,10 @@ def verify_pass(
     num_drafts: Tensor,
     judged: Tensor,
     block_table: Tensor,
-    exit_layer: int,
-    adapter: int,
-    adapter_k: Tensor | None,
-    adapter_v: Tensor | None,
+    adapter_exits: list[int],
+    adapters: list[int],
+    adapter_k: list[Tensor],
+    adapter_v: list[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
     judged_rows = _unknown_size()  # sum(num_drafts + 1)
     logits = hidden_cache.new_empty(judged_rows, _unknown_size(), dtype=torch.float32)

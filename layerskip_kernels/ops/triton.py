@@ -7,7 +7,7 @@ cycle. Steps draw tokens on the device. Rule 7's ops alone run where their numbe
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import wraps
@@ -191,16 +191,16 @@ class TritonOps:
         sampling: DraftSampling | None = None,
         stops: DraftStops | None = None,
         keep_scores: bool = False,
-        adapter: AdapterLayers | None = None,
+        adapters: Sequence[AdapterLayers] = (),
     ) -> Drafted:
         """As reference.draft_pass, but for what ``drafts_adapt`` says; what it made stays on the device."""
         if stops is not None:
             raise ValueError("backend 'triton' does not stop drafts in draft_pass")
-        if adapter is not None:
+        for adapter in adapters:
             triton_ops.share_error(cache.k, adapter.cache.k)
         with self._current():
             tokens, scores = self._steps.draft_pass(
-                weights, sizes, cache, rows, head, exit_layer, max_drafts, sampling, keep_scores, adapter
+                weights, sizes, cache, rows, head, exit_layer, max_drafts, sampling, keep_scores, adapters
             )
         return Drafted(tokens, rows.num_drafts, torch.empty(len(rows.num_drafts), 0), scores)
 
@@ -213,15 +213,15 @@ class TritonOps:
         num_drafts: Tensor,
         judged: Tensor,
         sampling: JudgeSampling | None = None,
-        adapter: AdapterLayers | None = None,
+        adapters: Sequence[AdapterLayers] = (),
     ) -> tuple[Tensor, Tensor, Tensor]:
         """As reference.verify_pass; the results stay on the device."""
-        if adapter is not None:
+        for adapter in adapters:
             triton_ops.share_error(cache.k, adapter.cache.k)
-        if adapter is not None and (lower := rows.below(adapter.exit_layer)) is not None:
-            self.run_layers(weights, sizes, cache, lower, adapter.exit_layer)
-            adapt_rows(self, cache.hidden, adapter, lower)
-            rows = replace(rows, depths=rows.depths.clamp(min=adapter.exit_layer))
+            if (lower := rows.below(adapter.exit_layer)) is not None:
+                self.run_layers(weights, sizes, cache, lower, adapter.exit_layer)
+                adapt_rows(self, cache.hidden, adapter, lower)
+                rows = rows.raised_to(adapter.exit_layer)
         with self._current():
             return self._steps.verify_pass(weights, sizes, cache, rows, num_drafts, judged, sampling)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 from layerskip_kernels.config import MOST_SPECULATIONS
@@ -49,7 +49,7 @@ class StepCosts:
 
 def measure_costs(model: Model, tokens: Sequence[int], rounds: int = ROUNDS) -> StepCosts:
     """Time the steps after a text, in turns."""
-    model = replace(model, exit_adapter=None)
+    model = model.with_exit_adapters([])
     vocab = list(range(min(SMALL_VOCAB, model.config.vocab_size)))
     drafting, whole = model.with_draft_vocab(vocab), model.with_draft_vocab(None)
     deep = min(max(2, model.config.num_layers // 2), model.config.num_layers - 1)

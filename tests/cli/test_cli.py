@@ -115,9 +115,10 @@ def test_generate_passes_its_options_on(monkeypatch, capsys):
     monkeypatch.setattr(layerskip_kernels, "load_model", load)
     monkeypatch.setattr(layerskip_kernels, "generate", record)
     options = "--model layerskip-tiny-code --dtype fp16 --backend reference --weights int8 --threads 2 --exit-layer 2"
-    more = "--exit-adapter a-folder --strategy self_speculative --num-speculations 3 --max-new-tokens 9"
-    assert main(["generate", *options.split(), *more.split()]) == 0
-    assert asked["source"] == ("layerskip-tiny-code", torch.float16, "reference", "int8", "a-folder", None)
+    more = "--strategy self_speculative --num-speculations 3 --max-new-tokens 9"
+    several = ["--exit-adapter", "a-folder", "--exit-adapter", "b"]
+    assert main(["generate", *options.split(), *several, *more.split()]) == 0
+    assert asked["source"] == ("layerskip-tiny-code", torch.float16, "reference", "int8", ["a-folder", "b"], None)
     assert asked["config"] == GenerationConfig("self_speculative", 2, 3, 9)
     assert asked["threads"] == 2
 

@@ -20,8 +20,7 @@ from layerskip_kernels import (
 from layerskip_kernels.errors import SwapError
 from layerskip_kernels.model.exit_adapter import AdapterKind
 from layerskip_kernels.model.quantise import quantise
-from layerskip_kernels.ops import cache_ops
-from support.exit_adapters import cut_model, own_checkpoint, random_adapter
+from support.exit_adapters import all_kv, cut_model, greedy, lm_head, own_checkpoint, prefilled_kv, random_adapter
 from support.generations import KEEP, all_free, alone, drafts_accepted, same_as_alone
 from support.models import GPU, SMALL, cache_for, random_tokens
 
@@ -45,35 +44,6 @@ def models(
     cut = cut_model(own_checkpoint(dtype, **changes), exit_layer, adapter)
     own = plain if backend == "cpu" else Model.from_checkpoint(own_checkpoint(dtype, **changes), backend)
     return plain, own.with_exit_adapter(exit_layer, adapter), cut
-
-
-def lm_head(dtype: torch.dtype, **changes: object) -> torch.Tensor:
-    tensors = own_checkpoint(dtype, **changes).tensors
-    return tensors.get("lm_head.weight", tensors["model.embed_tokens.weight"])
-
-
-def all_kv(cache: PagedKVCache, sequence) -> tuple[torch.Tensor, torch.Tensor]:
-    """A sequence's committed k and v, the adapter's layers included."""
-    pages = torch.tensor(cache.pool.pages(sequence.id), dtype=torch.int32, device=cache.all_k.device)
-    error = cache_ops.new_error(cache.all_k.device)
-    k, v = cache_ops.gather_kv(pages, cache.length(sequence), cache.all_k, cache.all_v, error)
-    cache_ops.check_error(error)
-    return k.cpu(), v.cpu()
-
-
-def greedy(model: Model, tokens: list[int], count: int) -> list[int]:
-    cache = cache_for(model, len(tokens) + count)
-    sequence = cache.add_sequence(tokens)
-    for _ in range(count):
-        cache.commit(prefill(model, cache, [sequence]))
-    return sequence.tokens[len(tokens) :]
-
-
-def prefilled_kv(model: Model, tokens: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    cache = cache_for(model, len(tokens))
-    sequence = cache.add_sequence(tokens)
-    cache.commit(prefill(model, cache, [sequence]))
-    return all_kv(cache, sequence)
 
 
 def assert_cache_is_whole(cache: PagedKVCache, sequence, plain: Model, cut: Model, exit_layer: int = EXIT) -> None:
@@ -126,7 +96,9 @@ def test_a_head_of_its_own_is_the_draft_vocabulary(backend):
     adapter = random_adapter(plain, lm_head=lm_head(torch.bfloat16, **changes), every=3)
     adapted = plain.with_exit_adapter(EXIT, adapter)
     ids = adapter["head.ids"].tolist()
-    assert adapted.draft_ids.tolist() == ids and adapted.with_draft_vocab(None).draft_head is adapted.draft_head
+    [adapter_there], head = adapted.exit_adapters, adapted.exit_at(EXIT).head
+    assert head.ids.tolist() == ids and adapter_there.head is head
+    assert adapted.with_draft_vocab(ids[:3]).with_draft_vocab(None).exit_at(EXIT).head is head
     every = replace(models(backend, head=True)[1], defaults=None)
     few = ids[1:9:2]
     for model, among in ((adapted, ids), (adapted.with_draft_vocab(few), few), (every.with_draft_vocab(few), few)):
@@ -138,9 +110,10 @@ def test_a_head_of_its_own_is_the_draft_vocabulary(backend):
         cache.commit(verify_step(model, cache, Draft.of_tokens([sequence], [drafts])))
     with pytest.raises(ValueError, match=r"draft_vocab must be among the \d+ tokens of the exit adapter's own head"):
         adapted.with_draft_vocab([0, 1])
-    assert adapted.with_exit_adapter(None).draft_head is None
+    assert adapted.with_exit_adapters([]).exit_at(EXIT).head is None
     chosen = plain.with_draft_vocab(few).with_exit_adapter(EXIT, random_adapter(plain))
-    assert chosen.draft_ids.tolist() == chosen.with_exit_adapter(None).draft_ids.tolist() == few
+    for model in (chosen, chosen.with_exit_adapters([])):
+        assert model.exit_at(EXIT).head.ids.tolist() == few and model.exit_at(model.config.num_layers).head is None
 
 
 @pytest.mark.parametrize("backend", ["cpu", "triton"])
@@ -298,7 +271,7 @@ def test_a_quantised_adapter(backend, weights, kind, of_model):
         assert sequence.tokens[6:] == greedy(plain, sequence.tokens[:6], len(sequence.tokens) - 6)
         assert accepted > 0
         found[name] = made, *all_kv(cache, sequence)
-        few = adapted.draft_ids.tolist()[1:9:2]
+        few = adapted.exit_at(EXIT).head.ids.tolist()[1:9:2]
         some = adapted.with_draft_vocab(few)
         assert set(draft_step(some, cache, [sequence], EXIT, 2).of(0)) <= set(few)
     (made, k, v), (expected, expected_k, expected_v) = found[backend], found["reference"]
@@ -309,29 +282,29 @@ def test_positions_grow_for_the_adapter_too():
     """A cache of the bare model lengthens the RoPE tables first; the adapter's follow with its own cache."""
     plain = Model.from_checkpoint(own_checkpoint(torch.bfloat16, max_positions=9000))
     adapted = plain.with_exit_adapter(EXIT, random_adapter(plain))
-    assert adapted.exit_adapter is not None and adapted.exit_adapter.weights.cos.size(1) == 4096
+    [adapter] = adapted.exit_adapters
+    assert adapter.weights.cos.size(1) == 4096
     PagedKVCache(plain, 500, page_size=16)
     cache = PagedKVCache(adapted, 2, page_size=16)
-    assert adapted.exit_adapter.weights.cos is plain.weights.cos
+    assert adapter.weights.cos is plain.weights.cos
     assert cache.max_positions == 9000
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
-def test_an_adapter_without_attention_takes_no_room_and_no_row_to_it(backend, monkeypatch):
+def test_an_adapter_without_attention_takes_no_room_and_no_row_to_it(backend):
     """Its pages are the model's; rows that draft nothing never pass it; sequences are swapped, forked and shared."""
     plain, adapted, cut = models(backend, kind="mlp", head=True)
     cache = cache_for(adapted, 120, page_size=4, prefix_sharing=True)
-    assert cache.all_k.size(0) == plain.config.num_layers and len(adapted.exit_adapter.weights.layers) == 2
+    assert cache.all_k.size(0) == plain.config.num_layers and len(adapted.exit_adapters[0].weights.layers) == 2
     assert PagedKVCache.with_memory(adapted, 1 << 20).pool.num_pages == (
         PagedKVCache.with_memory(plain, 1 << 20).pool.num_pages
     )
     sequence = cache.add_sequence(random_tokens(11))
-    with monkeypatch.context() as patched:
-        patched.setattr(PagedKVCache, "adapter_layers", None)
-        cache.commit(prefill(adapted, cache, [sequence]))
-        fork, sharer = cache.fork(sequence), cache.add_sequence([*sequence.tokens[:9], 1, 2, 3])
-        assert cache.length(sharer) == 8
-        cache.commit(prefill(adapted, cache, [sharer]))
+    assert cache.adapters_to(plain.config.num_layers) == () and len(cache.adapters_to(EXIT)) == 1
+    cache.commit(prefill(adapted, cache, [sequence]))
+    fork, sharer = cache.fork(sequence), cache.add_sequence([*sequence.tokens[:9], 1, 2, 3])
+    assert cache.length(sharer) == 8
+    cache.commit(prefill(adapted, cache, [sharer]))
     cache.swap_in(fork, cache.swap_out(fork))
     accepted = 0
     for one in (sequence, fork, sharer):
@@ -360,12 +333,12 @@ def test_generations_that_draft_nothing_leave_the_adapter_alone(strategy, monkey
     plain, adapted, _ = models()
     seen = []
 
-    def noted(cache, model):
-        seen.append(model.num_adapter_kv_layers)
-        return adapter_layers(cache, model)
+    def noted(cache, layer):
+        seen.append(cache.model.num_adapter_kv_layers)
+        return adapters_to(cache, layer)
 
-    adapter_layers = PagedKVCache.adapter_layers
-    monkeypatch.setattr(PagedKVCache, "adapter_layers", noted)
+    adapters_to = PagedKVCache.adapters_to
+    monkeypatch.setattr(PagedKVCache, "adapters_to", noted)
     exit_layer = None if strategy == "autoregressive" else EXIT
     config = GenerationConfig(strategy, max_new_tokens=6, exit_layer=exit_layer, **KEEP)
     [found], [expected] = (generate(model, [random_tokens(5)], config) for model in (adapted, plain))
@@ -391,4 +364,4 @@ def test_another_exit_is_refused():
     with pytest.raises(ValueError, match=r"exit_layer must be in 1\.\.2, got 3"):
         plain.with_exit_adapter(3, random_adapter(plain))
     assert adapted.draft_exits(GenerationConfig(exit_layer="auto")) == (EXIT,)
-    assert replace(adapted.with_exit_adapter(None)) == plain
+    assert adapted.with_exit_adapters([]) == plain

@@ -67,7 +67,7 @@ def test_an_adapter_says_what_draft_step_drafts_through_it(backend, num_layers, 
     model = plain.with_exit_adapter(2, random_adapter(plain, num_layers, lm_head=lm_head, every=every or 1))
     text, start = random_tokens(9, seed=3), 4
     monkeypatch.setattr(exits, "EXIT_ROWS", 3)
-    rows = list(each_exit(model, text, start, adapter=True))
+    rows = list(each_exit(model, text, start, adapters=True))
     layers = [(1, False), (2, False), (2, True), (3, False)]
     assert [(run.layer, run.adapted) for run in rows] == layers * 2
     bare = list(each_exit(model, text, start))
@@ -76,7 +76,8 @@ def test_an_adapter_says_what_draft_step_drafts_through_it(backend, num_layers, 
         assert torch.equal(run.tokens, other.tokens) and torch.equal(run.logits, other.logits)
     said = torch.cat([run.tokens for run in rows if run.adapted])
     logits = torch.cat([run.logits for run in rows if run.adapted])
-    words = range(101) if model.draft_ids is None else model.draft_ids
+    head = model.exit_at(2).head
+    words = range(101) if head is None else head.ids
     others = sorted({*range(101)} - {int(word) for word in words})
     assert torch.equal(logits.argmax(-1), said) and (logits[:, others] == -torch.inf).all()
     assert logits[:, list(words)].isfinite().all()

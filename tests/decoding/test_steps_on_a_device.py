@@ -223,7 +223,7 @@ def test_what_an_adapters_layers_note_is_noted_of_their_cache(two_devices):
     model = agreeing_model(backend="triton", **TWO_LAYERS)
     model = model.with_exit_adapter(1, random_adapter(model))
     cache, sequences = prefilled(model, PROMPTS[:1])
-    adapter = model.exit_adapter.weights
+    adapter = model.exit_adapters[0].weights
     adapter.replace_tables(adapter.cos[:, :2], adapter.sin[:, :2])
     with pytest.raises(ValueError, match="positions holds one outside"):
         verify_step(model, cache, draft_step(model, cache, sequences, 1, 1))

@@ -49,7 +49,7 @@ def test_passes_of_a_step(model):
     layer = sum(prod(shape) for name, shape in shapes.items() if name.startswith("model.layers.0.") and len(shape) == 2)
     head = 1000 * 64
     rows = StepRows(((4, 2), (4, 1), (6, 3), (1, 0)), prompt=10, judged=1)
-    four, six = [(4 * layer, 2), (head, 2), (4 * layer, 1), (head, 1)], [(6 * layer, 1), (head, 1)] * 3
+    four, six = [(4 * layer + head, 2), (4 * layer + head, 1)], [(6 * layer + head, 1)] * 3
     assert sorted(rows.draft_passes(model)) == sorted(four + six)
     assert rows.verify_passes(model) == [(4 * layer, 14), (2 * layer, 17), (6 * layer, 20), (head, 4 + 6 + 1)]
 

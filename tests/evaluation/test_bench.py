@@ -132,10 +132,10 @@ def test_bytes_are_those_of_the_packed_weights_and_the_kv():
     assert layer_bytes(small) < 0.9 * layer_bytes(model)  # rows of 50 are filled up to 64
     assert draft_bytes(model, 1, 2, 0) == 2 * layer_bytes(model) + 144 + 2 * head_bytes(model)
     adapted = model.with_exit_adapter(1, random_adapter(model, 2))
-    added = sum(layer.nbytes + 2 * 5 * 2 * 18 * 2 for layer in adapted.exit_adapter.weights.layers[1:])
+    added = sum(layer.nbytes + 2 * 5 * 2 * 18 * 2 for layer in adapted.exit_adapters[0].weights.layers[1:])
     assert draft_bytes(adapted, 1, 1, 5) == draft_bytes(model, 1, 1, 5) + added
     listed = model.with_draft_vocab(range(16))
-    assert head_bytes(listed, drafting=True) == 50 * 2 * (1 + 16) < head_bytes(listed)
+    assert head_bytes(listed, 1) == 50 * 2 * (1 + 16) < head_bytes(listed)
 
 
 def test_a_cycle_that_cannot_be_true_is_doubted(monkeypatch, quick_limits):

@@ -72,23 +72,41 @@ def adapted_model() -> Model:
 def test_an_exit_adapter_stands_beside_the_layer_that_it_follows():
     model = adapted_model()
     seen, bare = look(model, "p", [1, 2, 3], 6), look(tiny_model(), "p", [1, 2, 3], 6)
-    assert bare.adapter is None and torch.equal(seen.guesses, bare.guesses)
+    assert bare.adapters == () and torch.equal(seen.guesses, bare.guesses)
     text = [1, 2, 3, *seen.token_ids[:-1]]
-    [said] = [rows for rows in each_exit(model, text, 2, adapter=True) if rows.adapted]
-    assert seen.adapter.exit_layer == 2 and torch.equal(seen.adapter.guesses, said.tokens)
-    assert not torch.equal(seen.adapter.guesses, seen.guesses[:, 1])
+    [said] = [rows for rows in each_exit(model, text, 2, adapters=True) if rows.adapted]
+    [adapter] = seen.adapters
+    assert adapter.exit_layer == 2 and torch.equal(adapter.guesses, said.tokens)
+    assert not torch.equal(adapter.guesses, seen.guesses[:, 1])
     odds = said.logits.softmax(-1)
-    assert torch.equal(seen.adapter.probabilities, odds.amax(-1))
-    assert torch.equal(seen.adapter.alternatives, odds.topk(3).indices)
+    assert torch.equal(adapter.probabilities, odds.amax(-1))
+    assert torch.equal(adapter.alternatives, odds.topk(3).indices)
     found = summary(model, [seen, seen])
-    right = (seen.adapter.guesses == seen.guesses[:, -1]).double().mean().item()
-    assert found["adapter"] == {"exit_layer": 2, "agreement": pytest.approx(right)}
-    assert "adapter" not in summary(tiny_model(), [bare])
+    right = (adapter.guesses == seen.guesses[:, -1]).double().mean().item()
+    assert found["adapters"] == [{"exit_layer": 2, "agreement": pytest.approx(right)}]
+    assert "adapters" not in summary(tiny_model(), [bare])
     page = lens_page(replace(model, tokenizer=Awkward()), seen)
     assert '<th scope="col">2</th><th scope="col">2 + adapter</th><th scope="col">3</th>' in page
     cells, shown = Page(page).cells, replace(model, tokenizer=Awkward())
-    assert cells[2::4] == [token_text(shown, token) for token in seen.adapter.guesses.tolist()]
+    assert cells[2::4] == [token_text(shown, token) for token in adapter.guesses.tolist()]
     assert cells[3::4] == [token_text(shown, token) for token in seen.token_ids]
+
+
+def test_adapters_of_several_exits_stand_each_beside_its_layer():
+    one = adapted_model()
+    both = one.with_exit_adapter(1, random_adapter(one, "mlp", seed=9))
+    seen, alone = look(both, "p", [1, 2, 3], 6), look(one, "p", [1, 2, 3], 6)
+    assert [adapter.exit_layer for adapter in seen.adapters] == [1, 2]
+    assert torch.equal(seen.adapters[1].probabilities, alone.adapters[0].probabilities)
+    assert not torch.equal(seen.adapters[0].probabilities, seen.probabilities[:, 0])
+    found = summary(both, [seen])["adapters"]
+    assert [of["exit_layer"] for of in found] == [1, 2] and found[1:] == summary(one, [alone])["adapters"]
+    page = lens_page(replace(both, tokenizer=Awkward()), seen)
+    titles = ("1", "1 + adapter", "2", "2 + adapter", "3")
+    assert "".join(f'<th scope="col">{title}</th>' for title in titles) in page
+    cells, shown = Page(page).cells, replace(both, tokenizer=Awkward())
+    for at, guesses in ((1, seen.adapters[0].guesses), (3, seen.adapters[1].guesses), (4, seen.guesses[:, -1])):
+        assert cells[at::5] == [token_text(shown, token) for token in guesses.tolist()]
 
 
 def test_look_notices_a_last_layer_that_says_something_else(monkeypatch):
@@ -189,7 +207,7 @@ def test_the_command_names_the_adapter(monkeypatch, capsys):
     monkeypatch.setattr("layerskip_kernels.load_model", lambda *_: adapted)
     assert main(["lens", "--prompt", "a b c", "--max-new-tokens", "4", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["adapter"] == summary(adapted, [look(adapted, "", "a b c", 4)])["adapter"]
+    assert found["adapters"] == summary(adapted, [look(adapted, "", "a b c", 4)])["adapters"]
 
 
 def test_a_data_set_gives_the_mean_and_a_histogram(tiny, capsys, tmp_path):

@@ -71,16 +71,20 @@ def test_an_exit_adapter_is_judged_beside_the_exits():
     words = torch.arange(plain.config.vocab_size)
     model = plain.with_exit_adapter(2, {**every, "head.ids": words})
     judged, expected = perplexities(model, TEXTS), perplexities(plain, TEXTS)
-    assert judged["exits"] == expected["exits"] and "adapter" not in expected
+    assert judged["exits"] == expected["exits"] and "adapters" not in expected
     cut = perplexities(cut_model(own_checkpoint(torch.bfloat16), 2, every), TEXTS)["exits"][-1]
-    assert judged["adapter"]["exit_layer"] == 2
-    assert judged["adapter"]["perplexity"] == cut["perplexity"] != judged["exits"][1]["perplexity"]
-    assert 0 < judged["adapter"]["agreement"] < 1
-    assert perplexities(model, TEXTS, [2])["adapter"] == judged["adapter"]
-    assert "adapter" not in perplexities(model, TEXTS, [1])
+    assert judged["adapters"][0]["exit_layer"] == 2
+    assert judged["adapters"][0]["perplexity"] == cut["perplexity"] != judged["exits"][1]["perplexity"]
+    assert 0 < judged["adapters"][0]["agreement"] < 1
+    assert perplexities(model, TEXTS, [2])["adapters"] == judged["adapters"]
+    assert "adapters" not in perplexities(model, TEXTS, [1])
+    both = model.with_exit_adapter(1, random_adapter(plain, "mlp", seed=9))
+    first, second = perplexities(both, TEXTS)["adapters"]
+    assert first["exit_layer"] == 1 and first["agreement"] > 0 and [second] == judged["adapters"]
+    assert perplexities(both, TEXTS, [1])["adapters"] == [first]
     few = {**every, "head.weight": every["head.weight"][::2].contiguous(), "head.ids": words[::2]}
     restricted = perplexities(plain.with_exit_adapter(2, few), TEXTS)
-    assert restricted["adapter"]["perplexity"] is None and restricted["adapter"]["agreement"] > 0
+    assert restricted["adapters"][0]["perplexity"] is None and restricted["adapters"][0]["agreement"] > 0
     shown = as_text({"model": "m", "perplexity": restricted})
     assert "2 +             -" in shown and "(with the exit adapter)" in shown
 

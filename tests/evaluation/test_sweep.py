@@ -32,6 +32,7 @@ from layerskip_kernels.evaluation.exit_sweep import (
 from layerskip_kernels.evaluation.facts import machine_facts
 from layerskip_kernels.evaluation.trust import OtherWork, doubt_of
 from layerskip_kernels.model.defaults import DraftDefaults, find_defaults
+from layerskip_kernels.model.exit_adapter import write_exit_adapter
 from support.clock import LayerClock
 from support.commands import error_of
 from support.models import early_model, tiny_model
@@ -302,6 +303,30 @@ def test_an_exit_adapter_has_its_own_exit_and_its_own_defaults(quiet, monkeypatc
     assert main([*quick, *where, "--save"]) == 0
     assert str(tmp_path / "layerskip.json") in capsys.readouterr().err
     assert find_defaults(tmp_path, tmp_path, model.config) == DraftDefaults(2, 2)
+
+
+def test_the_best_of_several_adapters_gets_the_defaults(quiet, monkeypatch, capsys, tmp_path):
+    """Each exit that has one is measured; here the first is as right as the second, in half the time."""
+    model = replace(early_model(), tokenizer=Words())
+    tensors, adapted, options = {"norm.weight": model.weights.final_norm.clone()}, model, []
+    for exit_layer in (2, 1):
+        folder = tmp_path / str(exit_layer)
+        folder.mkdir()
+        write_exit_adapter(folder, exit_layer, tensors, model.name, model.weights)
+        adapted = adapted.with_exit_adapter(exit_layer, tensors)
+        options += ["--exit-adapter", str(folder)]
+    adapted = adapted.with_draft_vocab(range(90), 1)
+    monkeypatch.setattr("layerskip_kernels.load_model", lambda *_: adapted)
+    LayerClock(monkeypatch)
+    quick = [option for option in QUICK if option not in ("--exit-layer", "1")]
+    assert main([*quick, *options, "--json", "--save"]) == 0
+    out, err = capsys.readouterr()
+    found = json.loads(out)
+    assert [row["exit_layer"] for row in found["results"]] == [1, 2, "auto"]
+    assert found["machine"]["settings"]["draft_vocab"] == {"1": 90, "2": None}
+    assert f"now the default of its exit adapter, used alone: {tmp_path / '1' / 'layerskip.json'}" in err
+    assert find_defaults(tmp_path / "1", tmp_path, model.config) == DraftDefaults(1, 2, tuple(range(90)))
+    assert not (tmp_path / "2" / "layerskip.json").exists()
 
 
 @pytest.mark.parametrize("options", [[], ["--rounds", "1", "--save"]], ids=["not asked", "one round"])

@@ -68,7 +68,7 @@ def rewrite(folder, change) -> None:
 def test_a_model_finds_its_adapter_however_it_is_loaded(source, adapter, options):
     plain = load_model(source, **options)
     model = load_model(source, exit_adapter=adapter, **options)
-    assert model.exit_adapter is not None and (model.exit_adapter.exit_layer, model.num_adapter_kv_layers) == (2, 1)
+    assert [(a.exit_layer, a.num_kv_layers) for a in model.exit_adapters] == [(2, 1)]
     config = GenerationConfig(max_new_tokens=6, return_logits=True, num_speculations=2)
     [found], [expected] = generate(model, [[5, 6, 7]], config), generate(plain, [[5, 6, 7]], config.plain())
     assert found.drafted > 0
@@ -79,7 +79,7 @@ def test_a_shipped_adapter_is_found_by_its_name(source, adapter, monkeypatch):
     monkeypatch.setattr(sources, "SHIPPED", adapter.parent)
     assert sources.shipped_exit_adapters() == ["adapter"]
     model = load_model(source, exit_adapter="adapter")
-    assert model.exit_adapter is not None and model.exit_adapter.exit_layer == 2
+    assert [adapter.exit_layer for adapter in model.exit_adapters] == [2]
     with pytest.raises(FileNotFoundError, match=r"^other is missing; an exit adapter is a file named exit_adapter"):
         load_model(source, exit_adapter="other")
 
@@ -87,9 +87,9 @@ def test_a_shipped_adapter_is_found_by_its_name(source, adapter, monkeypatch):
 def test_numbers_are_read_as_they_were_written(source, adapter):
     model = load_model(source, backend="reference", exit_adapter=adapter / "exit_adapter.safetensors")
     written = random_adapter(load_model(source))
-    assert model.exit_adapter is not None
-    assert torch.equal(model.exit_adapter.weights.final_norm, written["norm.weight"])
-    layer = model.exit_adapter.weights.layers[1]
+    [read] = model.exit_adapters
+    assert torch.equal(read.weights.final_norm, written["norm.weight"])
+    layer = read.weights.layers[1]
     assert torch.equal(layer.w_down, written["layers.0.mlp.down_proj.weight"])
     assert torch.equal(layer.attn_norm, written["layers.0.input_layernorm.weight"])
 
@@ -101,7 +101,7 @@ def test_an_adapter_without_attention_is_known_by_its_tensors(source, tmp_path):
     assert names == {"post_attention_layernorm.weight", *(f"mlp.{p}_proj.weight" for p in ("gate", "up", "down"))}
     path = write_exit_adapter(tmp_path, 1, written, model.name, model.weights)
     read = load_model(source, backend="reference", exit_adapter=path)
-    layer = read.exit_adapter.weights.layers[1]
+    layer = read.exit_adapters[0].weights.layers[1]
     assert not layer.attends and torch.equal(layer.w_down, written["layers.0.mlp.down_proj.weight"])
     assert torch.equal(layer.first_norm, written["layers.0.post_attention_layernorm.weight"])
     config = GenerationConfig(max_new_tokens=6, num_speculations=2)
@@ -117,10 +117,11 @@ def test_a_head_of_its_own_is_read_with_its_words(source, with_head):
         load_model(source, backend="reference", exit_adapter=with_head),
         adapter_with_head(load_model(source)),
     )
-    assert torch.equal(model.draft_head.weight, written["head.weight"])
-    assert model.draft_ids.dtype == torch.int64 and torch.equal(model.draft_ids, written["head.ids"].long())
+    head = model.exit_at(2).head
+    assert torch.equal(head.weight, written["head.weight"])
+    assert head.ids.dtype == torch.int64 and torch.equal(head.ids, written["head.ids"].long())
     (with_head / "layerskip.json").write_text('{"exit_layer": 2, "draft_vocab": [4, 8]}')
-    assert load_model(source, exit_adapter=with_head).draft_ids.tolist() == [4, 8]
+    assert load_model(source, exit_adapter=with_head).exit_at(2).head.ids.tolist() == [4, 8]
     (with_head / "layerskip.json").write_text('{"exit_layer": 2, "draft_vocab": [4, 5]}')
     with pytest.raises(ValueError, match=r"draft_vocab must be among the \d+ tokens of the exit adapter's own head"):
         load_model(source, exit_adapter=with_head)
@@ -144,11 +145,12 @@ def test_an_adapter_is_quantised_by_a_command(source, with_head, tmp_path, capsy
         model = load_model(source, backend=backend, exit_adapter=tmp_path / to)
         words = written["head.ids"].long()
         expected = plain.with_exit_adapter(2, quantised_adapter({**written, "head.ids": words}, weights))
-        assert is_quantised(model.draft_head.weight) and torch.equal(model.draft_ids, words)
+        [read], [made] = model.exit_adapters, expected.exit_adapters
+        assert is_quantised(read.draft_head.weight) and torch.equal(read.draft_head.ids, words)
         if to != "twice":  # its numbers are rounded once more
-            for one, other in zip(model.exit_adapter.tensors, expected.exit_adapter.tensors, strict=True):
+            for one, other in zip(read.tensors, made.tensors, strict=True):
                 assert torch.equal(one, other)
-            assert torch.equal(model.draft_head.weight, expected.draft_head.weight)
+            assert torch.equal(read.draft_head.weight, made.draft_head.weight)
         assert model.draft_settings(GenerationConfig()) == (2, 3)
         config = GenerationConfig(max_new_tokens=6)
         [found], [alone] = generate(model, [[5, 6, 7]], config), generate(plain, [[5, 6, 7]], config.plain())
@@ -163,7 +165,7 @@ def test_the_files_that_its_defaults_name_come_along(source, with_head, tmp_path
     (with_head / "layerskip.json").write_text(json.dumps(named))
     for folder in (tmp_path / "q8", with_head):  # the second one onto itself
         assert main(["quantise", str(with_head), str(folder)]) == 0
-        assert load_model(source, exit_adapter=folder).draft_ids.tolist() == [4, 8]
+        assert load_model(source, exit_adapter=folder).exit_at(2).head.ids.tolist() == [4, 8]
         assert (folder / "prompts.jsonl").read_text() == '"once"\n'
 
 
@@ -195,10 +197,61 @@ def test_defaults_beside_the_adapter_count(source, adapter):
     (adapter / "layerskip.json").write_text('{"exit_layer": 2, "num_speculations": 5, "draft_vocab": [4, 5]}')
     model = load_model(source, exit_adapter=adapter)
     assert model.draft_settings(GenerationConfig()) == (2, 5)
-    assert model.draft_ids is not None and model.draft_ids.tolist() == [4, 5]
+    assert model.exit_at(2).head.ids.tolist() == [4, 5]
     (adapter / "layerskip.json").unlink()
     alone = load_model(source, exit_adapter=adapter)
     assert alone.draft_settings(GenerationConfig(num_speculations=4)) == (2, 4) and alone.defaults is None
+
+
+@pytest.fixture
+def of_first_exit(source, tmp_path):
+    """An adapter without attention at exit 1, to stand beside the one of exit 2."""
+    folder = tmp_path / "first"
+    folder.mkdir()
+    model = load_model(source)
+    write_exit_adapter(folder, 1, random_adapter(model, "mlp"), model.name, model.weights)
+    return folder
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_adapters_of_several_exits(source, with_head, of_first_exit, backend):
+    """What lies beside them counts for their own drafts; which exit drafts is chosen on the way."""
+    (source / "layerskip.json").write_text('{"exit_layer": 1, "num_speculations": 3}')
+    (of_first_exit / "layerskip.json").write_text('{"exit_layer": 1, "num_speculations": 2, "draft_vocab": [4, 5]}')
+    (with_head / "layerskip.json").write_text('{"exit_layer": 2, "draft_vocab": [4, 8]}')
+    model = load_model(source, backend=backend, exit_adapter=[with_head, str(of_first_exit)])
+    assert [(a.exit_layer, a.num_kv_layers) for a in model.exit_adapters] == [(1, 0), (2, 1)]
+    assert [model.exit_at(e).head.ids.tolist() for e in (1, 2)] == [[4, 5], [4, 8]]
+    assert model.defaults is None and model.draft_exits(GenerationConfig()) == (1, 2)
+    plain = load_model(source, backend=backend)
+    for exit_layer in (1, 2):
+        config = GenerationConfig(exit_layer=exit_layer, max_new_tokens=6, return_logits=True, num_speculations=2)
+        [found], [expected] = generate(model, [[5, 6, 7]], config), generate(plain, [[5, 6, 7]], config.plain())
+        assert found.drafted > 0
+        assert found.token_ids == expected.token_ids and torch.equal(found.logits, expected.logits)
+    assert load_model(source, backend=backend, exit_adapter=[]).defaults == plain.defaults
+    [alone] = load_model(source, backend=backend, exit_adapter=[of_first_exit]).exit_adapters
+    assert alone.exit_layer == 1
+
+
+def test_a_second_adapter_that_is_of_the_same_exit_foreign_or_damaged_is_refused_by_name(
+    source, adapter, with_head, of_first_exit, tmp_path, capsys
+):
+    def refused(*folders) -> str:
+        options = [text for folder in folders for text in ("--exit-adapter", str(folder))]
+        return error_of(["generate", "-m", str(source), *options, "x"], capsys)
+
+    assert f"{with_head} is an exit adapter after layer 2, as {adapter} is; give one" in refused(adapter, with_head)
+    write_directory(tmp_path / "other", random_tensors({**HF_CONFIG, "num_hidden_layers": 3}), num_hidden_layers=3)
+    other, foreign = load_model(tmp_path / "other"), tmp_path / "foreign"
+    other.weights.layers[1].mlp_norm[3] *= 1.1
+    foreign.mkdir()
+    write_exit_adapter(foreign, 1, random_adapter(other), other.name, other.weights)
+    error = refused(adapter, foreign)
+    assert f"{foreign / 'exit_adapter.safetensors'} is an exit adapter for 'other', not for 'model'" in error
+    path = of_first_exit / "exit_adapter.safetensors"
+    path.write_bytes(path.read_bytes()[:-10])
+    assert f"{path} is damaged or truncated" in refused(adapter, of_first_exit)
 
 
 @pytest.mark.parametrize("changes", ["weights", "shape"])

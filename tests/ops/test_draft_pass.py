@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from layerskip_kernels.model.exit_adapter import DraftExit
 from layerskip_kernels.operands import AdapterLayers, CacheTensors, DraftRows, DraftSampling, DraftStops, LogitEdits
 from layerskip_kernels.ops import reference
 from support.exit_adapters import random_adapter
@@ -30,20 +31,17 @@ def draft(model, counts=COUNTS, sampling=None, stops=None, keep_scores=False, ex
         torch.tensor(counts),
         torch.arange(pages, dtype=torch.int32).view(SEQUENCES, 2),
     )
-    adapter = adapter_of(model, cache, pages_of_adapter)
+    weights, head, adapters = model.exit_at(exit_layer)
+    passed = [with_pages(adapter, cache, pages_of_adapter) for adapter in adapters]
     drafted = model.ops.draft_pass(
-        model.draft_weights, model.sizes, cache, rows, model.draft_head, exit_layer, MOST, sampling, stops, keep_scores,
-        adapter,
-    )  # fmt: skip
-    return drafted, cache if adapter is None else (*cache, *adapter.cache[:2])
+        weights, model.sizes, cache, rows, head, exit_layer, MOST, sampling, stops, keep_scores, passed
+    )
+    return drafted, (*cache, *(pages for adapter in passed for pages in adapter.cache[:2]))
 
 
-def adapter_of(model, cache, count=None):
-    """The layers of the model's exit adapter, and pages for ``count`` of them (None: those that attend, and one more)
-    that hold what the last layers' hold."""
-    adapter = model.exit_adapter
-    if adapter is None:
-        return None
+def with_pages(adapter, cache, count=None):
+    """The layers of an exit adapter, and pages for ``count`` of them (None: those that attend, and one more) that hold
+    what the last layers' hold."""
     k, v = (pages[-(count or 1 + adapter.num_kv_layers) :].clone() for pages in cache[:2])
     return AdapterLayers(adapter.weights, adapter.sizes, CacheTensors(k, v, cache.hidden), adapter.exit_layer)
 
@@ -114,6 +112,34 @@ def test_same_bits_as_the_reference_through_an_exit_adapter(dtype, isa, kind, ar
     assert torch.equal(cpu[1][2][first * 2, first], without[1][2][first * 2, first])
 
 
+@pytest.mark.parametrize("kinds", [(1, 2), (2, "mlp"), (1, 0), ("mlp", 1)], ids=str)
+@pytest.mark.parametrize("arguments", [
+    {}, dict(sampling=sampling(), stops=stops(), keep_scores=True),
+], ids=["greedy", "all"])  # fmt: skip
+def test_same_bits_as_the_reference_past_adapters_of_lower_exits(dtype, kinds, arguments):
+    """Drafts are those with the exit's own adapter alone; a lower one that attends leaves K and V as its do."""
+    bare = tiny_model(dtype)
+    lower, own = (random_adapter(bare, kind, seed=seed) for seed, kind in enumerate(kinds))
+    cpu, slow = (
+        draft(tiny_model(dtype, name).with_exit_adapter(2, own).with_exit_adapter(1, lower), **arguments)
+        for name in ("cpu", "reference")
+    )
+    assert_same(cpu, slow)
+    alone, first = bare.with_exit_adapter(2, own), bare.with_exit_adapter(1, lower)
+    expected = draft(alone, **arguments)
+    attends = kinds[0] != "mlp"
+    assert len(cpu[1]) == 3 + 2 * attends + 2 * (kinds[1] != 0) and cpu[0].counts[0] > 0
+    others = (*cpu[1][:3], *cpu[1][5:]) if attends else cpu[1]
+    assert_same((cpu[0], others), expected)
+    if attends and not arguments:
+        one = torch.ones(SEQUENCES, dtype=torch.int64)
+        of_first, of_both = (
+            draft(first, counts=one.tolist(), exit_layer=1),
+            draft(first.with_exit_adapter(2, own), counts=one.tolist()),
+        )
+        assert all(torch.equal(a, b) for a, b in zip(of_first[1][3:5], of_both[1][3:5], strict=True))
+
+
 @pytest.mark.parametrize("count", [2, 3, 5])
 def test_threads_do_not_matter(count):
     """A vocabulary of several pieces, whose probabilities are summed by whichever thread comes."""
@@ -127,7 +153,7 @@ def test_threads_do_not_matter(count):
 def test_confidence_is_the_greatest_probability():
     model = tiny_model(torch.float32)
     drafted, cache = draft(model, counts=(1, 1, 1, 1))
-    first = cache.hidden[torch.arange(SEQUENCES) * 2, torch.arange(SEQUENCES)]
+    first = cache[2][torch.arange(SEQUENCES) * 2, torch.arange(SEQUENCES)]
     weights, sizes = model.weights, model.sizes
     _, logits = model.ops.norm_head_argmax(first, weights.final_norm, weights.lm_head, sizes.vocab_size, sizes.eps)
     torch.testing.assert_close(drafted.confidences[:, 0], logits.softmax(1).amax(1))
@@ -211,3 +237,19 @@ def test_attention_without_pages_is_refused():
     model = model.with_exit_adapter(2, random_adapter(model))
     with pytest.raises(ValueError, match="k_cache has 1 layers, the model 2, of which 2 need pages"):
         draft(model, pages_of_adapter=1)
+
+
+@pytest.mark.parametrize(("exits", "message"), [
+    ((1, 1), r"adapter_exits\[1\] is 1, expected 2\.\.2"),
+    ((2, 1), r"adapter_exits\[1\] is 1, expected 3\.\.2"),
+    ((0, 2), r"adapter_exits\[0\] is 0, expected 1\.\.2"),
+    ((1, 3), r"adapter_exits\[1\] is 3, expected 2\.\.2"),
+], ids=str)  # fmt: skip
+def test_adapters_that_do_not_ascend_to_the_exit_are_refused(exits, message, monkeypatch):
+    model = tiny_model()
+    for exit_layer in (1, 2):
+        model = model.with_exit_adapter(exit_layer, random_adapter(model))
+    wrong = [replace(a, exit_layer=e) for a, e in zip(model.exit_adapters, exits, strict=True)]
+    monkeypatch.setattr(type(model), "exit_at", lambda *_: DraftExit(model.weights, None, tuple(wrong)))
+    with pytest.raises(ValueError, match=message):
+        draft(model)

@@ -77,7 +77,7 @@ def test_utterances_are_parsed_and_drafted_by_four_layers_of_thirty(parse: Model
 def test_the_default_model_drafts_for_itself_unchanged() -> None:
     """On code and on a question; about two in five drafts are accepted."""
     plain, adapted = load_model(), load_model(exit_adapter=ADAPTER)
-    assert adapted.draft_settings(GenerationConfig()) == (3, 1) and len(adapted.draft_ids) == 6144
+    assert adapted.draft_settings(GenerationConfig()) == (3, 1) and len(adapted.exit_at(3).head.ids) == 6144
     prompts = [*(prompt for _, prompt in human_eval_prompts(4)), [{"role": "user", "content": "Why is the sky blue?"}]]
     expected = generate(plain, prompts, GenerationConfig("autoregressive", max_new_tokens=40, return_logits=True))
     found = generate(adapted, prompts, GenerationConfig(max_new_tokens=40, return_logits=True))

@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from layerskip_kernels import Model
+from layerskip_kernels import Model, PagedKVCache, prefill
 from layerskip_kernels.model.checkpoint import Checkpoint
 from layerskip_kernels.model.exit_adapter import (
     HEAD,
@@ -15,7 +15,8 @@ from layerskip_kernels.model.exit_adapter import (
     adapter_shapes,
     num_adapter_layers,
 )
-from support.models import checkpoint, config
+from layerskip_kernels.ops import cache_ops
+from support.models import cache_for, checkpoint, config
 
 LATE = 0.3  # what agreeing_model has: later layers that add little
 
@@ -74,3 +75,33 @@ def cut_model(found: Checkpoint, exit_layer: int, adapter: dict[str, Tensor], ba
     cut = replace(found.config, num_layers=exit_layer + count)
     cut = replace(cut, tie_word_embeddings=False) if HEAD in adapter else cut
     return Model.from_checkpoint(replace(found, config=cut, tensors=kept), backend)
+
+
+def lm_head(dtype: torch.dtype, **changes: object) -> Tensor:
+    """That of own_checkpoint."""
+    tensors = own_checkpoint(dtype, **changes).tensors
+    return tensors.get("lm_head.weight", tensors["model.embed_tokens.weight"])
+
+
+def all_kv(cache: PagedKVCache, sequence) -> tuple[Tensor, Tensor]:
+    """A sequence's committed k and v, those of adapters' layers included, on the CPU."""
+    pages = torch.tensor(cache.pool.pages(sequence.id), dtype=torch.int32, device=cache.all_k.device)
+    error = cache_ops.new_error(cache.all_k.device)
+    k, v = cache_ops.gather_kv(pages, cache.length(sequence), cache.all_k, cache.all_v, error)
+    cache_ops.check_error(error)
+    return k.cpu(), v.cpu()
+
+
+def greedy(model: Model, tokens: list[int], count: int) -> list[int]:
+    cache = cache_for(model, len(tokens) + count)
+    sequence = cache.add_sequence(tokens)
+    for _ in range(count):
+        cache.commit(prefill(model, cache, [sequence]))
+    return sequence.tokens[len(tokens) :]
+
+
+def prefilled_kv(model: Model, tokens: list[int]) -> tuple[Tensor, Tensor]:
+    cache = cache_for(model, len(tokens))
+    sequence = cache.add_sequence(tokens)
+    cache.commit(prefill(model, cache, [sequence]))
+    return all_kv(cache, sequence)

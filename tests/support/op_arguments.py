@@ -164,7 +164,7 @@ def arguments(name, quantised=None):
             return *drawn, *adapter_arguments(cache)
         case "verify_pass":
             judging = torch.tensor([2]), torch.tensor([True])
-            return number, *cache, *rows, *judging, table, 2, *adapter_arguments(cache)
+            return number, *cache, *rows, *judging, table, *adapter_arguments(cache)
         case "copy_pages":
             return torch.tensor([0, 1]).int(), torch.tensor([2, 3]).int(), *cache, cache_ops.new_error()
         case "gather_kv":
@@ -179,13 +179,13 @@ def arguments(name, quantised=None):
 @functools.cache
 def adapter():
     model = tiny()
-    return model.with_exit_adapter(2, random_adapter(model)).exit_adapter
+    return model.with_exit_adapter(2, random_adapter(model)).exit_adapters[0]
 
 
 def adapter_arguments(cache):
     """What the two passes take of an exit adapter at exit 2."""
-    pages = [torch.zeros_like(kept[:2]) for kept in cache[:2]]
-    return model_number(adapter().weights, adapter().sizes, CacheTensors(*pages, cache[2])), *pages
+    k, v = (torch.zeros_like(kept[:2]) for kept in cache[:2])
+    return [2], [model_number(adapter().weights, adapter().sizes, CacheTensors(k, v, cache[2]))], [k], [v]
 
 
 def registered() -> list[str]:

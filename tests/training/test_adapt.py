@@ -68,7 +68,7 @@ def test_an_adapter_says_in_training_what_it_says_in_drafts(variant, kind, tmp_p
     with torch.no_grad():
         logits = layers.logits(layers(states[None])[0], own.head)
     adapted = model.with_exit_adapter(1, first)
-    [rows] = [rows for rows in each_exit(adapted, tokens, exits=[1], adapter=True) if rows.adapted]
+    [rows] = [rows for rows in each_exit(adapted, tokens, exits=[1], adapters=True) if rows.adapted]
     torch.testing.assert_close(logits, rows.logits, rtol=1e-3, atol=1e-3)
 
 
@@ -219,12 +219,13 @@ def test_what_is_trained_drafts_better_and_changes_no_text(code_model, tmp_path)
     first = adapt(code_model, "layerskip-tiny-code", tmp_path / "untrained", untrained, prompts, code)
     tried = json.loads((tmp_path / "untrained" / "training" / "choice.json").read_text())
     assert {candidate["num_layers"] for candidate in tried} == {1, "mlp"}
-    assert load_model("layerskip-tiny-code", torch.float32, exit_adapter=tmp_path / "untrained").exit_adapter
+    assert load_model("layerskip-tiny-code", torch.float32, exit_adapter=tmp_path / "untrained").exit_adapters
     found = adapt(code_model, "layerskip-tiny-code", tmp_path, settings, prompts, code)
     assert found["acceptance"] > first["acceptance"] + 0.05
     adapted = load_model("layerskip-tiny-code", torch.float32, exit_adapter=tmp_path)
-    assert adapted.exit_adapter.exit_layer == found["exit_layer"] == 1
-    assert adapted.draft_head is adapted.exit_adapter.head and len(adapted.draft_ids) == found["num_words"]
+    [adapter] = adapted.exit_adapters
+    assert adapter.exit_layer == found["exit_layer"] == 1
+    assert adapter.draft_head is adapter.head and len(adapter.head.ids) == found["num_words"]
     assert json.loads((tmp_path / "adapt.json").read_text()) == found
     config = GenerationConfig(max_new_tokens=24, num_speculations=3)
     [drafted] = generate(adapted, ["def add(a, b):\n"], config)
@@ -263,7 +264,8 @@ def test_an_adapter_without_attention_is_trained_and_goes_on(code_model, tmp_pat
     found = adapt(code_model, "layerskip-tiny-code", tmp_path / "mlp", settings)
     assert found["num_layers"] == "mlp"
     adapted = load_model("layerskip-tiny-code", torch.float32, exit_adapter=tmp_path / "mlp")
-    assert not adapted.exit_adapter.num_kv_layers and adapted.exit_adapter.num_layers == 1
+    [adapter] = adapted.exit_adapters
+    assert not adapter.num_kv_layers and adapter.num_layers == 1
     config = GenerationConfig(max_new_tokens=16, num_speculations=3)
     [drafted], [plain] = (generate(model, ["def add(a, b):\n"], config) for model in (adapted, code_model))
     assert drafted.token_ids == plain.token_ids and drafted.accepted > 0
@@ -301,14 +303,14 @@ def test_the_command(code_model, tmp_path, capsys):
     )
     assert main(["adapt", str(tmp_path / "adapter"), *options.split()]) == 0
     assert "layerskip sweep --model layerskip-tiny-code --exit-adapter" in capsys.readouterr().out
-    model = load_model("layerskip-tiny-code", exit_adapter=tmp_path / "adapter")
-    assert model.exit_adapter.exit_layer == 2 and not is_quantised(model.draft_head.weight)
+    [adapter] = load_model("layerskip-tiny-code", exit_adapter=tmp_path / "adapter").exit_adapters
+    assert adapter.exit_layer == 2 and not is_quantised(adapter.head.weight)
     again = [*options.split(), "--adapter-weights", "q8_0"]  # nothing is trained anew
     assert main(["adapt", str(tmp_path / "adapter"), *again]) == 0
-    quantised = load_model("layerskip-tiny-code", exit_adapter=tmp_path / "adapter")
-    assert is_quantised(quantised.draft_head.weight) and torch.equal(quantised.draft_ids, model.draft_ids)
-    assert all(is_quantised(w) for w in (quantised.exit_adapter.weights.layers[1].wq,))
+    [quantised] = load_model("layerskip-tiny-code", exit_adapter=tmp_path / "adapter").exit_adapters
+    assert is_quantised(quantised.head.weight) and torch.equal(quantised.head.ids, adapter.head.ids)
+    assert is_quantised(quantised.weights.layers[1].wq)
     further = [*options.split(), "--start-from", str(tmp_path / "adapter"), "--seed", "3"]
     assert main(["adapt", str(tmp_path / "further"), *further]) == 0  # from numbers that were rounded
-    model = load_model("layerskip-tiny-code", exit_adapter=tmp_path / "further")
-    assert torch.equal(quantised.draft_ids, model.draft_ids) and not is_quantised(model.draft_head.weight)
+    [trained] = load_model("layerskip-tiny-code", exit_adapter=tmp_path / "further").exit_adapters
+    assert torch.equal(quantised.head.ids, trained.head.ids) and not is_quantised(trained.head.weight)

@@ -1,5 +1,6 @@
 """The passes that the two steps of decoding are made of: run_layers, draft_pass, verify_pass, and accept_draft."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -89,12 +90,13 @@ def draft_pass(
     sampling: DraftSampling | None = None,
     stops: DraftStops | None = None,
     keep_scores: bool = False,
-    adapter: AdapterLayers | None = None,
+    adapters: Sequence[AdapterLayers] = (),
 ) -> Drafted:
     """Draft up to num_drafts[b] tokens for each sequence with the first ``exit_layer`` layers, one row at a time.
 
-    Where there is an ``adapter``, they pass its layers between the exit and the head; their kept hidden states stay
-    those of the exit. ``head`` restricts what drafts can be; None: all tokens. ``sampling``: how they are drawn; None:
+    On its way a row passes the layers of ``adapters`` at their exits and leaves its K and V there; the head sees what
+    comes of one at ``exit_layer``, and of no other. The kept hidden states stay those of the exit. ``head`` restricts
+    what drafts can be; None: all tokens. ``sampling``: how they are drawn; None:
     the greatest logit. ``stops``: where a sequence stops before; None: nowhere. ``keep_scores``: return what drafts
     were drawn from. Raises RuntimeError where a logit is NaN or nothing can be drawn.
     """
@@ -115,11 +117,13 @@ def draft_pass(
         pending = PendingRows(
             tokens[drafting], positions, torch.zeros(count, dtype=torch.int32), torch.arange(count + 1), table
         )
-        run_layers(weights, sizes, cache, pending, exit_layer)
-        page = table[torch.arange(count), positions // S].long()
-        hidden = cache.hidden[page, positions % S]
-        if adapter is not None:
+        for adapter in adapters:
+            run_layers(weights, sizes, cache, pending, adapter.exit_layer)
             hidden = adapted(adapter, pending)
+            pending = pending.raised_to(adapter.exit_layer)
+        if not adapters or adapters[-1].exit_layer < exit_layer:
+            run_layers(weights, sizes, cache, pending, exit_layer)
+            hidden = cache.hidden[table[torch.arange(count), positions // S].long(), positions % S]
         chosen, logits = norm_head_argmax(hidden, weights.final_norm, head_weight, len(ids), *sizes.head)
         tokens[drafting] = ids[chosen]
         for b, row, position in zip(drafting.tolist(), logits, positions.tolist(), strict=True):
@@ -189,7 +193,7 @@ def verify_pass(
     num_drafts: Tensor,
     judged: Tensor,
     sampling: JudgeSampling | None = None,
-    adapter: AdapterLayers | None = None,
+    adapters: Sequence[AdapterLayers] = (),
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Raise every pending row to the last layer in one batched pass, and judge the drafts.
 
@@ -197,13 +201,14 @@ def verify_pass(
     rows are only raised (a chunk of a prompt), which has no drafts and no logits. Returns num_accepted int64 [B],
     next_tokens int64 [B] as accept_draft does and, for the last num_drafts[b] + 1 rows of each judged sequence, logits
     fp32 [sum(num_drafts + 1), V]. With no drafts this is plain decoding, and with many rows prefill. ``sampling``: how
-    the tokens are chosen from them; None: the greatest logit. Rows that come to the exit of an ``adapter`` leave its K
-    and V on their way.
+    the tokens are chosen from them; None: the greatest logit. Rows that come to the exits of ``adapters`` leave their K
+    and V there on their way.
     """
-    if adapter is not None and (lower := rows.below(adapter.exit_layer)) is not None:
-        run_layers(weights, sizes, cache, lower, adapter.exit_layer)
-        adapted(adapter, lower)
-        rows = replace(rows, depths=rows.depths.clamp(min=adapter.exit_layer))
+    for adapter in adapters:
+        if (lower := rows.below(adapter.exit_layer)) is not None:
+            run_layers(weights, sizes, cache, lower, adapter.exit_layer)
+            adapted(adapter, lower)
+            rows = rows.raised_to(adapter.exit_layer)
     run_layers(weights, sizes, cache, rows, len(weights.layers))
     S = cache.hidden.size(1)
     sequence_of_row = torch.repeat_interleave(rows.query_start_loc.diff().long())
