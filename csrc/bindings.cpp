@@ -70,6 +70,12 @@ TORCH_LIBRARY(layerskip, m) {
       "Tensor positions, Tensor depths, Tensor query_start_loc, Tensor num_drafts, Tensor judged, "
       "Tensor block_table, int[] adapter_exits, int[] adapters, Tensor(d!)[] adapter_k, "
       "Tensor(e!)[] adapter_v) -> (Tensor num_accepted, Tensor next_tokens, Tensor logits)");
+  m.def(
+      "decode_pass(int model, int drafting, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor(c!) hidden_cache, "
+      "Tensor tokens, Tensor positions, Tensor num_drafts, Tensor block_table, Tensor? draft_head, Tensor? draft_ids, "
+      "Tensor[] stops, Tensor ends, int exit_layer, int max_drafts, int num_cycles, int[] adapter_exits, "
+      "int[] adapters, Tensor(d!)[] adapter_k, Tensor(e!)[] adapter_v) -> (Tensor drafts, Tensor num_drafted, "
+      "Tensor confidences, Tensor num_accepted, Tensor next_tokens, Tensor seconds)");
 
   // Data movement in the cache, described in layerskip_kernels/ops/cache_ops.py; implemented in csrc/cuda/cache_ops.h.
   m.def(
@@ -117,6 +123,7 @@ TORCH_LIBRARY_IMPL(layerskip, CPU, m) {
   m.impl("run_layers", &InContractMode<&layerskip::run_layers>::Run);
   m.impl("draft_pass", &InContractMode<&layerskip::draft_pass>::Run);
   m.impl("verify_pass", &InContractMode<&layerskip::verify_pass>::Run);
+  m.impl("decode_pass", &InContractMode<&layerskip::decode_pass>::Run);
 }
 
 // `import layerskip_kernels._C` loads this library, and that registers the ops; the module itself is empty.

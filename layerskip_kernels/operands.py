@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 __all__ = [
-    "AdapterLayers", "CacheTensors", "DraftHead", "DraftRows", "DraftSampling", "DraftStops", "Drafted",
+    "AdapterLayers", "CacheTensors", "Cycle", "DraftHead", "DraftRows", "DraftSampling", "DraftStops", "Drafted",
     "JudgeSampling", "LayerWeights", "LogitEdits",
     "ModelSizes", "ModelWeights", "PendingRows",
 ]  # fmt: skip
@@ -310,3 +310,22 @@ class Drafted(NamedTuple):
     counts: Tensor  # int64 [B]: how many each drafted
     confidences: Tensor  # fp32 [B, max_drafts]: the exit's greatest probability at each draft, 0 beyond them
     scores: Tensor  # fp32 [B, max_drafts, V]: what sampled drafts were drawn from; [0, max_drafts, V] if not kept
+
+    @classmethod
+    def none(cls, num_sequences: int) -> Drafted:
+        """No drafts."""
+        empty = torch.empty(num_sequences, 0)
+        return cls(empty.long(), torch.zeros(num_sequences, dtype=torch.int64), empty, empty[:0, :, None])
+
+
+class Cycle(NamedTuple):
+    """What one cycle of a decode_pass made of B sequences: drafts as in Drafted, what was accepted of them, the token
+    after those, and the seconds of both passes."""
+
+    drafts: Tensor  # int64 [B, max_drafts]
+    num_drafted: Tensor  # int64 [B]
+    confidences: Tensor  # fp32 [B, max_drafts]
+    num_accepted: Tensor  # int64 [B]
+    next_tokens: Tensor  # int64 [B]
+    draft_seconds: float
+    verify_seconds: float

@@ -80,6 +80,12 @@ std::tuple<Tensor, Tensor, Tensor> verify_pass(int64_t kept, Tensor k_cache, Ten
                                                const Tensor& judged, const Tensor& block_table,
                                                at::IntArrayRef adapter_exits, at::IntArrayRef adapters,
                                                TensorList adapter_k, TensorList adapter_v);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> decode_pass(
+    int64_t kept, int64_t drafting, Tensor k_cache, Tensor v_cache, Tensor hidden_cache, const Tensor& tokens,
+    const Tensor& positions, const Tensor& num_drafts, const Tensor& block_table, const OptionalTensor& draft_head,
+    const OptionalTensor& draft_ids, TensorList stops, const Tensor& ends, int64_t exit_layer, int64_t max_drafts,
+    int64_t num_cycles, at::IntArrayRef adapter_exits, at::IntArrayRef adapters, TensorList adapter_k,
+    TensorList adapter_v);
 
 Tensor empty_huge(int64_t num_bytes);
 int64_t pass_threads();

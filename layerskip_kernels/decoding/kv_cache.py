@@ -185,14 +185,16 @@ class PagedKVCache:
         """Committed positions of a sequence."""
         return self.pool.committed(sequence.id)
 
-    def commit(self, verdict: Verdict) -> None:
-        """Keep what a verification accepted: a length per sequence. Rejected rows vanish."""
-        sequences = verdict.draft.sequences
-        gained = zip(sequences, verdict.accepted, verdict.draft.num_waiting, strict=True)
-        lengths = [len(s.tokens) + accepted - waiting for s, accepted, waiting in gained]
+    def commit(self, *verdicts: Verdict) -> None:
+        """Keep what a verification accepted, or the cycles of decode_cycles: a length per sequence. Rejected rows
+        vanish."""
+        sequences, waiting = verdicts[0].draft.sequences, verdicts[0].draft.num_waiting
+        gained = [[token for verdict in verdicts for token in verdict.new_tokens(b)] for b in range(len(sequences))]
+        of_each = zip(sequences, gained, waiting, strict=True)
+        lengths = [len(s.tokens) - waits + max(0, len(tokens) - 1) for s, tokens, waits in of_each]
         self.pool.commit([s.id for s in sequences], lengths)
-        for b, sequence in enumerate(sequences):
-            sequence.tokens += verdict.new_tokens(b)
+        for sequence, tokens in zip(sequences, gained, strict=True):
+            sequence.tokens += tokens
         self._publish(sequences)
 
     def truncate(self, sequence: CachedSequence, length: int) -> None:

@@ -6,19 +6,20 @@ When a step raises, the cache is as it was before it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from layerskip_kernels.decoding.kv_cache import PagedKVCache
 from layerskip_kernels.decoding.sampling import Sampler, draft_sampling, judge_drafts, judge_sampling
 from layerskip_kernels.decoding.types import CachedSequence, Draft, Verdict
 from layerskip_kernels.model.model import Model
-from layerskip_kernels.operands import DraftRows, DraftStops, PendingRows
+from layerskip_kernels.operands import Cycle, DraftRows, DraftStops, PendingRows
 
-__all__ = ["draft_step", "prefill", "verify_step"]
+__all__ = ["decode_cycles", "draft_step", "prefill", "verify_step"]
 
 PREFILL_ROWS = 256  # rows of a prompt that go through the layers at once: bounds the scratch memory
 
@@ -63,16 +64,7 @@ def draft_step(
     model.check_exit(exit_layer)
     counts = _draft_counts(num_speculations, len(sequences))
     for sequence, count in zip(sequences, counts, strict=True):
-        if len(sequence.tokens) != cache.length(sequence) + 1:
-            raise ValueError(
-                f"sequence {sequence.id} has {len(sequence.tokens)} tokens and {cache.length(sequence)} of them in the "
-                "cache; call prefill and commit its verdict before drafting"
-            )
-        if len(sequence.tokens) + count > cache.max_positions:
-            raise ValueError(
-                f"sequence {sequence.id} has {len(sequence.tokens)} tokens; {count} drafts would pass the model's "
-                f"{cache.max_positions} positions; draft fewer"
-            )
+        _check_decoding(cache, sequence, count)
     drafting = [s for s, count in zip(sequences, counts, strict=True) if count]
     with rollback_on_error(cache, drafting):
         _append(cache, drafting, [count + 1 for count in counts if count])
@@ -117,6 +109,55 @@ def verify_step(model: Model, cache: PagedKVCache, draft: Draft, samplers: Sampl
     return Verdict(draft, num_accepted, next_tokens, logits)
 
 
+def decode_cycles(
+    model: Model,
+    cache: PagedKVCache,
+    sequences: Sequence[CachedSequence],
+    exit_layer: int,
+    num_speculations: Sequence[int],
+    num_cycles: int,
+    ends: Sequence[Collection[int]],
+    stops: DraftStops | None = None,
+) -> list[tuple[Verdict, float, float]]:
+    """Up to ``num_cycles`` greedy cycles of draft_step and verify_step in one call into the backend: their verdicts, to
+    be committed together, with the seconds of both steps; without logits.
+
+    ``num_speculations``: of each sequence; 0: it does not draft, all 0: plain decoding. ``ends``: the tokens that end
+    each sequence's text; a cycle in which one comes is the last. The rest, and what is raised, as in draft_step.
+    """
+    cache.check_model(model)
+    ids, counts = [s.id for s in sequences], list(num_speculations)
+    if any(counts):
+        model.check_exit(exit_layer)
+    for sequence, count in zip(sequences, counts, strict=True):
+        _check_decoding(cache, sequence, num_cycles * (count + 1) - 1)
+    width = max(map(len, ends))
+    end_ids = torch.tensor([[*of, *[-1] * (width - len(of))] for of in ends], dtype=torch.int64)
+    with rollback_on_error(cache, sequences):
+        _append(cache, sequences, [num_cycles * (count + 1) for count in counts])
+        drafting, head, _ = model.exit_at(exit_layer)
+        passed = {
+            a.exit_layer: a for a in (*cache.adapters_to(model.config.num_layers), *cache.adapters_to(exit_layer))
+        }
+        cycles = model.ops.decode_pass(
+            model.weights, drafting, model.sizes, cache.tensors, _draft_rows(cache, sequences, counts),
+            head, exit_layer, num_cycles, end_ids.view(len(sequences), -1), stops,
+            [passed[at] for at in sorted(passed)],
+        )  # fmt: skip
+        gained = torch.stack([cycle.num_accepted + 1 for cycle in cycles]).sum(0).tolist()
+        lengths = [cache.length(sequence) + more for sequence, more in zip(sequences, gained, strict=True)]
+        for sequence, length in zip(sequences, lengths, strict=True):
+            cache.pool.truncate(sequence.id, length)
+        cache.pool.raise_rows(ids, lengths, model.config.num_layers)
+    return [(_verdict(sequences, cycle), cycle.draft_seconds, cycle.verify_seconds) for cycle in cycles]
+
+
+def _verdict(sequences: Sequence[CachedSequence], cycle: Cycle) -> Verdict:
+    waiting, confidences = (0,) * len(sequences), _confidences(cycle.confidences, cycle.num_drafted)
+    draft = Draft(tuple(sequences), cycle.drafts, cycle.num_drafted, waiting, {}, confidences)
+    return Verdict(draft, cycle.num_accepted, cycle.next_tokens, torch.empty(0, 0))
+
+
 def _draft(
     model: Model,
     cache: PagedKVCache,
@@ -126,13 +167,7 @@ def _draft(
     samplers: Samplers,
     stops: DraftStops | None,
 ) -> Draft:
-    ids = [s.id for s in sequences]
-    rows = DraftRows(
-        tokens=torch.tensor([s.tokens[-1] for s in sequences]),
-        positions=torch.from_numpy(cache.pool.committed_lengths(ids)),
-        num_drafts=torch.tensor(counts),
-        block_table=torch.from_numpy(cache.pool.block_table(ids)),
-    )
+    rows = _draft_rows(cache, sequences, counts)
     rejecting = [b for b, sampler in enumerate(samplers) if sampler is not None and sampler.rejects]
     sampling = draft_sampling(samplers, [s.tokens for s in sequences])
     weights, head, _ = model.exit_at(exit_layer)
@@ -141,11 +176,38 @@ def _draft(
         stops if model.ops.drafts_adapt else None, bool(rejecting), cache.adapters_to(exit_layer),
     )  # fmt: skip
     scores = {b: drafted.scores[b, : int(drafted.counts[b])] for b in rejecting}
-    confidences = {}
-    if model.ops.drafts_adapt:
-        kept = zip(drafted.confidences.tolist(), drafted.counts.tolist(), strict=True)
-        confidences = {b: row[:count] for b, (row, count) in enumerate(kept)}
+    confidences = _confidences(drafted.confidences, drafted.counts) if model.ops.drafts_adapt else {}
     return Draft(tuple(sequences), drafted.tokens, drafted.counts, (0,) * len(sequences), scores, confidences)
+
+
+def _draft_rows(cache: PagedKVCache, sequences: Sequence[CachedSequence], counts: Sequence[int]) -> DraftRows:
+    ids = [s.id for s in sequences]
+    return DraftRows(
+        tokens=torch.tensor([s.tokens[-1] for s in sequences]),
+        positions=torch.from_numpy(cache.pool.committed_lengths(ids)),
+        num_drafts=torch.tensor(counts),
+        block_table=torch.from_numpy(cache.pool.block_table(ids)),
+    )
+
+
+def _confidences(confidences: Tensor, counts: Tensor) -> dict[int, list[float]]:
+    """Those of each sequence's own drafts."""
+    kept = zip(confidences.tolist(), counts.tolist(), strict=True)
+    return {b: row[:count] for b, (row, count) in enumerate(kept)}
+
+
+def _check_decoding(cache: PagedKVCache, sequence: CachedSequence, count: int) -> None:
+    """Raise ValueError unless a sequence was prefilled and has positions left for ``count`` tokens more."""
+    if len(sequence.tokens) != cache.length(sequence) + 1:
+        raise ValueError(
+            f"sequence {sequence.id} has {len(sequence.tokens)} tokens and {cache.length(sequence)} of them in the "
+            "cache; call prefill and commit its verdict before drafting"
+        )
+    if len(sequence.tokens) + count > cache.max_positions:
+        raise ValueError(
+            f"sequence {sequence.id} has {len(sequence.tokens)} tokens; {count} drafts would pass the model's "
+            f"{cache.max_positions} positions; draft fewer"
+        )
 
 
 def _draft_counts(num_speculations: int | Sequence[int], num_sequences: int) -> list[int]:

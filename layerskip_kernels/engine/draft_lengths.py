@@ -66,9 +66,11 @@ class DraftLengths:
         self._plan_ends = 0
         self._at_risk = 0.0  # seconds, by the plan
         self._hopeful: tuple[int, ...] = ()  # exits that deserve a trial
+        self._is_trial = False  # the last choice
 
     def choose(self, requests: Sequence[DraftRequest], prompt: int = 0, judged: int = 0) -> list[Drafts]:
         """What each sequence drafts; ``prompt`` and ``judged`` as in StepRows."""
+        self._is_trial = False
         nothing = [Drafts(self._exit_of(r), 0) for r in requests]
         if self.budget is None or not any(request.max_drafts for request in requests):
             return nothing
@@ -82,6 +84,19 @@ class DraftLengths:
         if self._hopeful and self._steps % self.TRIAL_STEPS == 0:
             return self._trial(requests, chosen, shape, self.TRIAL_DRAFTS, self._hopeful)
         return chosen
+
+    def repeats(self) -> int:
+        """How many more steps may follow the last choice, which drafted, before another one is due."""
+        if self._plan is None or self._is_trial or self.budget is None:
+            return 0
+        left = self._plan_ends - self._steps
+        if self._hopeful:
+            left = min(left, self.TRIAL_STEPS - 1 - self._steps % self.TRIAL_STEPS)
+        return left if self._at_risk <= 0 else min(left, int(max(0.0, self.budget) / self._at_risk))
+
+    def repeated(self, steps: int) -> None:
+        """Take note of this many steps like the last one."""
+        self._steps += steps
 
     def rest(self) -> int:
         """For how many more steps a choice of no drafts holds: while the plan is plain decoding."""
@@ -324,4 +339,5 @@ class DraftLengths:
         *_, b, exit_layer = min(places)
         trial = otherwise.copy()
         trial[b] = Drafts(exit_layer, min(count, requests[b].max_drafts))
-        return trial if self._affords(trial, shape) else otherwise
+        self._is_trial = self._affords(trial, shape)
+        return trial if self._is_trial else otherwise

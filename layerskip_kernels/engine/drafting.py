@@ -48,8 +48,11 @@ def known_of(model: Model) -> Known:
 class DraftPlanner:
     """Fixed numbers of drafts, or those that pay by the times and acceptance of earlier steps (see Engine).
 
-    Where none pay, it rests for some steps of the same requests: they draft nothing, and are not measured.
+    Where none pay, it rests for some steps of the same requests: they draft nothing, and are not measured. Steps that
+    would be alike are taken as cycles of one, as many as fit into CALL_SECONDS: what stands between two calls is time.
     """
+
+    CALL_SECONDS, MOST_CYCLES = 0.03, 8
 
     def __init__(self, model: Model, policy: DraftPolicy) -> None:
         self._policy = policy
@@ -58,13 +61,42 @@ class DraftPlanner:
         self._lengths = DraftLengths(model, known.costs_of_threads(), known.pool)
         self._resting: list[int] = []  # the requests that draft nothing for
         self._rest = self._rested = 0  # steps to come, and gone by
+        self._paced: list[int] = []  # the requests that the pace is of
+        self._pace = 0.0  # seconds of a cycle
 
     def prompt_seconds(self, rows: int) -> float | None:
         """How long this many rows of a prompt take; None before anything was measured."""
         return self._lengths.prompt_seconds(rows)
 
     def choose(self, plan: Sequence[Work]) -> list[Work]:
-        """The plan, with a number of drafts for each request that decodes."""
+        """The plan, with a number of drafts for each request that decodes, and of cycles."""
+        plan = self._with_drafts(plan)
+        cycles = self._num_cycles(plan)
+        if self._rested:
+            self._rest, self._rested = self._rest - (cycles - 1), self._rested + (cycles - 1)
+        elif any(self._measures(work.request) for work in plan):
+            self._lengths.repeated(cycles - 1)
+        return [replace(work, cycles=cycles) for work in plan] if cycles > 1 else plan
+
+    def _num_cycles(self, plan: Sequence[Work]) -> int:
+        """How many cycles of this plan one call may pass."""
+        requests = [work.request for work in plan]
+        if not requests or not requests[0].model.ops.runs_cycles or [r.id for r in requests] != self._paced:
+            return 1
+        if not all(work.decodes and work.request.runs for work in plan) or self._pace <= 0:
+            return 1
+        if any(request.depth != self._num_layers for request in requests):
+            return 1
+        if len({work.drafts.exit_layer for work in plan if work.drafts.count}) > 1:
+            return 1
+        most = min(self.MOST_CYCLES, int(self.CALL_SECONDS / self._pace))
+        if self._rested:
+            most = min(most, self._rest + 1)
+        elif any(request.exits and self._measures(request) for request in requests):
+            most = min(most, self._lengths.repeats() + 1)
+        return max(1, min(most, *(work.request.num_left // (work.drafts.count + 1) for work in plan)))
+
+    def _with_drafts(self, plan: Sequence[Work]) -> list[Work]:
         if self._rest and [work.request.id for work in plan] == self._resting and all(work.decodes for work in plan):
             self._rest, self._rested = self._rest - 1, self._rested + 1
             return list(plan)
@@ -83,8 +115,17 @@ class DraftPlanner:
             chosen |= {id(work): drafts for work, drafts in zip(measured, best, strict=True)}
         return [replace(work, drafts=chosen.get(id(work), work.drafts)) for work in plan]
 
-    def record(self, plan: Sequence[Work], verdict: Verdict, draft_seconds: float, verify_seconds: float) -> None:
-        """Take note of what a step cost and gained, for each request and for the next choice."""
+    def record(
+        self,
+        plan: Sequence[Work],
+        verdict: Verdict,
+        draft_seconds: float,
+        verify_seconds: float,
+        saved_seconds: float = 0.0,
+    ) -> None:
+        """Take note of what a cycle cost and gained, for each request and for the next choice. ``saved_seconds``: what
+        it would have cost besides in a call of its own."""
+        self._paced, self._pace = [work.request.id for work in plan], draft_seconds + verify_seconds
         decoding = [b for b, work in enumerate(plan) if work.decodes]
         for work in plan:
             generation = work.request.generation
@@ -98,7 +139,7 @@ class DraftPlanner:
             generation.draft_seconds += draft_seconds
             generation.verify_seconds += verify_seconds
         if not self._rested:
-            self._learn(plan, decoding, verdict, draft_seconds, verify_seconds)
+            self._learn(plan, decoding, verdict, draft_seconds, verify_seconds + saved_seconds)
 
     def _learn(
         self,

@@ -22,7 +22,7 @@ from layerskip_kernels.checks import check_choice, check_int
 from layerskip_kernels.config import GenerationConfig
 from layerskip_kernels.decoding.early_exit import early_exit_step
 from layerskip_kernels.decoding.kv_cache import PagedKVCache
-from layerskip_kernels.decoding.steps import draft_step, verify_step
+from layerskip_kernels.decoding.steps import decode_cycles, draft_step, verify_step
 from layerskip_kernels.decoding.types import Draft, Verdict
 from layerskip_kernels.engine import forks, outbox
 from layerskip_kernels.engine.drafting import DraftPlanner, DraftPolicy
@@ -233,22 +233,45 @@ class Engine:
     def _run(self, plan: list[Work]) -> bool:
         """Draft, verify, commit, emit for requests of one depth. Returns whether no request ended by an error."""
         try:
-            verdict, draft_seconds, verify_seconds = self._forward(plan)
-            self.cache.commit(verdict)
+            cycles, saved_seconds = self._forward(plan)
+            self.cache.commit(*(verdict for verdict, *_ in cycles))
         except BaseException as error:
             self._interrupt.held = True
             self.cache.rollback(sequences(plan))
             if not isinstance(error, Exception):
                 raise
             return self._isolate(plan, error)
-        self._planner.record(plan, verdict, draft_seconds, verify_seconds)
-        return all([self._emit(work, verdict, b) for b, work in enumerate(plan)])
+        well = True
+        for verdict, draft_seconds, verify_seconds in cycles:
+            self._planner.record(plan, verdict, draft_seconds, verify_seconds, saved_seconds)
+            well &= all([self._emit(work, verdict, b) for b, work in enumerate(plan)])
+        return well
 
-    def _forward(self, plan: list[Work]) -> tuple[Verdict, float, float]:
-        """Draft and verify: the verdict, and the seconds of both. Only here a Ctrl-C takes effect at once."""
+    def _forward(self, plan: list[Work]) -> tuple[list[tuple[Verdict, float, float]], float]:
+        """Draft and verify: of each cycle the verdict, and the seconds of both; and what each cycle would have cost
+        besides, had it been alone. Only here a Ctrl-C takes effect at once."""
         self._interrupt.held = False
         self._interrupt.deliver()
-        mark = self.model.ops.mark  # a device may begin to draft after draft_step has returned
+        found = self._cycle(plan) if plan[0].cycles == 1 else self._cycles(plan)
+        self._interrupt.held = True
+        return found
+
+    def _cycles(self, plan: list[Work]) -> tuple[list[tuple[Verdict, float, float]], float]:
+        """Several cycles in one call, whose own seconds are spread over them."""
+        start = self.model.ops.mark()
+        drafts, ends = [work.drafts for work in plan], [work.request.ends for work in plan]
+        exit_layer = max((d.exit_layer for d in drafts if d.count), default=0)  # there is but one
+        counts, stops = [d.count for d in drafts], Drafts.stops(drafts)
+        cycles = decode_cycles(
+            self.model, self.cache, sequences(plan), exit_layer, counts, plan[0].cycles, ends, stops
+        )  # fmt: skip
+        beside = self.model.ops.mark() - start - sum(drafting + verifying for _, drafting, verifying in cycles)
+        share = beside / len(cycles)
+        return [(verdict, drafting, verifying + share) for verdict, drafting, verifying in cycles], beside - share
+
+    def _cycle(self, plan: list[Work]) -> tuple[list[tuple[Verdict, float, float]], float]:
+        """One cycle, of which a device may begin to draft after draft_step has returned."""
+        mark = self.model.ops.mark
         start = mark()
         draft = self._draft(plan)
         drafted = mark()
@@ -258,9 +281,7 @@ class Engine:
             verdict = early_exit_step(self.model, self.cache, sequences(plan), depth, waiting, samplers(plan))
         else:
             verdict = verify_step(self.model, self.cache, draft, samplers(plan))
-        verified = mark()
-        self._interrupt.held = True
-        return verdict, drafted - start, verified - drafted
+        return [(verdict, drafted - start, mark() - drafted)], 0.0
 
     def _draft(self, plan: list[Work]) -> Draft:
         """One draft_step for each exit layer, joined."""
@@ -287,7 +308,7 @@ class Engine:
                 what = f"a step of {len(plan)} requests failed, and both halves of it succeeded"
                 self.stats.count("batch_errors", what, error)
             return succeeded
-        if plan[0].drafts.count:
+        if plan[0].drafts.count or plan[0].cycles > 1:
             succeeded = self._run(without_drafts(plan))
             if succeeded:
                 self.stats.count("draft_errors", "drafting failed where plain decoding succeeded", error)
@@ -300,7 +321,7 @@ class Engine:
     def _emit(self, work: Work, verdict: Verdict, b: int) -> bool:
         """Put what a request gained into the outbox, and end it where its text ends. Returns whether all went well."""
         request = work.request
-        if work.waiting:
+        if work.waiting or request.generation.finish_reason is not None:  # in an earlier cycle
             return True
         try:
             reason = request.accept(verdict, b)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from operator import index
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -183,6 +184,22 @@ class Request:
         """Whether something about drafting is chosen on the way."""
         return self.model.leaves_drafting_open(self.config)
 
+    @cached_property
+    def runs(self) -> bool:
+        """Whether it can pass several cycles in one call: greedy, with nothing to keep or to look for after each."""
+        c = self.config
+        return self.sampler is None and not c.stop_strings and not c.return_logits and c.logprobs is None
+
+    @cached_property
+    def ends(self) -> set[int]:
+        """The tokens that end its text."""
+        return end_token_ids(self.model, self.config) | stop_token_ids(self.model, self.config)
+
+    @property
+    def num_left(self) -> int:
+        """How many tokens it may gain."""
+        return self.limit - len(self.tokens)
+
     @property
     def draft_request(self) -> DraftRequest:
         """What it may draft where that is chosen by what it costs."""
@@ -193,7 +210,7 @@ class Request:
         return DraftRequest(self.exits or (1,), most, self._at_most(most), self.history, stops, drawn)
 
     def _at_most(self, drafts: int) -> int:
-        return max(0, min(drafts, self.limit - len(self.tokens) - 1))
+        return max(0, min(drafts, self.num_left - 1))
 
     def accept(self, verdict: Verdict, b: int) -> str | None:
         """Append what sequence ``b`` of a verdict gained, up to the text's end. Returns why it ended, or None."""
@@ -240,7 +257,8 @@ class Request:
                 return tokens[:n], "stop"
             if token in end_ids:
                 return tokens[:n], "eos"
-        return tokens, "length" if len(self.tokens) >= self.limit else None
+        # The cache may hold tokens of later cycles already.
+        return tokens, "length" if self.prompt_length + len(self.generation.token_ids) >= self.limit else None
 
 
 class GeneratedText:

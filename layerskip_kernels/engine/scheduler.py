@@ -20,12 +20,14 @@ class Work:
     """One request's part of a step: ``rows`` known tokens pass through the model, then those that ``drafts`` asks for.
 
     ``waiting``: known tokens of its prompt that wait for a later step; the request then gains nothing in this one.
+    ``cycles``: how often all of the step's requests draft and are verified in it, in one call.
     """
 
     request: Request
     rows: int
     waiting: int = 0
     drafts: Drafts = NO_DRAFTS
+    cycles: int = 1
 
     @property
     def sequence(self) -> CachedSequence:
@@ -47,7 +49,8 @@ def samplers(plan: Sequence[Work]) -> list[Sampler | None]:
 
 
 def without_drafts(plan: Sequence[Work]) -> list[Work]:
-    return [replace(work, drafts=NO_DRAFTS) for work in plan]
+    """The least that the plan's requests can do."""
+    return [replace(work, drafts=NO_DRAFTS, cycles=1) for work in plan]
 
 
 class Scheduler:
@@ -153,7 +156,9 @@ class Scheduler:
 
     def _pages_needed(self, plan: Sequence[Work]) -> int:
         """Pages that the rows of a plan need beyond those their sequences hold."""
-        return self.cache.pages_needed(sequences(plan), [work.rows + work.drafts.count for work in plan])
+        return self.cache.pages_needed(
+            sequences(plan), [work.cycles * (work.rows + work.drafts.count) for work in plan]
+        )
 
     def _pages_for(self, length: int) -> int:
         return -(-length // self.cache.pool.page_size)

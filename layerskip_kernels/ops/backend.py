@@ -39,6 +39,7 @@ from torch import Tensor
 from layerskip_kernels.operands import (
     AdapterLayers,
     CacheTensors,
+    Cycle,
     Drafted,
     DraftHead,
     DraftRows,
@@ -62,6 +63,8 @@ class Backend(Protocol):
     drafts_adapt: bool
     # Whether verify_pass chooses tokens by ``sampling``; elsewhere it is None, and steps draw from its logits.
     draws_in_verification: bool
+    # Whether cycles in one call, decode_pass, take less time than cycles in calls of their own.
+    runs_cycles: bool
 
     # Memory.
     def empty(self, *shape: int, dtype: torch.dtype) -> Tensor:
@@ -228,3 +231,17 @@ class Backend(Protocol):
         sampling: JudgeSampling | None = None,
         adapters: Sequence[AdapterLayers] = (),
     ) -> tuple[Tensor, Tensor, Tensor]: ...
+    def decode_pass(
+        self,
+        weights: ModelWeights,
+        drafting: ModelWeights,
+        sizes: ModelSizes,
+        cache: CacheTensors,
+        rows: DraftRows,
+        head: DraftHead | None,
+        exit_layer: int,
+        num_cycles: int,
+        ends: Tensor,
+        stops: DraftStops | None = None,
+        adapters: Sequence[AdapterLayers] = (),
+    ) -> list[Cycle]: ...

@@ -17,6 +17,7 @@ import layerskip_kernels.ops.extension  # noqa: F401 - registers the ops
 from layerskip_kernels.operands import (
     AdapterLayers,
     CacheTensors,
+    Cycle,
     Drafted,
     DraftHead,
     DraftRows,
@@ -74,6 +75,7 @@ class CpuOps(HostMemory):
 
     drafts_adapt = True
     draws_in_verification = False
+    runs_cycles = True
 
     def exp(self, x: Tensor) -> Tensor:
         return _cpp.exp(x)
@@ -279,3 +281,24 @@ class CpuOps(HostMemory):
             model_number(weights, sizes, cache), *cache, rows.tokens, rows.positions, rows.depths,
             rows.query_start_loc, num_drafts, judged, rows.block_table, *_flat(adapters),
         )  # fmt: skip
+
+    def decode_pass(
+        self,
+        weights: ModelWeights,
+        drafting: ModelWeights,
+        sizes: ModelSizes,
+        cache: CacheTensors,
+        rows: DraftRows,
+        head: DraftHead | None,
+        exit_layer: int,
+        num_cycles: int,
+        ends: Tensor,
+        stops: DraftStops | None = None,
+        adapters: Sequence[AdapterLayers] = (),
+    ) -> list[Cycle]:
+        *parts, seconds = _cpp.decode_pass(
+            model_number(weights, sizes, cache), model_number(drafting, sizes, cache), *cache, rows.tokens,
+            rows.positions, rows.num_drafts, rows.block_table, head and head.weight, head and head.ids,
+            stops.flat if stops else [], ends, exit_layer, int(rows.num_drafts.max()), num_cycles, *_flat(adapters),
+        )  # fmt: skip
+        return [Cycle(*of, *spent) for *of, spent in zip(*parts, seconds.tolist(), strict=True)]

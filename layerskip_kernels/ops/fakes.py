@@ -305,6 +305,35 @@ def verify_pass(
 
 
 @_fake
+def decode_pass(
+    model: int,
+    drafting: int,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    hidden_cache: Tensor,
+    tokens: Tensor,
+    positions: Tensor,
+    num_drafts: Tensor,
+    block_table: Tensor,
+    draft_head: Tensor | None,
+    draft_ids: Tensor | None,
+    stops: list[Tensor],
+    ends: Tensor,
+    exit_layer: int,
+    max_drafts: int,
+    num_cycles: int,
+    adapter_exits: list[int],
+    adapters: list[int],
+    adapter_k: list[Tensor],
+    adapter_v: list[Tensor],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    cycles, sequences = _unknown_size(), tokens.size(0)  # at most num_cycles
+    drafts, counts = tokens.new_empty(cycles, sequences, max_drafts), tokens.new_empty(cycles, sequences)
+    seconds = tokens.new_empty(cycles, 2, dtype=torch.float64)
+    return drafts, counts, drafts.float(), torch.empty_like(counts), torch.empty_like(counts), seconds
+
+
+@_fake
 def copy_pages(
     sources: Tensor, targets: Tensor, k_cache: Tensor, v_cache: Tensor, hidden_cache: Tensor, error: Tensor
 ) -> None:

@@ -35,6 +35,7 @@ from layerskip_kernels.operands import (
 )
 from layerskip_kernels.ops.adapting import adapt_rows
 from layerskip_kernels.ops.cpu import CpuOps
+from layerskip_kernels.ops.cycling import cycles_by_passes
 from layerskip_kernels.triton_ops.graphs import KeptPasses
 
 __all__ = ["TritonOps", "default_device", "device_of"]
@@ -97,6 +98,8 @@ class TritonOps:
 
     drafts_adapt = False
     draws_in_verification = True
+    runs_cycles = False  # its passes are captured one by one
+    decode_pass = cycles_by_passes
 
     def __init__(self, device: torch.device) -> None:
         if device.type == "cuda" and torch.version.hip:

@@ -21,12 +21,15 @@ SCHEMA_TYPES = {
 
 
 def test_the_list_is_complete():
-    assert len(registered()) == 31
+    assert len(registered()) == 32
 
 
 @pytest.mark.parametrize("name", [name for name in registered() if name != "keep_model"])  # which is not traced
 def test_opcheck(name):
-    opcheck(getattr(torch.ops.layerskip, name).default, arguments(name))
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+    if name != "decode_pass":  # whose seconds differ from call to call
+        tests += ("test_aot_dispatch_dynamic",)
+    opcheck(getattr(torch.ops.layerskip, name).default, arguments(name), test_utils=tests)
 
 
 @pytest.mark.parametrize("name", registered())

@@ -165,6 +165,12 @@ def arguments(name, quantised=None):
         case "verify_pass":
             judging = torch.tensor([2]), torch.tensor([True])
             return number, *cache, *rows, *judging, table, *adapter_arguments(cache)
+        case "decode_pass":
+            one = (rows[0][:1], torch.tensor([0]), torch.tensor([2]))
+            stops = [torch.tensor([0.5]), torch.ones(1, 2), torch.zeros(1, 2)]
+            head = model.with_draft_vocab(range(0, 101, 3)).draft_head
+            settings = stops, torch.tensor([[5, -1]]), 2, 2, 3
+            return number, number, *cache, *one, table, head.weight, head.ids, *settings, *adapter_arguments(cache)
         case "copy_pages":
             return torch.tensor([0, 1]).int(), torch.tensor([2, 3]).int(), *cache, cache_ops.new_error()
         case "gather_kv":

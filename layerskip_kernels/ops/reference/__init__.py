@@ -6,6 +6,7 @@ what is chosen by them. Shape suffixes: B sequences, T rows, L layers, D hidden,
 head dim, V vocab, P pages, S positions per page.
 """
 
+from layerskip_kernels.ops.cycling import cycles_by_passes
 from layerskip_kernels.ops.memory import HostMemory
 from layerskip_kernels.ops.reference.arithmetic import (
     dot,
@@ -110,6 +111,7 @@ class ReferenceOps(HostMemory):
 
     drafts_adapt = True
     draws_in_verification = True
+    runs_cycles = True
 
     exp = staticmethod(exp)
     log = staticmethod(log)
@@ -138,3 +140,4 @@ class ReferenceOps(HostMemory):
     run_layers = staticmethod(run_layers)
     draft_pass = staticmethod(draft_pass)
     verify_pass = staticmethod(verify_pass)
+    decode_pass = cycles_by_passes
