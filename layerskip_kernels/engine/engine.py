@@ -20,17 +20,15 @@ import torch
 
 from layerskip_kernels.checks import check_choice, check_int
 from layerskip_kernels.config import GenerationConfig
-from layerskip_kernels.decoding.early_exit import early_exit_step
 from layerskip_kernels.decoding.kv_cache import PagedKVCache
-from layerskip_kernels.decoding.steps import decode_cycles, draft_step, verify_step
-from layerskip_kernels.decoding.types import Draft, Verdict
+from layerskip_kernels.decoding.types import Verdict
 from layerskip_kernels.engine import forks, outbox
 from layerskip_kernels.engine.drafting import DraftPlanner, DraftPolicy
-from layerskip_kernels.engine.drafts import Drafts
+from layerskip_kernels.engine.forward import forward
 from layerskip_kernels.engine.interrupts import DeferredInterrupt
 from layerskip_kernels.engine.preemption import CacheManager, Preemption, Stats
 from layerskip_kernels.engine.request import Generation, Output, Prompt, Request
-from layerskip_kernels.engine.scheduler import Scheduler, Work, samplers, sequences, without_drafts
+from layerskip_kernels.engine.scheduler import Scheduler, Work, sequences, without_drafts
 from layerskip_kernels.errors import CacheFull
 from layerskip_kernels.model.model import Model
 
@@ -233,8 +231,11 @@ class Engine:
     def _run(self, plan: list[Work]) -> bool:
         """Draft, verify, commit, emit for requests of one depth. Returns whether no request ended by an error."""
         try:
-            cycles, saved_seconds = self._forward(plan)
-            self.cache.commit(*(verdict for verdict, *_ in cycles))
+            self._interrupt.held = False  # until it has passed, and only here, a Ctrl-C takes effect at once
+            self._interrupt.deliver()
+            cycles = forward(self.model, self.cache, plan)
+            self._interrupt.held = True
+            self.cache.commit(*(cycle.verdict for cycle in cycles))
         except BaseException as error:
             self._interrupt.held = True
             self.cache.rollback(sequences(plan))
@@ -242,58 +243,10 @@ class Engine:
                 raise
             return self._isolate(plan, error)
         well = True
-        for verdict, draft_seconds, verify_seconds in cycles:
-            self._planner.record(plan, verdict, draft_seconds, verify_seconds, saved_seconds)
-            well &= all([self._emit(work, verdict, b) for b, work in enumerate(plan)])
+        for cycle in cycles:
+            self._planner.record(plan, *cycle)
+            well &= all([self._emit(work, cycle.verdict, b) for b, work in enumerate(plan)])
         return well
-
-    def _forward(self, plan: list[Work]) -> tuple[list[tuple[Verdict, float, float]], float]:
-        """Draft and verify: of each cycle the verdict, and the seconds of both; and what each cycle would have cost
-        besides, had it been alone. Only here a Ctrl-C takes effect at once."""
-        self._interrupt.held = False
-        self._interrupt.deliver()
-        found = self._cycle(plan) if plan[0].cycles == 1 else self._cycles(plan)
-        self._interrupt.held = True
-        return found
-
-    def _cycles(self, plan: list[Work]) -> tuple[list[tuple[Verdict, float, float]], float]:
-        """Several cycles in one call, whose own seconds are spread over them."""
-        start = self.model.ops.mark()
-        drafts, ends = [work.drafts for work in plan], [work.request.ends for work in plan]
-        exit_layer = max((d.exit_layer for d in drafts if d.count), default=0)  # there is but one
-        counts, stops = [d.count for d in drafts], Drafts.stops(drafts)
-        cycles = decode_cycles(
-            self.model, self.cache, sequences(plan), exit_layer, counts, plan[0].cycles, ends, stops
-        )  # fmt: skip
-        beside = self.model.ops.mark() - start - sum(drafting + verifying for _, drafting, verifying in cycles)
-        share = beside / len(cycles)
-        return [(verdict, drafting, verifying + share) for verdict, drafting, verifying in cycles], beside - share
-
-    def _cycle(self, plan: list[Work]) -> tuple[list[tuple[Verdict, float, float]], float]:
-        """One cycle, of which a device may begin to draft after draft_step has returned."""
-        mark = self.model.ops.mark
-        start = mark()
-        draft = self._draft(plan)
-        drafted = mark()
-        depth = plan[0].request.depth
-        if depth < self.model.config.num_layers:
-            waiting = [work.waiting for work in plan]
-            verdict = early_exit_step(self.model, self.cache, sequences(plan), depth, waiting, samplers(plan))
-        else:
-            verdict = verify_step(self.model, self.cache, draft, samplers(plan))
-        return [(verdict, drafted - start, mark() - drafted)], 0.0
-
-    def _draft(self, plan: list[Work]) -> Draft:
-        """One draft_step for each exit layer, joined."""
-        parts = []
-        drafting = [work for work in plan if work.drafts.count]
-        for exit_layer in sorted({work.drafts.exit_layer for work in drafting}):
-            group = [work for work in drafting if work.drafts.exit_layer == exit_layer]
-            counts, stops = [work.drafts.count for work in group], Drafts.stops([work.drafts for work in group])
-            parts.append(
-                draft_step(self.model, self.cache, sequences(group), exit_layer, counts, samplers(group), stops)
-            )
-        return Draft.joined(sequences(plan), parts, [work.waiting for work in plan])
 
     def _isolate(self, plan: list[Work], error: Exception) -> bool:
         """Find the request at fault: both halves alone; a single request without its drafts; then the error is its own.

@@ -15,10 +15,8 @@ import layerskip_kernels.ops.extension  # noqa: F401 - registers the ops
 __all__: list[str] = []
 
 GROUP = 16  # output columns in a packed weight group of the cpu backend
-PACKED_BYTES = {
-    144: 148,
-    176: 180,
-}  # of a block whose packed form has other bytes than a file's (csrc/cpu/block_types.cpp)
+# Of a block whose packed form has other bytes than a file's (csrc/cpu/block_types.cpp).
+PACKED_BYTES = {144: 148, 176: 180}
 
 Fake = TypeVar("Fake", bound=Callable[..., Any])
 

@@ -91,7 +91,7 @@ def test_unlike_requests_share_one_pass(dtype):
         return verify_step(model, cache, draft, samplers)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("layerskip_kernels.engine.engine.verify_step", counted)
+        patch.setattr("layerskip_kernels.engine.forward.verify_step", counted)
         outputs = engine.step()
     assert calls == [[0, 4, 6, 8 - 100]]
     assert [output.request_id for output in outputs] == ids[:3]
@@ -189,7 +189,7 @@ def test_several_texts_of_one_prompt():
         return verify_step(model, cache, draft, samplers)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("layerskip_kernels.engine.engine.verify_step", counted)
+        patch.setattr("layerskip_kernels.engine.forward.verify_step", counted)
         generations = engine.run()
     assert rows[:2] == [30, 1 + 2]
     assert same_as_alone(generations[ids[0]], alone(model, prompt, replace(config, num_samples=1)))
@@ -386,7 +386,7 @@ def test_an_interrupted_step_can_be_repeated():
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("layerskip_kernels.engine.engine.verify_step", interrupted)
+        patch.setattr("layerskip_kernels.engine.forward.verify_step", interrupted)
         with pytest.raises(KeyboardInterrupt):
             engine.step()
     assert same_as_alone(engine.run()[request_id], alone(model, prompt, config))

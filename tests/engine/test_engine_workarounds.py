@@ -31,7 +31,7 @@ def run(engine, prompts):
 @pytest.mark.parametrize("count", [1, 3])
 def test_drafting_that_fails_is_counted_and_warned_about_once(monkeypatch, count):
     model, prompts = tiny_model(), [random_tokens(9, seed=i) for i in range(count)]
-    monkeypatch.setattr("layerskip_kernels.engine.engine.draft_step", failing)
+    monkeypatch.setattr("layerskip_kernels.engine.forward.draft_step", failing)
     engine = Engine(model, cache_for(model, 400), drafts="fixed")
     generations, messages = run(engine, prompts)
     assert all(same_as_alone(g, alone(model, p, CONFIG)) for g, p in zip(generations, prompts, strict=True))
@@ -43,7 +43,7 @@ def test_drafting_that_fails_is_counted_and_warned_about_once(monkeypatch, count
 
 
 def test_generate_warns_too(monkeypatch):
-    monkeypatch.setattr("layerskip_kernels.engine.engine.draft_step", failing)
+    monkeypatch.setattr("layerskip_kernels.engine.forward.draft_step", failing)
     with pytest.warns(RuntimeWarning, match="drafting failed where plain decoding succeeded: RuntimeError: expected"):
         generate(tiny_model(), [[1, 2, 3]], CONFIG)
 
@@ -55,7 +55,7 @@ def test_what_fails_only_in_a_batch_is_counted(monkeypatch):
         return verify_step(model, cache, draft, samplers)
 
     model, prompts = tiny_model(), [random_tokens(9, seed=i) for i in range(2)]
-    monkeypatch.setattr("layerskip_kernels.engine.engine.verify_step", alone_only)
+    monkeypatch.setattr("layerskip_kernels.engine.forward.verify_step", alone_only)
     engine = Engine(model, cache_for(model, 400), drafts="fixed")
     generations, messages = run(engine, prompts)
     assert all(same_as_alone(g, alone(model, p, CONFIG)) for g, p in zip(generations, prompts, strict=True))
@@ -92,7 +92,7 @@ def test_one_failed_draft_among_many_is_one(monkeypatch):
             raise MIXED
         return draft_step(*arguments)
 
-    monkeypatch.setattr("layerskip_kernels.engine.engine.draft_step", once)
+    monkeypatch.setattr("layerskip_kernels.engine.forward.draft_step", once)
     model = tiny_model()
     engine = Engine(model, cache_for(model, 400), drafts="fixed")
     [generation], _ = run(engine, [[1, 2, 3]])
