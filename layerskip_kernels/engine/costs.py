@@ -101,6 +101,10 @@ class Costs:
     def observe(self, passes: Sequence[Pass], seconds: float) -> None:
         """Learn from a measurement."""
         parts = self._parts(passes)
+        if not self.measurements:  # until now the curve had a shape and no scale
+            scale = seconds / sum(parts.values())
+            self._curve = [scale * value for value in self._curve]
+            parts = self._parts(passes)
         largest, surprise = max(parts.values()), seconds / sum(parts.values())
         for knot, part in parts.items():
             share, ratio = part / largest, surprise

@@ -72,22 +72,23 @@ class DraftPlanner:
         """The plan, with a number of drafts for each request that decodes, and of cycles."""
         plan = self._with_drafts(plan)
         cycles = self._num_cycles(plan)
+        more = max(0, cycles - 1)
         if self._rested:
-            self._rest, self._rested = self._rest - (cycles - 1), self._rested + (cycles - 1)
+            self._rest, self._rested = self._rest - more, self._rested + more
         elif any(self._measures(work.request) for work in plan):
-            self._lengths.repeated(cycles - 1)
-        return [replace(work, cycles=cycles) for work in plan] if cycles > 1 else plan
+            self._lengths.repeated(more)
+        return [replace(work, cycles=cycles) for work in plan] if cycles else plan
 
     def _num_cycles(self, plan: Sequence[Work]) -> int:
-        """How many cycles of this plan one call may pass."""
+        """How many cycles of this plan one call may pass; 0: it takes steps of its own."""
         requests = [work.request for work in plan]
-        if not requests or not requests[0].model.ops.runs_cycles or [r.id for r in requests] != self._paced:
-            return 1
-        if not all(work.decodes and work.request.runs for work in plan) or self._pace <= 0:
-            return 1
-        if any(request.depth != self._num_layers for request in requests):
-            return 1
+        if not requests or not requests[0].model.ops.runs_cycles:
+            return 0
+        if not all(work.decodes and work.request.runs and work.request.depth == self._num_layers for work in plan):
+            return 0
         if len({work.drafts.exit_layer for work in plan if work.drafts.count}) > 1:
+            return 0
+        if self._pace <= 0 or [request.id for request in requests] != self._paced:
             return 1
         most = min(self.MOST_CYCLES, int(self.CALL_SECONDS / self._pace))
         if self._rested:
@@ -121,25 +122,25 @@ class DraftPlanner:
         verdict: Verdict,
         draft_seconds: float,
         verify_seconds: float,
-        saved_seconds: float = 0.0,
+        besides: float = 0.0,
     ) -> None:
-        """Take note of what a cycle cost and gained, for each request and for the next choice. ``saved_seconds``: what
-        it would have cost besides in a call of its own."""
-        self._paced, self._pace = [work.request.id for work in plan], draft_seconds + verify_seconds
+        """Take note of what a cycle cost and gained, for each request and for the next choice, which does not regard
+        what its call took ``besides``: that is shared by more cycles or fewer."""
+        self._paced, self._pace = [work.request.id for work in plan], draft_seconds + verify_seconds + besides
         decoding = [b for b, work in enumerate(plan) if work.decodes]
         for work in plan:
             generation = work.request.generation
             generation.cycles += not work.waiting and bool(generation.token_ids)
             if not work.decodes:
-                generation.prefill_seconds += draft_seconds + verify_seconds
+                generation.prefill_seconds += draft_seconds + verify_seconds + besides
         for b in decoding:
             generation = plan[b].request.generation
             generation.drafted += verdict.draft.counts[b]
             generation.accepted += verdict.accepted[b]
             generation.draft_seconds += draft_seconds
-            generation.verify_seconds += verify_seconds
+            generation.verify_seconds += verify_seconds + besides
         if not self._rested:
-            self._learn(plan, decoding, verdict, draft_seconds, verify_seconds + saved_seconds)
+            self._learn(plan, decoding, verdict, draft_seconds, verify_seconds)
 
     def _learn(
         self,

@@ -261,7 +261,7 @@ class Engine:
                 what = f"a step of {len(plan)} requests failed, and both halves of it succeeded"
                 self.stats.count("batch_errors", what, error)
             return succeeded
-        if plan[0].drafts.count or plan[0].cycles > 1:
+        if plan[0].drafts.count or plan[0].cycles:
             succeeded = self._run(without_drafts(plan))
             if succeeded:
                 self.stats.count("draft_errors", "drafting failed where plain decoding succeeded", error)

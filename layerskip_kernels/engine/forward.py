@@ -17,22 +17,21 @@ __all__ = ["Passed", "forward"]
 
 
 class Passed(NamedTuple):
-    """One cycle: its verdict, the seconds of both steps, and those that it would have cost besides in a call of its
-    own."""
+    """One cycle: its verdict, the seconds of both steps, and its share of what its call took besides."""
 
     verdict: Verdict
     draft_seconds: float
     verify_seconds: float
-    saved_seconds: float = 0.0
+    besides: float = 0.0
 
 
 def forward(model: Model, cache: PagedKVCache, plan: Sequence[Work]) -> list[Passed]:
     """Draft and verify for requests of one depth. To be committed together."""
-    return [_one_cycle(model, cache, plan)] if plan[0].cycles == 1 else _cycles(model, cache, plan)
+    return _cycles(model, cache, plan) if plan[0].cycles else [_one_cycle(model, cache, plan)]
 
 
 def _cycles(model: Model, cache: PagedKVCache, plan: Sequence[Work]) -> list[Passed]:
-    """Several in one call, what it takes besides being spread over them."""
+    """As many as the plan says in one call."""
     start = model.ops.mark()
     drafts, ends = [work.drafts for work in plan], [work.request.ends for work in plan]
     exit_layer = max((d.exit_layer for d in drafts if d.count), default=0)  # there is but one
@@ -40,9 +39,8 @@ def _cycles(model: Model, cache: PagedKVCache, plan: Sequence[Work]) -> list[Pas
     cycles = decode_cycles(
         model, cache, sequences(plan), exit_layer, counts, plan[0].cycles, ends, Drafts.stops(drafts)
     )  # fmt: skip
-    beside = model.ops.mark() - start - sum(drafting + verifying for _, drafting, verifying in cycles)
-    share = beside / len(cycles)
-    return [Passed(verdict, drafting, verifying + share, beside - share) for verdict, drafting, verifying in cycles]
+    besides = model.ops.mark() - start - sum(drafting + verifying for _, drafting, verifying in cycles)
+    return [Passed(*cycle, besides / len(cycles)) for cycle in cycles]
 
 
 def _one_cycle(model: Model, cache: PagedKVCache, plan: Sequence[Work]) -> Passed:

@@ -20,14 +20,14 @@ class Work:
     """One request's part of a step: ``rows`` known tokens pass through the model, then those that ``drafts`` asks for.
 
     ``waiting``: known tokens of its prompt that wait for a later step; the request then gains nothing in this one.
-    ``cycles``: how often all of the step's requests draft and are verified in it, in one call.
+    ``cycles``: how often all of the step's requests draft and are verified, in one call; 0: once, in steps of its own.
     """
 
     request: Request
     rows: int
     waiting: int = 0
     drafts: Drafts = NO_DRAFTS
-    cycles: int = 1
+    cycles: int = 0
 
     @property
     def sequence(self) -> CachedSequence:
@@ -50,7 +50,7 @@ def samplers(plan: Sequence[Work]) -> list[Sampler | None]:
 
 def without_drafts(plan: Sequence[Work]) -> list[Work]:
     """The least that the plan's requests can do."""
-    return [replace(work, drafts=NO_DRAFTS, cycles=1) for work in plan]
+    return [replace(work, drafts=NO_DRAFTS, cycles=0) for work in plan]
 
 
 class Scheduler:
@@ -156,9 +156,8 @@ class Scheduler:
 
     def _pages_needed(self, plan: Sequence[Work]) -> int:
         """Pages that the rows of a plan need beyond those their sequences hold."""
-        return self.cache.pages_needed(
-            sequences(plan), [work.cycles * (work.rows + work.drafts.count) for work in plan]
-        )
+        rows = [max(1, work.cycles) * (work.rows + work.drafts.count) for work in plan]
+        return self.cache.pages_needed(sequences(plan), rows)
 
     def _pages_for(self, length: int) -> int:
         return -(-length // self.cache.pool.page_size)

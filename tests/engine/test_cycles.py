@@ -47,7 +47,8 @@ def test_texts_and_counts_are_those_of_single_steps(calls, config, kind):
         return generate(model, prompts, replace(config, return_kv=True))
 
     single = in_single_steps(run)
-    assert not calls
+    assert max(calls) == 1
+    calls.clear()
     together = run()
     assert sum(calls) > 10 and max(calls) > 1
     for one, other in zip(together, single, strict=True):
@@ -116,7 +117,7 @@ def test_other_requests_are_not_kept_waiting(calls):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(DraftPlanner, "CALL_SECONDS", 0.0)
         done = engine.run()
-        assert not calls and {*done} == {first, second}
+        assert max(calls) == 1 and {*done} == {first, second}
 
 
 def test_a_call_that_fails_is_tried_in_single_steps(monkeypatch):

@@ -195,3 +195,13 @@ def test_a_change_for_the_worse_is_noticed_and_a_better_one_too(model):
     good = simulate(model, Machine(), 1, 0.9, 200)
     bad_time = (bad[0] - good[0]) / (bad[1] - good[1])
     assert bad_time < 1.3 * plain / plain_tokens
+
+
+def test_the_first_measurement_sets_the_scale_of_all_rows():
+    """Also where it lies between two knots, of which the lower has little part in it."""
+    for rows in (1, 5, 65, 124, 300):
+        costs = Costs()
+        guessed = costs.seconds([Pass(10**8, rows)]) / costs.seconds([Pass(10**8, 1)])
+        costs.observe([Pass(10**8, rows)], 0.08)
+        assert costs.seconds([Pass(10**8, rows)]) == pytest.approx(0.08)
+        assert costs.seconds([Pass(10**8, 1)]) == pytest.approx(0.08 / guessed)
