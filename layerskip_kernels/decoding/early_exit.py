@@ -14,7 +14,7 @@ from torch import Tensor
 
 from layerskip_kernels.decoding.kv_cache import PagedKVCache
 from layerskip_kernels.decoding.sampling import judge_drafts
-from layerskip_kernels.decoding.steps import Samplers, append_rows, pending_rows, rollback_on_error
+from layerskip_kernels.decoding.steps import RollbackOnError, Samplers, append_rows, pending_rows
 from layerskip_kernels.decoding.types import CachedSequence, Draft, Verdict
 from layerskip_kernels.model.model import Model
 
@@ -43,7 +43,7 @@ def early_exit_step(
     with early_exit_salt where the cache shares prefixes. Raises as verify_step does.
     """
     draft = Draft.joined(sequences, [], num_waiting)
-    with rollback_on_error(cache, sequences):
+    with RollbackOnError(cache, sequences):
         append_rows(cache, draft)
         rows = pending_rows(model, cache, draft)
         model.ops.run_layers(model.weights, model.sizes, cache.tensors, rows, exit_layer)

@@ -6,8 +6,7 @@ When a step raises, the cache is as it was before it.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 import torch
@@ -34,7 +33,7 @@ def prefill(
     Long prompts go through in runs of PREFILL_ROWS, all but the last committed here; when a later one raises, they
     are taken back.
     """
-    with rollback_on_error(cache, sequences):
+    with RollbackOnError(cache, sequences):
         while long := [s for s in sequences if len(s.tokens) - cache.length(s) > PREFILL_ROWS]:
             waiting = [len(s.tokens) - cache.length(s) - PREFILL_ROWS for s in long]
             cache.commit(verify_step(model, cache, Draft.joined(long, [], waiting)))
@@ -66,7 +65,7 @@ def draft_step(
     for sequence, count in zip(sequences, counts, strict=True):
         _check_decoding(cache, sequence, count)
     drafting = [s for s, count in zip(sequences, counts, strict=True) if count]
-    with rollback_on_error(cache, drafting):
+    with RollbackOnError(cache, drafting):
         _append(cache, drafting, [count + 1 for count in counts if count])
         draft = _draft(model, cache, sequences, exit_layer, counts, samplers or [None] * len(sequences), stops)
         for sequence, count, drafted in zip(sequences, counts, draft.counts, strict=True):
@@ -88,7 +87,7 @@ def verify_step(model: Model, cache: PagedKVCache, draft: Draft, samplers: Sampl
     sequences = draft.sequences
     samplers = samplers or [None] * len(sequences)
     in_pass = model.ops.draws_in_verification
-    with rollback_on_error(cache, sequences):
+    with RollbackOnError(cache, sequences):
         append_rows(cache, draft)
         rows = pending_rows(model, cache, draft)
         sampling = judge_sampling(model.ops, draft, samplers, model.config.vocab_size) if in_pass else None
@@ -133,7 +132,7 @@ def decode_cycles(
         _check_decoding(cache, sequence, num_cycles * (count + 1) - 1)
     width = max(map(len, ends))
     end_ids = torch.tensor([[*of, *[-1] * (width - len(of))] for of in ends], dtype=torch.int64)
-    with rollback_on_error(cache, sequences):
+    with RollbackOnError(cache, sequences):
         _append(cache, sequences, [num_cycles * (count + 1) for count in counts])
         drafting, head, _ = model.exit_at(exit_layer)
         passed = {
@@ -272,13 +271,17 @@ def pending_rows(model: Model, cache: PagedKVCache, draft: Draft) -> PendingRows
     )
 
 
-@contextmanager
-def rollback_on_error(cache: PagedKVCache, sequences: Sequence[CachedSequence]) -> Iterator[None]:
-    """Cut the sequences back to what was committed before, should anything raise."""
-    lengths = [cache.length(sequence) for sequence in sequences]
-    try:
-        yield
-    except BaseException:
-        for sequence, length in zip(sequences, lengths, strict=True):
-            cache.pool.truncate(sequence.id, length)
-        raise
+class RollbackOnError:
+    """Cut the sequences back to what was committed before, should anything raise. (No generator: one that a Ctrl-C
+    has stopped before the body would be closed whenever it is collected, after the sequences.)"""
+
+    def __init__(self, cache: PagedKVCache, sequences: Sequence[CachedSequence]) -> None:
+        self._pool = cache.pool
+        self._lengths = [(sequence.id, cache.length(sequence)) for sequence in sequences]
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is not None:
+            for sequence_id, length in self._lengths:
+                self._pool.truncate(sequence_id, length)

@@ -165,7 +165,7 @@ def _activation(fields: JsonObject, family: Family) -> str:
     name, known = family.activation_field, {**ACTIVATIONS, **family.activations}
     default = family.switches.get("activation", "silu")
     value = fields.get(name)
-    if value is not None and value not in known:
+    if value is not None and (not isinstance(value, str) or value not in known):
         raise UnsupportedModel(name, value, ", ".join(map(repr, known)), fields.where)
     return default if value is None else known[value]
 

@@ -71,7 +71,7 @@ def test_on_a_device_beside_another_request(two_devices, tiles):
     """Through an engine: chunks of 40 rows of two prompts, with a sequence that decodes meanwhile."""
 
     def run(model):
-        engine = Engine(model, PagedKVCache(model, 16), max_batch=3, chunk_size=40)
+        engine = Engine(model, PagedKVCache(model, 16), max_batch=3, chunk_size=40, drafts="fixed")
         config = GenerationConfig(exit_layer=1, num_speculations=2, max_new_tokens=4, eos_token_ids=())
         for prompt in (random_tokens(3, seed=1), random_tokens(50, seed=2), PROMPT):
             engine.add_request(prompt, config)

@@ -4,8 +4,9 @@ from typing import Any
 
 import pytest
 
-from layerskip_kernels.engine import engine
+from layerskip_kernels.engine import forward
 from layerskip_kernels.ops import memory
+from layerskip_kernels.ops.cpu import CpuOps
 
 
 class LayerClock:
@@ -14,8 +15,9 @@ class LayerClock:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.seconds, self.slow = 0.0, 1.0
         monkeypatch.setattr(memory, "perf_counter", lambda: self.seconds)
-        monkeypatch.setattr(engine, "draft_step", self._counted(engine.draft_step, self._drafting))
-        monkeypatch.setattr(engine, "verify_step", self._counted(engine.verify_step, self._verifying))
+        monkeypatch.setattr(CpuOps, "runs_cycles", False)
+        monkeypatch.setattr(forward, "draft_step", self._counted(forward.draft_step, self._drafting))
+        monkeypatch.setattr(forward, "verify_step", self._counted(forward.verify_step, self._verifying))
 
     def _counted(self, step: Any, layers: Any) -> Any:
         def run(*arguments: Any, **options: Any) -> Any:

@@ -5,8 +5,9 @@ from collections.abc import Callable
 import pytest
 
 from layerskip_kernels.decoding.steps import draft_step, verify_step
-from layerskip_kernels.engine import engine
+from layerskip_kernels.engine import forward
 from layerskip_kernels.ops import memory
+from layerskip_kernels.ops.cpu import CpuOps
 
 
 class StepClock:
@@ -20,8 +21,9 @@ class StepClock:
         self.drafts = self.verifications = 0
         self._costs = draft, verify, row
         monkeypatch.setattr(memory, "perf_counter", lambda: self.now)
-        monkeypatch.setattr(engine, "draft_step", self._timed(draft_step, self._draft_seconds))
-        monkeypatch.setattr(engine, "verify_step", self._timed(verify_step, self._verify_seconds))
+        monkeypatch.setattr(CpuOps, "runs_cycles", False)
+        monkeypatch.setattr(forward, "draft_step", self._timed(draft_step, self._draft_seconds))
+        monkeypatch.setattr(forward, "verify_step", self._timed(verify_step, self._verify_seconds))
 
     def _timed(self, step: Callable, seconds: Callable) -> Callable:
         def timed(model, cache, *arguments):
