@@ -4,12 +4,12 @@
 #   PYTHON=python3.12    the interpreter .venv is made from
 #   MAX_JOBS=8           compilers at a time (all cores, unless told)
 #   WORKERS=4            processes that run tests (all cores, unless told)
-#   FUZZ_STEPS=200000    how far `make fuzz` goes: `make test` goes 20,000 steps (2.5 CPU minutes), and all of it in proportion
+#   FUZZ_STEPS=200000    how far `make fuzz` goes: `make test` goes 20,000 steps (2.5 CPU minutes), `make fuzz` 60,000
 
 PYTHON ?= python3
 export MAX_JOBS ?= $(shell nproc)
 WORKERS ?= $(shell nproc)
-FUZZ_STEPS ?= 200000
+FUZZ_STEPS ?= 60000
 
 BIN := .venv/bin
 ITSELF := .[test,train,serve,plots]
@@ -62,7 +62,7 @@ bench: .venv/bench  ## measure ops, steps, peers and limits; docs/performance.md
 gpu-check: .venv/built  ## on a machine with a GPU, in stages that each leave their results: tokens, bits, times, arithmetic, compute-sanitizer, tuning
 	$(BIN)/python benchmarks/gpu_check.py
 
-fuzz: .venv/built  ## random walks of the page pool, the cache and the engine, Ctrl-C at many points, hostile calls of every op, damaged files and requests, clients of all manners: ten times as far as in `make test`
+fuzz: .venv/built  ## random walks of the page pool, the cache and the engine, Ctrl-C at many points, hostile calls of every op, damaged files and requests, clients of all manners: three times as far as in `make test`
 	LAYERSKIP_FUZZ_STEPS=$(FUZZ_STEPS) $(BIN)/python -m pytest -vv -n $(WORKERS) --dist worksteal --durations 10 $(FUZZ_TESTS)
 
 FUZZ_TESTS := tests/decoding/test_page_pool_machine.py tests/decoding/test_kv_cache_machine.py tests/engine/test_engine_machine.py tests/engine/test_interrupts.py tests/ops/test_fuzz.py tests/model/test_damaged_files.py tests/training/test_damaged_training.py tests/serving/test_soak.py tests/serving/test_damaged_bodies.py
