@@ -107,6 +107,7 @@ def test_default_rope_parameters_are_no_scaling():
         ({"model_type": "mixtral"}, "model_type"),
         ({"model_type": None}, "model_type"),
         ({"hidden_act": "gelu"}, "hidden_act"),
+        ({"hidden_act": ["silu"]}, "hidden_act"),
         ({"lm_head_bias": True}, "lm_head_bias"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
         ({"rope_scaling": {"rope_type": "proportional", "factor": 2.0}}, "rope_scaling['rope_type']"),
