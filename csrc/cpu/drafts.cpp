@@ -269,7 +269,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> draft_pass(int64_t kept, Tensor k_cac
     for (int64_t b = 0; keep_scores && b < sequences; ++b)
       kept.push_back(score + (b * max_drafts + i) * model.vocab_size);
     DraftCycle cycle(model, passed, head, cache, block_table, drafting, settings, exit_layer, buffers, kept);
-    RunPass(PassKind::kDraft, [&](Team& team) { cycle.Run(team); });
+    RunPass(PassKind::kDraft, static_cast<int64_t>(drafting.size()), [&](Team& team) { cycle.Run(team); });
     cycle.CheckChosen();
     std::vector<Drafting> going_on;
     for (size_t r = 0; r < drafting.size(); ++r) {

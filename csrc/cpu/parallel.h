@@ -163,9 +163,9 @@ void InParallel(const F& f, int threads = static_cast<int>(NumThreads())) {
   }
 }
 
-// The same for a pass, on as many threads as are worth it.
+// The same for a pass of so many rows, on as many threads as are worth it.
 template <class F>
-void RunPass(PassKind kind, const F& f) {
+void RunPass(PassKind kind, int64_t rows, const F& f) {
   ThreadCount& count = ThreadCount::Shared();
   const int threads = count.Choose(kind, static_cast<int>(NumThreads()));
   std::atomic<int64_t> lost_cores{0}, page_faults{0}, work{0};
@@ -181,7 +181,7 @@ void RunPass(PassKind kind, const F& f) {
       },
       threads);
   const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
-  if (page_faults <= kMostPageFaults) count.Note(kind, threads, work, seconds.count(), lost_cores);
+  if (page_faults <= kMostPageFaults) count.Note(kind, threads, rows, work, seconds.count(), lost_cores);
 }
 
 }  // namespace layerskip

@@ -24,7 +24,7 @@ void PassAdapter(const ModelView& model, const AdapterView& adapter, const Cache
   Move to_exit(model, cache, std::move(lower), num_sequences, exit_layer);
   Move onward(adapter.model(), adapter.cache, std::move(at_exit), num_sequences, adapter.model().num_layers(),
               /*keeps=*/false);
-  RunPass(VerifyKind(below), [&](Team& team) {
+  RunPass(VerifyKind(below), below, [&](Team& team) {
     to_exit.Run(team);
     onward.Run(team);
   });
@@ -42,7 +42,7 @@ void run_layers(int64_t kept, Tensor k_cache, Tensor v_cache, Tensor hidden_cach
   const ModelView& model = kept_model->view;
   TORCH_CHECK_VALUE(1 <= stop && stop <= model.num_layers(), "stop is ", stop, ", expected 1..", model.num_layers());
   Move move(model, cache, CheckedRows(pending, block_table, model, cache), pending.num_sequences, stop);
-  RunPass(VerifyKind(pending.count), [&](Team& team) { move.Run(team); });
+  RunPass(VerifyKind(pending.count), pending.count, [&](Team& team) { move.Run(team); });
 }
 
 std::tuple<Tensor, Tensor, Tensor> verify_pass(int64_t kept, Tensor k_cache, Tensor v_cache, Tensor hidden_cache,
@@ -76,7 +76,7 @@ std::tuple<Tensor, Tensor, Tensor> verify_pass(int64_t kept, Tensor k_cache, Ten
   Tensor logits = at::empty({count, model.vocab_size}, at::kFloat), targets = at::empty({count}, at::kLong);
   Head head(model.final_norm, model.lm_head, hidden_size, model.vocab_size, model.logits, count,
             logits.mutable_data_ptr<float>());
-  RunPass(VerifyKind(pending.count), [&](Team& team) {
+  RunPass(VerifyKind(pending.count), pending.count, [&](Team& team) {
     move.Run(team);
     team.ForEach(count, 1, [&](int64_t i, int64_t) {
       std::copy_n(move.hidden() + judged_rows[i] * hidden_size, hidden_size, hidden + i * hidden_size);

@@ -36,7 +36,7 @@ double Share(ThreadCount& count, const Passes& passes, int number, int threads, 
   for (int i = 0; i < number; ++i) {
     const int given = count.Choose(PassKind::kVerifyFewRows, most);
     those += given == threads;
-    count.Note(PassKind::kVerifyFewRows, given, 1000, passes.seconds(given), passes.lost_cores(given));
+    count.Note(PassKind::kVerifyFewRows, given, 1, 1000, passes.seconds(given), passes.lost_cores(given));
   }
   return static_cast<double>(those) / number;
 }
@@ -77,6 +77,21 @@ void FewerWhereTheyAreHeldUp() {
   }
 }
 
+// Drafts and batches of all sizes in turn, few passes of each: what a pass takes for its work differs by up to five
+// times, and the second thread is worth a third.
+void PassesAreComparedWithOthersLikeThem() {
+  ThreadCount count;
+  constexpr int kPasses = 20000;
+  int with_all = 0;
+  for (int pass = 0; pass < kPasses; ++pass) {
+    const int rows = 16 - pass / 4 % 14, given = count.Choose(PassKind::kVerifySomeRows, 2);
+    with_all += given == 2;
+    const double chance = pass % 97 == 0 ? 8.0 : 1.0, seconds = 2e-3 * rows * chance / (given == 2 ? 1.33 : 1.0);
+    count.Note(PassKind::kVerifySomeRows, given, rows, 10000 + 10 * rows, seconds, 0);
+  }
+  Expect(with_all > 0.99 * kPasses, "passes of many kinds: 99 % have all threads");
+}
+
 void NewMemoryIsCounted() {
   const int64_t before = HistoryOfThread().page_faults;
   constexpr size_t kBytes = size_t{64} << 20;
@@ -100,6 +115,7 @@ int main() {
   layerskip::OneSlowPassChangesNothing();
   layerskip::LongPassesLoseTheirCoresNowAndThen();
   layerskip::FewerWhereTheyAreHeldUp();
+  layerskip::PassesAreComparedWithOthersLikeThem();
   layerskip::NewMemoryIsCounted();
   layerskip::AnotherNumberBeginsAnew();
   return layerskip::num_failures;
