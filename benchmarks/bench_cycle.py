@@ -9,6 +9,7 @@ by layers, S = L (1 + a d) / (d E + L), and the one that counts the LM head in, 
 from itertools import product
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from layerskip_kernels import Model, load_model
@@ -53,6 +54,7 @@ def measured(model: Model, exit_layers: tuple[int, ...], draft_counts: tuple[int
     head = head_bytes(model) / layer_bytes(model)
     settings = product(exit_layers, draft_counts)
     return {
+        "quantised": any(weight.dtype == torch.uint8 for weight in model.weights.flat),
         "num_layers": c.num_layers,
         "head_in_layers": head,
         **limits_of(timings),

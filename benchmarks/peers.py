@@ -38,6 +38,7 @@ from timing import (
 )
 
 EXIT_LAYER, NUM_SPECULATIONS = 10, 4
+WARM = 4  # tokens
 PROMPT_TOKENS, COMPARED_PROMPTS = 512, 3
 MAX_GAP = 2.0  # of logits
 OURS, OURS_FP32, OURS_SPECULATIVE = "layerskip_kernels bf16", "layerskip_kernels fp32", "layerskip_kernels early exit"
@@ -154,9 +155,18 @@ def candidates(workers: Workers, texts: list[list[int]], long: list[int]) -> dic
 
 
 def decoding(worker: Worker, texts: list[list[int]]) -> Candidate:
-    """Another prompt in each round, the same one for all. The worker says how long it took: the pipe is left out."""
+    """Another prompt in each round, the same one for all. The worker says how long it took: the pipe is left out.
+
+    It has slept while the others had their turns, and decodes a few tokens first, which are not timed.
+    """
     turns = cycle(texts)
-    return Candidate(worker.call, prepare=lambda: ("decode", next(turns), worker.contender.new_tokens), seconds=float)
+
+    def prepare() -> tuple[str, list[int], int]:
+        text = next(turns)
+        worker.call("decode", text, WARM)
+        return "decode", text, worker.contender.new_tokens
+
+    return Candidate(worker.call, prepare, seconds=float)
 
 
 def agreements(workers: Workers, texts: list[list[int]]) -> dict[str, dict[str, Any]]:

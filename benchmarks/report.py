@@ -133,17 +133,16 @@ def peers(results: Results) -> str:
     return table(titles, lines) + f"\n\nllama.cpp says of itself: `{found['llama_cpp'].strip(' |')}`"
 
 
-def row_counts(results: Results) -> str:
-    found = results["steps"]["rows"]
-    lines = [[str(r["rows"]), with_spread(r), f"{r['over_1_row']:.2f}"] for r in found]
+def row_counts(found: dict[str, Any]) -> str:
+    lines = [[str(r["rows"]), with_spread(r), f"{r['over_1_row']:.2f}"] for r in found["rows"]]
     return table(["rows", "ms (IQR)", "over 1 row"], lines)
 
 
-def contexts(results: Results) -> str:
+def contexts(found: dict[str, Any]) -> str:
     lines = [
         [str(r["context"]), with_spread(r), f"{r['bytes'] / 1e6:.0f}",
          f"{r['kv_fraction_of_limit']:.2f}" if r["kv_fraction_of_limit"] else ""]
-        for r in results["steps"]["contexts"]
+        for r in found["contexts"]
     ]  # fmt: skip
     return table(["positions", "ms (IQR)", "MB read", "bytes more per second more, of bandwidth"], lines)
 
@@ -180,9 +179,17 @@ def contended(results: Results) -> str:
     return f"{busy}\n\n{table(['one core', 'ms per token (IQR)', 'over 1 thread'], lines)}"
 
 
-def cycles(results: Results) -> str:
+def order(found: dict[str, Any]) -> str:
+    lines = [
+        [str(r["rows"]), with_spread(r["fixed"]), with_spread(r["free"]), f"{r['over_free']:.2f}"]
+        for r in found["results"]
+    ]
+    return table(["rows", "the contract's order, ms (IQR)", "a free one", "over it"], lines)
+
+
+def cycles(found: dict[str, Any]) -> str:
     tables = []
-    for model in results["cycle"]["models"]:
+    for model in found["models"]:
         rates = [s["acceptance_rate"] for s in model["results"][0]["speed_ups"]]
         lines = []
         for r in model["results"]:
@@ -365,16 +372,26 @@ def commands(results: Results) -> str:
     return "\n".join(f"    {result['command']}" for result in results.values())
 
 
+def of(name: str, make: Callable[[dict[str, Any]], str]) -> tuple[str, Callable[[Results], str]]:
+    """A section that is made of one result."""
+    return name, lambda results: make(results[name])
+
+
 # Each section with the result that it needs.
 SECTIONS: dict[str, tuple[str, Callable[[Results], str]]] = {
     "machine": ("", machine),
     "targets": ("", targets),
     "peers": ("peers", peers),
-    "rows": ("steps", row_counts),
-    "contexts": ("steps", contexts),
+    "rows": of("steps", row_counts),
+    "contexts": of("steps", contexts),
+    "order": of("order", order),
+    "rows_avx2": of("steps_avx2", row_counts),
+    "contexts_avx2": of("steps_avx2", contexts),
+    "order_avx2": of("order_avx2", order),
+    "cycles_avx2": of("cycle_avx2", cycles),
     "long": ("long", long),
     "contended": ("contended", contended),
-    "cycles": ("cycle", cycles),
+    "cycles": of("cycle", cycles),
     "generation": ("generate", generation),
     "engine": ("engine", engine),
     "serving": ("serving", serving),

@@ -5,6 +5,7 @@
 
 import argparse
 import json
+import os
 import sys
 from datetime import datetime, timezone
 from pathlib import Path
@@ -45,8 +46,14 @@ def described(timing: Timing) -> dict[str, float]:
 
 
 def finish(name: str, measured: dict[str, Any], save: bool, command: str | None = None) -> None:
-    """Print the results with machine and command as the last line of stdout, and save them if asked to."""
-    command = command or " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+    """Print the results with machine and command as the last line of stdout, and save them if asked to.
+
+    Those of an instruction set that LAYERSKIP_ISA named have it in the name of their file: steps_avx2.json.
+    """
+    isa = os.environ.get("LAYERSKIP_ISA")
+    name = f"{name}_{isa}" if isa else name
+    chosen = [f"LAYERSKIP_ISA={isa}"] if isa else []
+    command = command or " ".join([*chosen, "python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
     date = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M")
     result = {"machine": machine_facts(), "date": date, "command": command, **measured}
     if save:

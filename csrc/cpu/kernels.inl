@@ -115,7 +115,7 @@ constexpr int kRowsPerPass = 6;
 constexpr int GroupsPerPass(int64_t) { return 4; }
 #elif defined(LAYERSKIP_AVX2)
 constexpr int kRowsPerPass = 6;
-constexpr int GroupsPerPass(int64_t rows) { return rows == 1 ? 4 : rows <= 3 ? 2 : 1; }
+constexpr int GroupsPerPass(int64_t rows) { return rows == 1 ? 4 : rows == 2 ? 2 : 1; }
 #else
 constexpr int kRowsPerPass = 2;
 constexpr int GroupsPerPass(int64_t) { return 1; }

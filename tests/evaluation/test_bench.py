@@ -192,7 +192,8 @@ def timing(milliseconds: float) -> dict:
 @pytest.fixture
 def results() -> dict:
     """A run on a machine that reads 100 GB/s and computes 1000 GFLOP/s."""
-    facts = {"machine": machine_facts(), "date": "2026-01-02 03:04", "command": "python x.py"}
+    facts = {"machine": {**machine_facts(), "instruction_set": "avx512_bf16"}, "date": "2026-01-02 03:04",
+             "command": "python x.py"}  # fmt: skip
     limits = {"read_bandwidth_gb_s": 100.0, "fma_peak_gflop_s": 1000.0}
     agreement = {"first_tokens_equal": 30, "tokens": 32, "gaps": [0.01]}
 
@@ -205,6 +206,7 @@ def results() -> dict:
         "peers": {**facts, **limits, "xllamacpp": "1", "prompt_tokens": 512, "prompt_flop": 512 * 10**9,
                   "llama_cpp": "AVX2 = 1 | ", "results": [
                       contender("layerskip_kernels bf16", 300.0, 900.0, bytes=10**8, fraction_of_limit=0.3),
+                      contender("layerskip_kernels bf16 on AVX2", 140.0, 900.0, bytes=10**8, fraction_of_limit=0.14),
                       contender("llama.cpp BF16", 100.0, 450.0),
                       contender("Transformers bf16", 20.0, 1.0),
                       contender("Transformers fp32", 75.0, 1.0)]},
@@ -213,6 +215,15 @@ def results() -> dict:
                            ((1, 1.0), (6, 1.2), (12, 2.5))],
                   "contexts": [{"context": n, "bytes": 10**8, **timing(1.0), "kv_fraction_of_limit": f}
                                for n, f in ((100, None), (4096, 0.75))]},
+        "order_avx2": {**facts, **limits, "results": [
+            {"rows": n, "fixed": timing(ms), "free": timing(1.0), "over_free": ms} for n, ms in ((1, 1.01), (3, 1.25))
+        ]},
+        "cycle_avx2": {**facts, "models": [
+            {"model": "Llama-3.2-1B", **limits, "quantised": False, "num_layers": 16, "head_in_layers": 4.0,
+             "plain": timing(1.0), "results": [
+                 {"exit_layer": 4, "num_speculations": 19, "draft_step": timing(1.0), "verify_step": timing(1.0),
+                  "speed_ups": [{"acceptance_rate": 0.5, "speed_up": s, "ceiling_with_head": 2.0}]}
+                 for s in (1.9, 1.7)]}]},
     }  # fmt: skip
 
 
@@ -220,18 +231,24 @@ def test_targets_are_met_or_not_by_the_figures_of_the_run(report, results):
     rows = {row.what: row for row in report.rows(results)}
     found = {what: (row.value, row.met) for what, row in rows.items() if row.value is not None}
     assert found == {
-        "autoregressive bf16: bytes read per second over the read bandwidth": (0.3, "NO"),
-        "autoregressive bf16 over llama.cpp BF16": (3.0, "yes"),
+        "autoregressive bf16, AVX-512: bytes read per second over the read bandwidth (this or the next)": (0.3, "NO"),
+        "autoregressive bf16, AVX-512, over llama.cpp BF16": (3.0, "yes"),
+        "autoregressive bf16, AVX2: bytes read per second over the read bandwidth (this or the next)": (0.14, "NO"),
+        "autoregressive bf16, AVX2, over llama.cpp BF16": (1.4, "NO"),
         "autoregressive bf16 over Transformers": (4.0, "NO"),  # the faster of the two
         "prompt of 512 tokens over llama.cpp BF16": (2.0, "NO"),
-        "verify_step of 6 rows over 1 row": (1.2, "yes"),
-        "verify_step of 12 rows over 1 row": (2.5, "NO"),
+        "verify_step of 6 rows over 1 row, AVX-512": (1.2, "yes"),
+        "verify_step of 12 rows over 1 row, AVX-512": (2.5, "NO"),
+        "a step's products in the contract's order over a free one, up to 16 rows, AVX2": (1.25, "NO"),
         "Python and dispatch, of a decode step": (0.02, "yes"),
-        "growth at 4,096 positions: KV bytes per second more, over the read bandwidth": (0.75, "yes"),
+        "growth at 4,096 positions, AVX-512: KV bytes per second more, over the read bandwidth": (0.75, "yes"),
+        "cycle of Llama-3.2-1B over its ceiling with the head counted in, AVX2": (0.85, "NO"),
     }
-    assert rows["autoregressive bf16 over llama.cpp BF16"].limit == "1000.0 tokens/s"
+    # 19 drafts of 4 + 4 layers and a pass of 20 layers, whose 20 rows take twice as long to compute as to read.
+    assert rows["cycle of Llama-3.2-1B over its ceiling with the head counted in, AVX2"].limit == "0.90"
+    assert rows["autoregressive bf16, AVX-512, over llama.cpp BF16"].limit == "1000.0 tokens/s"
     assert rows["prompt of 512 tokens over llama.cpp BF16"].limit == "1000.0 tokens/s"
-    assert rows["verify_step of 12 rows over 1 row"].limit == "1.20x"  # 12 * 10**8 operations take 1.2 ms
+    assert rows["verify_step of 12 rows over 1 row, AVX-512"].limit == "1.20x"  # 12 * 10**8 operations take 1.2 ms
 
 
 def test_the_page_is_made_of_the_results(report, results, tmp_path):
@@ -246,6 +263,16 @@ def test_the_page_is_made_of_the_results(report, results, tmp_path):
     assert {path.name for path in tmp_path.glob("*.svg")} == {"performance_peers.svg", "performance_rows.svg"}
     report.write(tmp_path, results)
     assert page.read_text() == text
+
+
+def test_on_a_machine_with_avx2_alone_its_own_results_are_those_of_avx2(report, results):
+    for result in results.values():
+        result["machine"]["instruction_set"] = "avx_vnni"
+    rows = {row.what: row.value for row in report.rows(results)}
+    assert rows["verify_step of 6 rows over 1 row, AVX-512"] is None
+    assert rows["verify_step of 6 rows over 1 row, AVX2"] == 1.2
+    assert rows["autoregressive bf16, AVX-512, over llama.cpp BF16"] is None
+    assert rows["autoregressive bf16, AVX2, over llama.cpp BF16"] == 3.0
 
 
 def test_results_are_of_one_machine(report, results, tmp_path):
