@@ -124,11 +124,22 @@ constexpr int64_t kPassesPerBlock = 8;
 
 // Weights are fetched ahead of the arithmetic, because a pass over them is too slow or too fast for the processor's own
 // prefetching: into the second-level cache, which has more requests on their way at a time, and with more rows, which
-// take longer over each weight, from there into the first (docs/log.md).
-template <int kRows>
-LAYERSKIP_FN void FetchAhead(const void* weights) {
-  __builtin_prefetch(static_cast<const char*>(weights) + 4096, 0, 2);
-  if constexpr (kRows > 2) __builtin_prefetch(static_cast<const char*>(weights) + 1024, 0, 3);
+// take longer over each weight, from there into the first (docs/log.md). A tile's groups lie one after the other, so
+// what is beyond the end of a group is the next group's beginning, which was read long ago: there the next tile begins.
+constexpr int64_t kFarAhead = 4096, kNearAhead = 1024;  // bytes
+
+// For kGroups groups of `group_bytes` of which the first begins at `tile`, at byte `at` of each.
+template <int kRows, int kGroups>
+LAYERSKIP_FN void FetchAhead(const void* tile, int64_t at, int64_t group_bytes) {
+  const auto ahead = [&](int64_t bytes) {
+    const int64_t of_next_tile = at + bytes >= group_bytes ? (kGroups - 1) * group_bytes : 0;
+    return static_cast<const char*>(tile) + at + bytes + of_next_tile;
+  };
+  const char *far = ahead(kFarAhead), *near = ahead(kNearAhead);
+  for (int g = 0; g < kGroups; ++g) {
+    __builtin_prefetch(far + g * group_bytes, 0, 2);
+    if constexpr (kRows > 2) __builtin_prefetch(near + g * group_bytes, 0, 3);
+  }
 }
 
 // The sum of p(first), ... in a balanced tree of adjacent pairs.
@@ -197,7 +208,7 @@ LAYERSKIP_FN uint32_t DotTile(const Products& products, int64_t k, const W* weig
     if constexpr (!Products::kWholeLines)
       for (; i < end && i % kLine != 0; ++i) products.Fold(i, acc);
     for (; i + kLine <= end; i += kLine) {
-      for (int g = 0; g < kGroups; ++g) FetchAhead<kRows>(weight + g * GroupSize(k) + i * kGroup);
+      FetchAhead<kRows, kGroups>(weight, i * kGroup * sizeof(W), GroupSize(k) * sizeof(W));
       products.FoldLine(i, acc, watched);
     }
     if constexpr (!Products::kWholeLines)
