@@ -163,7 +163,7 @@ def test_the_package_reads_what_was_tuned(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("backend", "arch", "depends"), [("cuda", 90, True), ("cuda", 80, False), ("hip", 0, False)])
 def test_kernels_of_few_rows_alone_begin_early(monkeypatch, backend, arch, depends):
-    """On GPUs that can, where tuned.json says so: not in the interpreter, nor prompts, nor quantised weights."""
+    """On GPUs that can, where tuned.json says so: not in the interpreter, nor prompts."""
     from layerskip_kernels.triton_ops import launch, tuned
 
     def dependent(rows, weight, **tuned_so):
@@ -178,8 +178,9 @@ def test_kernels_of_few_rows_alone_begin_early(monkeypatch, backend, arch, depen
     driver = SimpleNamespace(active=SimpleNamespace(get_current_target=lambda: target))
     monkeypatch.setattr(launch.triton.runtime, "driver", driver)
     monkeypatch.setattr(launch, "INTERPRETED", False)
-    assert [dependent(rows, weight, dependent=True) for rows in (1, 8, 31, 32)] == [depends] * 3 + [False]
-    assert not dependent(1, quantised, dependent=True) and not dependent(1, weight)
+    for weights in (weight, quantised):
+        assert [dependent(rows, weights, dependent=True) for rows in (1, 8, 31, 32)] == [depends] * 3 + [False]
+        assert not dependent(1, weights)
 
 
 @pytest.mark.parametrize(

@@ -300,6 +300,13 @@ def packed_offsets(n, steps, C: tl.constexpr):
 
 
 @device_function
+def wait_for_kernel_ahead():
+    """Until all that it wrote is there, and what those before it wrote; then the kernel behind may begin."""
+    tl.extra.cuda.gdc_wait()
+    tl.extra.cuda.gdc_launch_dependents()
+
+
+@device_function
 def dot(
     x_ptrs, w_ptrs, steps,
     ROWS: tl.constexpr, TILES: tl.constexpr, C: tl.constexpr, AHEAD: tl.constexpr, EVEN: tl.constexpr,
@@ -322,8 +329,7 @@ def dot(
         for t in tl.static_range(TILES):
             waiting = waiting + (_load_step(w_ptrs[t], i, steps, EVEN),)
     if DEPENDENT:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+        wait_for_kernel_ahead()
     for first in range(0, steps, AHEAD):
         still_waiting = ()
         for i in tl.static_range(AHEAD):

@@ -9,7 +9,7 @@ lanes, their words. On other hardware threads exchange what they loaded; the bit
 
 import triton.language as tl
 
-from .contract import ROUND_MAGIC, _tree8, device_function, dot, packed_offsets
+from .contract import ROUND_MAGIC, _tree8, device_function, dot, packed_offsets, wait_for_kernel_ahead
 from .integer_tiles import integer_tiles
 from .integer_weights import (
     MAGIC_BITS,
@@ -38,8 +38,7 @@ def products(
 
     x_ptr: rows as the kind of the weights wants them (Rows.of), row0 .. row0 + ROWS - 1 of ``num_rows``, or those that
     int32 rows_ptr names there (GATHER); beyond the last, the last. w_ptrs: a tuple of packed weights of one kind, one a
-    tile; columns: a tuple of int32 [C]; steps: of eight k in a segment, as rule 1 takes them. DEPENDENT: as in dot,
-    which alone waits for the kernel before.
+    tile; columns: a tuple of int32 [C]; steps: of eight k in a segment, as rule 1 takes them. DEPENDENT: as in dot.
     """
     if PROMPT and KIND == 0:
         return prompt_dot(x_ptr, row0, w_ptrs, columns, steps, ROWS, TILES, C, FMA)
@@ -58,14 +57,14 @@ def products(
     elif ROWS <= 8:
         return integer_dot(
             x_ptr, stride_x, rows_ptr, row0, num_rows, w_ptrs, columns, (steps + 3) // 4, KIND, GATHER,
-            ROWS, TILES, EVEN,
+            ROWS, TILES, EVEN, DEPENDENT,
         )  # fmt: skip
     else:  # one tile after the other: registers do not hold sixteen rows of two
         y = ()
         for i in tl.static_range(TILES):
             y = y + integer_dot(
                 x_ptr, stride_x, rows_ptr, row0, num_rows, (w_ptrs[i],), (columns[i],), (steps + 3) // 4, KIND, GATHER,
-                ROWS, 1, EVEN,
+                ROWS, 1, EVEN, DEPENDENT and i == 0,
             )  # fmt: skip
         return y
 
@@ -82,6 +81,7 @@ def _row(rows_ptr, row, num_rows, GATHER: tl.constexpr):
 def integer_dot(
     x_ptr, stride_x, rows_ptr, row0, num_rows, w_ptrs, columns, length,
     KIND: tl.constexpr, GATHER: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr, EVEN: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """Rule 8, as products says; a segment has ``length`` blocks of 32, an even number if EVEN."""
     BITS: tl.constexpr = KIND & 15
@@ -112,6 +112,8 @@ def integer_dot(
         places = places + of_lanes(columns[i])
     for i in tl.static_range(2 * TILES):
         waiting = waiting + (load_step(w_ptrs[i // 2], places[i], segment, 0, steps, KIND),)
+    if DEPENDENT:
+        wait_for_kernel_ahead()
     if BY_SEGMENT:
         sums = (tl.zeros([8, 16, R], tl.int32),) * ((PLANES + 1) * TILES)
     else:

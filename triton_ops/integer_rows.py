@@ -17,8 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .contract import INTERPRETED, ROUND_MAGIC, SEGMENTS, device_function, segment_offset
-from .launch import OPTIONS, blocks, is_quantised
+from .contract import INTERPRETED, ROUND_MAGIC, SEGMENTS, device_function, segment_offset, wait_for_kernel_ahead
+from .launch import OPTIONS, begun_early, blocks, is_quantised
 from .packing import row_stride, to_segments
 from .quantised import ONE_PLANE, TWO_PLANES, TWO_PLANES_BY_SEGMENT, kind_of, segment_blocks
 
@@ -141,9 +141,11 @@ def _store_planes(to, x, inverse, byte, inside):
 def _round_rows_kernel(
     x_ptr, rows_ptr, one_plane_ptr, two_planes_ptr, by_segment_ptr, stride_x, K, length,
     GATHER: tl.constexpr, ONE_PLANE: tl.constexpr, TWO_PLANES: tl.constexpr, BY_SEGMENT: tl.constexpr,
-    TILE: tl.constexpr, S: tl.constexpr, B: tl.constexpr,
+    TILE: tl.constexpr, S: tl.constexpr, B: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    """TILE: of how many rows programs read them turned; 0: they are not."""
+    """TILE: of how many rows programs read them turned; 0: they are not. DEPENDENT: as in dot, with no weights."""
+    if DEPENDENT:
+        wait_for_kernel_ahead()
     row = tl.program_id(0)
     if GATHER:
         row = tl.load(rows_ptr + row)
@@ -225,9 +227,11 @@ def _round_rows_kernel(
             _store_planes(codes, x, segment_inverse[:, None, None], byte, codes_inside)
 
 
-def round_rows(x: Rows, num_rows: int, *weights: Tensor, rows: Tensor | None = None, tile: int = 0) -> None:
+def round_rows(
+    x: Rows, num_rows: int, *weights: Tensor, rows: Tensor | None = None, tile: int = 0, dependent: bool = False
+) -> None:
     """The first ``num_rows`` rows, or those that int32 ``rows`` names, as integers for packed weights; turned, if
-    ``tile`` says for how many rows a program."""
+    ``tile`` says for how many rows a program. ``dependent``: the kernel may begin before the one ahead is done."""
     forms = forms_of(*weights)
     if not forms:
         return
@@ -250,5 +254,6 @@ def round_rows(x: Rows, num_rows: int, *weights: Tensor, rows: Tensor | None = N
         S=AT_ONCE[0],
         B=AT_ONCE[1],
         num_warps=4,
+        **begun_early(dependent),
         **OPTIONS,
     )

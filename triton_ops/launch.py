@@ -12,7 +12,16 @@ from torch import Tensor
 from .contract import GROUP, INTERPRETED, SEGMENTS
 from .tuned import config_of
 
-__all__ = ["OPTIONS", "blocks", "columns_of", "exact_products", "is_quantised", "rows_per_program", "streaming"]
+__all__ = [
+    "OPTIONS",
+    "begun_early",
+    "blocks",
+    "columns_of",
+    "exact_products",
+    "is_quantised",
+    "rows_per_program",
+    "streaming",
+]
 
 # Never contract a multiply and an add: the contract says where fma may stand.
 OPTIONS: dict[str, Any] = {"enable_fp_fusion": False}
@@ -75,6 +84,11 @@ def launches_depend() -> bool:
     return target.backend == "cuda" and target.arch >= 90
 
 
+def begun_early(dependent: bool) -> dict[str, bool]:
+    """The argument and the option of a kernel that begins before the one ahead of it is done, or does not."""
+    return {"DEPENDENT": True, "launch_pdl": True} if dependent else {"DEPENDENT": False}
+
+
 def needs_all_registers(op: str, rows: int, dtype: torch.dtype) -> bool:
     """Whether ptxas must be told of a thread's registers lest it spill some: what it spares by itself differs."""
     if INTERPRETED:
@@ -94,11 +108,12 @@ def streaming(op: str, num_rows: int, tiles: int, k: int, *weights: Tensor) -> d
     """
     weight = next((weight for weight in weights if not is_quantised(weight)), None)
     config = config_of(op)
+    dependent = config.dependent and launches_depend()
     many = num_rows >= PROMPT_ROWS and threads_per_warp() == 32  # on AMD's GPUs no dot's order is known
     if weight is None and many and config.prompt is not None:
         return streaming_tiles(num_rows, tiles, k)
     if weight is None or any(map(is_quantised, weights)):
-        return streaming_integers(num_rows, tiles, k, weight)
+        return streaming_integers(num_rows, tiles, k, weight, dependent)
     if many and config.prompt is not None:
         return streaming_prompts(tiles, *config.prompt, exact_products(weight.dtype))
     rows, columns = rows_per_program(num_rows), config.columns
@@ -109,13 +124,10 @@ def streaming(op: str, num_rows: int, tiles: int, k: int, *weights: Tensor) -> d
     options = dict(OPTIONS)
     if needs_all_registers(op, rows, weight.dtype):
         options["maxnreg"] = MAX_REGISTERS
-    dependent = config.dependent and launches_depend()
-    if dependent:
-        options["launch_pdl"] = True
     return dict(
         ROWS=rows, TILES=tiles, C=columns, AHEAD=ahead, EVEN=weight.size(1) % ahead == 0,
-        FMA=exact_products(weight.dtype), PROMPT=False, DEPENDENT=dependent, num_warps=threads // threads_per_warp(),
-        **options,
+        FMA=exact_products(weight.dtype), PROMPT=False, num_warps=threads // threads_per_warp(),
+        **begun_early(dependent), **options,
     )  # fmt: skip
 
 
@@ -130,7 +142,7 @@ def streaming_prompts(tiles: int, rows: int, columns: int, warps: int, exact: bo
     )  # fmt: skip
 
 
-def streaming_integers(num_rows: int, tiles: int, k: int, other: Tensor | None) -> dict[str, Any]:
+def streaming_integers(num_rows: int, tiles: int, k: int, other: Tensor | None, dependent: bool) -> dict[str, Any]:
     """The same where a weight is quantised; ``other``: one that is not, if they are mixed.
 
     Four warps have two segments each; a product of theirs has eight rows or sixteen, asked for or not.
@@ -143,8 +155,8 @@ def streaming_integers(num_rows: int, tiles: int, k: int, other: Tensor | None) 
         options["maxnreg"] = MAX_REGISTERS
     return dict(
         ROWS=rows, TILES=tiles, C=GROUP, AHEAD=1, EVEN=blocks(k, 32 * SEGMENTS) % 2 == 0,
-        FMA=other is not None and exact_products(other.dtype), PROMPT=False, DEPENDENT=False, num_warps=4,
-        **options,
+        FMA=other is not None and exact_products(other.dtype), PROMPT=False, num_warps=4,
+        **begun_early(dependent), **options,
     )  # fmt: skip
 
 

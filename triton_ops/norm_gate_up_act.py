@@ -48,7 +48,7 @@ def _gate_up_act_kernel(
             ROWS, 1, C, AHEAD, EVEN, FMA, PROMPT, DEPENDENT,
         ) + products(
             x_up_ptr, stride_x, x_up_ptr, row0, T, (up_ptr,), (packed,), steps, UP_KIND, False,
-            ROWS, 1, C, AHEAD, EVEN, FMA, PROMPT, DEPENDENT,
+            ROWS, 1, C, AHEAD, EVEN, FMA, PROMPT, False,
         )  # fmt: skip
     if HAS_BIAS:
         gate_bias = tl.load(bias_ptr + n, mask=n < F, other=0.0).to(tl.float32)

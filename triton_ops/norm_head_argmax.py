@@ -149,8 +149,8 @@ def head_candidates(
 ) -> None:  # fmt: skip
     """The candidates of rows int32 [T] of x, and logits fp32 [T, V] if wanted."""
     num_rows = len(rows)
-    round_rows(x, num_rows, lm_head, rows=rows)
     options = streaming("norm_head_argmax", num_rows, TILES, x.k, lm_head)
+    round_rows(x, num_rows, lm_head, rows=rows, dependent=options["DEPENDENT"])
     _head_kernel[(blocks(num_rows, options["ROWS"]), candidates.num_blocks // TILES)](
         x_ptr=x.of(lm_head),
         rows_ptr=rows,

@@ -32,7 +32,7 @@ def _turn_rows_kernel(x_ptr, turned_ptr, stride_x, T, width, ROWS: tl.constexpr,
 def rows_for(x: Rows, num_rows: int, options: dict[str, Any], *weights: Tensor) -> tuple[Tensor, ...]:
     """The first rows of x as a kernel with these options (launch.streaming) reads them, for each of its weights."""
     if not options["PROMPT"]:
-        round_rows(x, num_rows, *weights)
+        round_rows(x, num_rows, *weights, dependent=options["DEPENDENT"])
         return tuple(x.of(weight) for weight in weights)
     if any(map(is_quantised, weights)):
         round_rows(x, num_rows, *weights, tile=options["ROWS"])

@@ -30,8 +30,8 @@ PROMPTS = ((64, 64, 4), (64, 128, 8), (128, 64, 8), (32, 64, 4), (64, 32, 4))
 class Config:
     """``columns`` of a tile; ``ahead``: by the rows of a program, how many steps of 16-bit weights are on their way
     while one is used (half as many of fp32 weights). ``prompt``: one of PROMPTS, for the ops that have tiles.
-    ``dependent``: a kernel of few rows of 16-bit or fp32 weights asks for its first ones while the kernel ahead of it
-    runs (contract.dot), on GPUs that can; off until it is measured to be faster."""
+    ``dependent``: a kernel of few rows asks for its first weights while the kernel ahead of it runs (contract.dot,
+    integer_dot), on GPUs that can; off until it is measured to be faster."""
 
     columns: int
     ahead: dict[int, int]

@@ -109,30 +109,88 @@ def ptx_tile_loop(ptx: str) -> TileLoop:
     return TileLoop(chains, Counter(int(count or 1) * int(bits) // 8 for count, bits in loads), sorted(set(problems)))
 
 
-def ptx_dependence(ptx: str, others: int) -> list[str]:
-    """Of a kernel that may begin before the one ahead of it is done: what it does before it waits for that one. It may
-    ask for weights, which leave the caches first, and for so many ``others`` that nobody writes; it must do the former.
+def ptx_dependence(ptx: str, others: int, weights: bool = True) -> list[str]:
+    """Of a kernel that may begin before the one ahead of it is done: what it does, on any way through it, before it
+    waits for that one. It may ask for weights, which leave the caches first, and for so many ``others`` that nobody
+    writes; if it has ``weights``, it must ask for some.
     """
-    ops = ptx_instructions(ptx)
+    ways = _ptx_ways(ptx)
+    before = _before_wait(ways, "griddepcontrol.wait")
+    ops = [op for op, *_ in ways]
     waits, lets = (ops.count(f"griddepcontrol.{what}") for what in ("wait", "launch_dependents"))
-    if (waits, lets) != (1, 1):
-        return [f"waits {waits} times for the kernel ahead and lets the next one begin {lets} times, not once each"]
-    before = ops[: ops.index("griddepcontrol.wait")]
+    if before is None or waits != lets:
+        return [f"waits for the kernel ahead in {waits} places, on some way in none, and lets the next begin in {lets}"]
     touched = [op for op in before if re.match(r"(?:ld|st|atom|red|cp)\.(?!param)(?:\S*\.)?(?:global|async)", op)]
-    weights = [op for op in touched if op.startswith("ld.global") and "evict_first" in op]
-    problems = [] if weights else ["asks for no weight before it waits for the kernel ahead"]
-    strange = [op for op in touched if op not in weights]
+    asked = [op for op in touched if op.startswith("ld.global") and "evict_first" in op]
+    problems = []
+    if weights and len(asked) < waits:
+        problems.append("asks for no weight before it waits for the kernel ahead")
+    strange = [op for op in touched if op not in asked]
     if len(strange) > others or any(not op.startswith("ld.global") for op in strange):
-        problems.append(f"before it waits for the kernel ahead: {', '.join(sorted(set(strange)))}")
-    if ops.index("griddepcontrol.launch_dependents") < len(before):
+        problems.append(f"before it waits for the kernel ahead: {len(strange)} of {', '.join(sorted(set(strange)))}")
+    if "griddepcontrol.launch_dependents" in before:
         problems.append("lets the next kernel begin before it has waited for the one ahead")
     return problems
 
 
+def ptx_asked_before_wait(ptx: str) -> int | None:
+    """Loads of memory on all ways to the wait for the kernel ahead. None: some way has no wait."""
+    before = _before_wait(_ptx_ways(ptx), "griddepcontrol.wait")
+    return None if before is None else sum(op.startswith("ld.global") for op in before)
+
+
 def sass_asked_before_wait(sass: str) -> int | None:
-    """Loads of memory before the wait for the kernel ahead (ACQBULK) in the machine's code. None: there is no wait."""
-    ops = [op for line in sass.splitlines() if (op := _sass_opcode(line))]
-    return ops[: ops.index("ACQBULK")].count("LDG") if "ACQBULK" in ops else None
+    """The same in the machine's code, whose wait is ACQBULK."""
+    before = _before_wait(_sass_ways(sass), "ACQBULK")
+    return None if before is None else before.count("LDG")
+
+
+Ways = list[tuple[str, bool, int | None]]  # opcodes; whether one may be skipped; where it jumps to
+
+
+def _before_wait(ways: Ways, wait: str) -> list[str] | None:
+    """The opcodes that a thread may come to before ``wait``. None: it may end without."""
+    seen, to_see = set(), [0]
+    while to_see:
+        at = to_see.pop()
+        if at in seen:
+            continue
+        if at == len(ways):
+            return None
+        seen.add(at)
+        op, skipped, target = ways[at]
+        if op == wait and not skipped:
+            continue
+        if op in ("ret", "exit", "EXIT", "RET"):
+            return None
+        if target is not None:
+            to_see.append(target)
+        if skipped or target is None:
+            to_see.append(at + 1)
+    return [ways[at][0] for at in sorted(seen) if ways[at][0] != wait]
+
+
+def _ptx_ways(ptx: str) -> Ways:
+    lines = [re.sub(r"//.*", "", line).strip() for line in ptx.splitlines()]
+    return _ways(lines, r"(@!?%\w+\s+)?([a-z]\w*(?:[.:]+\w+)*)(.*)")
+
+
+def _sass_ways(sass: str) -> Ways:
+    return _ways(sass.splitlines(), r"\s+/\*[0-9a-f]{4,}\*/\s+(@!?U?P\w+ )?([A-Z]\w*)(.*)")
+
+
+def _ways(lines: list[str], instruction: str) -> Ways:
+    found: list[tuple[str, bool, str | None]] = []
+    places: dict[str, int] = {}
+    for line in lines:
+        if label := re.match(r"([$.]L\w+):", line):
+            places[label[1]] = len(found)
+        elif match := re.match(instruction, line):
+            predicate, op, rest = match.groups()
+            jump = re.search(r"[$.]L\w+", rest) if op in ("bra", "bra.uni", "BRA") else None
+            skipped = bool(predicate) or (op == "BRA" and not rest.startswith(" `"))  # its condition may come behind it
+            found.append((op, skipped, jump[0] if jump else None))
+    return [(op, skipped, None if target is None else places[target]) for op, skipped, target in found]
 
 
 def llvm_multiply_adds(llir: str) -> int:

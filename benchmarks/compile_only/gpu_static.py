@@ -13,7 +13,6 @@ import argparse
 import json
 import multiprocessing
 import os
-import re
 import sys
 import tempfile
 from collections import Counter
@@ -55,6 +54,7 @@ LEAST_FMA = 0.75  # of the instructions in the loop of a prompt's kernel; 0.84 w
 LEAST_FMA_OF_ATTENTION = 0.65  # the same of its loops over K and V, whose heads have fewer numbers; 0.68 to 0.79
 KIND_ARGUMENTS = ("KIND", "Q_KIND", "K_KIND", "V_KIND", "GATE_KIND", "UP_KIND")
 DEPENDENT = ("sm_90", "sm_100")  # which may begin before the kernel ahead of them is done
+MAY_DEPEND = (("bf16", 1), ("bf16", 7), ("fp32", 1), ("q4_k_m", 7), ("q4_k_m", 16), ("int8", 7))
 STREAMING = ("_qkv_rope_append_kernel", "_linear_residual_kernel", "_gate_up_act_kernel", "_head_kernel")
 MAY_FUSE = (*STREAMING, "_attend_kernel")  # in 16 bits: their products are exact
 
@@ -183,7 +183,8 @@ def examine(target: str, shape: str, dtype: str, launch: Any, folder: Path) -> K
         problems, multiply_adds = asm.ptx_forbidden(ptx), asm.ptx_multiply_adds(ptx)
         narrow = dict(asm.ptx_weight_loads(ptx))
         if arguments.get("DEPENDENT"):
-            problems += dependence_problems(ptx, asm.disassemble(cubin), arguments["ROWS"] * ("rows_ptr" in arguments))
+            asked = asked_besides(launch.name, arguments), launch.name in STREAMING
+            problems += dependence_problems(ptx, asm.disassemble(cubin), *asked)
         loops = asm.sass_loops(asm.disassemble(cubin)) if launch.name in MAY_FUSE else []
         prompt = arguments.get("PROMPT", False)
         if launch.name == "_attend_kernel" and arguments["FMA"] and arguments["q_ptr"].size(0) <= MOST_DECODED:
@@ -272,16 +273,27 @@ def tile_problems(tile: Any, sums: int, loop: dict[str, int]) -> list[str]:
     return problems
 
 
-def dependence_problems(ptx: str, sass: str, others: int) -> list[str]:
-    """Of a kernel that asks for weights before it waits for the one ahead: in PTX, and in what ptxas made of it.
+def asked_besides(name: str, arguments: dict[str, Any]) -> int:
+    """Loads of a dependent kernel before it waits that are no weights or codes: scales and high bits of a first step,
+    for both columns of a lane, and the head's rows, which are copied in before a step. Where q, k and v differ in kind,
+    each waits in a place of its own; of gate and up, the first alone waits."""
+    if name not in STREAMING:
+        return 0
+    kinds = [arguments[key] for key in KIND_ARGUMENTS if key in arguments]
+    rows, several = arguments["ROWS"], len(set(kinds)) > 1
+    tiles = 1 if rows > 8 or (several and "GATE_KIND" in arguments) else arguments["TILES"]
+    asked = [2 * tiles * (((kind & 15) in (5, 6)) + (not kind & 64)) if kind else 0 for kind in kinds]
+    of_rows = (3 * max(1, rows // 8) if kinds[0] else rows) if name == "_head_kernel" else 0
+    return of_rows + sum(asked if several and "Q_KIND" in arguments else asked[:1])
 
-    ``others``: the head's rows, which are copied in before a step, say which rows there are.
-    """
+
+def dependence_problems(ptx: str, sass: str, others: int, weights: bool = True) -> list[str]:
+    """Of a kernel that may begin before the one ahead: in PTX (ptx_dependence), and in what ptxas made of it."""
     import gpu_assembly as asm
 
-    problems, asked = asm.ptx_dependence(ptx, others), asm.sass_asked_before_wait(sass)
-    wanted = len(re.findall(r"\bld\.global", ptx.partition("griddepcontrol.wait")[0]))
-    if asked != wanted:
+    problems, asked = asm.ptx_dependence(ptx, others, weights), asm.sass_asked_before_wait(sass)
+    wanted = asm.ptx_asked_before_wait(ptx)
+    if asked is None or asked != wanted:
         problems.append(f"{asked} loads before the wait for the kernel ahead in the machine's code, {wanted} in PTX")
     return problems
 
@@ -313,7 +325,8 @@ def instruction_problems(kind: int, instructions: float, most_of: dict[str, int]
 
 def position_problems(rows: int, at_once: int, loops: list[Counter[str]]) -> list[str]:
     """Of attention's loop over V: it adds up p, and so has an addition for each of the positions of a turn."""
-    of_v = [sum(ops.values()) / at_once for ops in loops if ops["FFMA"] >= at_once <= ops["FADD"] and not ops["FMUL"]]
+    of_v = [sum(ops.values()) / at_once for ops in loops
+            if ops["FFMA"] + ops["FFMA2"] >= at_once <= ops["FADD"] and not ops["FMUL"]]  # fmt: skip
     most = MAX_PER_POSITION.get(rows)
     if not of_v:
         return ["no loop over V was found"]
@@ -475,7 +488,7 @@ def whole_grid(target: str) -> list[Case]:
     cases += [("llama3.2-1b", dtype, "verify", rows) for dtype in ("fp16", "fp32") for rows in (1, 7)]
     cases += [("llama3.2-1b", "fp32", "sampling", 7)]
     if target in DEPENDENT:
-        cases += [("llama3.2-1b", dtype, "dependent", rows) for dtype, rows in (("bf16", 1), ("bf16", 7), ("fp32", 1))]
+        cases += [("llama3.2-1b", numbers, "dependent", rows) for numbers, rows in MAY_DEPEND]
     cases += [("llama3.2-1b", "q4_k_m", kind, rows) for kind, rows in (*STEPS, ("verify", 16))]
     if target != "gfx942":
         cases += [("llama3.2-1b", numbers, "prompt", 64) for numbers in ("bf16", "fp32", "q4_0", "int8")]

@@ -156,13 +156,14 @@ def timed_prompts(stage: Stage, op: str) -> dict[tuple[int, int, int], float]:
     return times
 
 
-def timed_dependence() -> dict[str, dict[str, float]]:
+def timed_dependence(weights: str | None) -> dict[str, dict[str, float]]:
     """Milliseconds of steps of a few layers whose kernels begin when the one ahead is done ("off"), or before ("on").
 
-    Each in turn, as captured; medians. Raises StageError where the logits differ.
+    Each in turn, as captured; medians. ``weights``: a type to quantise them to. Raises StageError where the logits
+    differ.
     """
     shape = replace(datasheets.SHAPES["llama3.2-1b"], **(TINY if REHEARSING else {"num_layers": LAYERS}))
-    model = our_model(random_llama(shape), "llama3.2-1b")
+    model = our_model(random_llama(shape), "llama3.2-1b", weights)
     ways: dict[str, dict[str, Callable[[], Any]]] = {}
     logits: dict[str, list[Tensor]] = {}
 
@@ -231,9 +232,9 @@ def run(stage: Stage) -> None:
             write_all(folder, gpu, configs)
         stage.note(gpu=gpu, times=rows_of_table, fastest=configs)
     if stage.left() > 40:
-        dependence = timed_dependence()
+        dependence = {weights or "bf16": timed_dependence(weights) for weights in (None, "q4_0")}
         stage.note(dependence=dependence)
-        if pays(dependence):
+        if all(map(pays, dependence.values())):
             configs = {op: config | {"dependent": True} for op, config in configs.items()}
             write_all(folder, gpu, configs)
             stage.note(fastest=configs)

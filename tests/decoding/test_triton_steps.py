@@ -4,6 +4,8 @@ On a GPU the second step of a kind is captured in a CUDA graph and later ones re
 all three ways; interpreted on the CPU, a smaller model has fewer.
 """
 
+from functools import partial
+
 import pytest
 import torch
 import triton
@@ -92,22 +94,39 @@ def quantised_model(backend, **changes):
     return Model.from_checkpoint(found, backend)
 
 
+def ragged_cycles(llama):
+    """Drafts of a vocabulary of their own, sequences of unlike lengths: all that comes of them."""
+    cache = cache_for(llama, 64, page_size=7)
+    sequences = [cache.add_sequence(random_tokens(n, 40, seed=n)) for n in (2, 5)]
+    cache.commit(prefill(llama, cache, sequences))
+    found = []
+    for _ in range(CYCLES - 1):
+        verdict = verify_step(llama, cache, draft_step(llama, cache, sequences, 1, [2, 1]))
+        cache.commit(verdict)
+        found += [verdict.draft.tokens, verdict.num_accepted, verdict.next_tokens, verdict.logits]
+    return [*found, *cache.export(sequences[0])]
+
+
 def test_quantised_weights_equal_the_cpu_backend():
-    """Drafts of a vocabulary of their own, sequences of unlike lengths."""
-    results = []
-    for backend in ("triton", "cpu"):
-        llama = quantised_model(backend, vocab_size=40).with_draft_vocab(range(5, 35))
-        cache = cache_for(llama, 64, page_size=7)
-        sequences = [cache.add_sequence(random_tokens(n, 40, seed=n)) for n in (2, 5)]
-        cache.commit(prefill(llama, cache, sequences))
-        found = []
-        for _ in range(CYCLES - 1):
-            verdict = verify_step(llama, cache, draft_step(llama, cache, sequences, 1, [2, 1]))
-            cache.commit(verdict)
-            found += [verdict.draft.tokens, verdict.num_accepted, verdict.next_tokens, verdict.logits]
-        results.append([*found, *cache.export(sequences[0])])
+    models = (quantised_model(backend, vocab_size=40) for backend in ("triton", "cpu"))
+    results = [ragged_cycles(llama.with_draft_vocab(range(5, 35))) for llama in models]
     assert same(results)
     assert all(tensor.isfinite().all() for tensor in results[0])
+
+
+@pytest.mark.skipif(GPU, reason="kernels are launched, not interpreted")
+@pytest.mark.parametrize("of", [quantised_model, partial(model, torch.bfloat16), partial(model, torch.float32)],
+                         ids=["quantised", "bf16", "fp32"])  # fmt: skip
+def test_kernels_that_begin_before_the_one_ahead_is_done(of):
+    """With the bits of the CPU, for each waits before it reads what another wrote."""
+    from support.dependent_launches import dependent_launches
+
+    triton, cpu = (of(backend=backend, vocab_size=40) for backend in ("triton", "cpu"))
+    expected = ragged_cycles(cpu)
+    with dependent_launches() as begun:
+        assert same([ragged_cycles(triton), expected])
+    streaming = {"_qkv_rope_append_kernel", "_linear_residual_kernel", "_gate_up_act_kernel", "_head_kernel"}
+    assert set(begun) == streaming | ({"_round_rows_kernel"} if of is quantised_model else set())
 
 
 def test_drafts_leave_the_text_of_quantised_weights_as_it_is():

@@ -15,10 +15,12 @@ from pathlib import Path
 
 import pytest
 
+from layerskip_kernels.triton_ops.quantised import BY_SEGMENT, KINDS
+
 ROOT = Path(__file__).parents[2]
 HARNESS = ROOT / "benchmarks" / "compile_only"
 CASES = ["bf16,dependent,1", "bf16,decode,1", "bf16,draft,1", "bf16,verify,7", "bf16,prompt,64"]
-CASES += ["q4_k_m,verify,7", "fp32,sampling,7"]
+CASES += ["q4_k_m,verify,7", "q4_k_m,dependent,1", "fp32,sampling,7"]
 
 
 def load(name):
@@ -105,9 +107,13 @@ def test_the_launches_of_steps(report):
 
 
 def test_kernels_ask_for_weights_before_they_wait_for_the_one_ahead(report):
-    """qkv, output, gate and up, and down of each layer, and the head; PTX and SASS were read for it."""
-    (step,) = (step for step in report["steps"] if step["dependent"])
-    assert (step["layers"], step["dependent"]) == (16, 4 * 16 + 1)
+    """qkv, output, gate and up, and down of each layer, and the head; PTX and SASS were read for it. Of quantised
+    weights, whoever rounds the rows for them begins early, too."""
+    steps = {step["dtype"]: step for step in report["steps"] if step["dependent"]}
+    assert {dtype: (step["layers"], step["dependent"]) for dtype, step in steps.items()} == {
+        "bf16": (16, 4 * 16 + 1),
+        "q4_k_m": (16, 2 * (4 * 16 + 1)),
+    }
 
 
 def test_quantised_weights_are_multiplied_as_they_are_loaded(report):
@@ -116,7 +122,7 @@ def test_quantised_weights_are_multiplied_as_they_are_loaded(report):
     found = {kernel["name"]: kernel for kernel in kernels if kernel["name"] in gpu_static.STREAMING}
     assert set(found) == set(gpu_static.STREAMING) and all(kernel["loop"]["IMMA"] for kernel in found.values())
     assert {kernel["name"] for kernel in kernels if kernel["multiply_adds"]} <= {"_attend_kernel"}
-    (step,) = (step for step in report["steps"] if step["dtype"] == "q4_k_m")
+    (step,) = (step for step in report["steps"] if step["dtype"] == "q4_k_m" and not step["dependent"])
     assert step["roundings"] == 4 * step["layers"] + 1
 
 
@@ -139,6 +145,7 @@ def test_instructions_of_a_position_are_counted():
 
     assert not judge(1, 14 * 32) and judge(1, 15 * 32)
     assert not judge(8, 35 * 32) and judge(8, 36 * 32)
+    assert not judge(8, 35 * 32, FFMA=0, FFMA2=128) and judge(8, 36 * 32, FFMA=0, FFMA2=128)  # two at a time: sm_100
     assert judge(1, 10 * 32, FADD=2) == judge(1, 10 * 32, FMUL=2) == ["no loop over V was found"]
 
 
@@ -233,6 +240,7 @@ DEPENDENT = """
     griddepcontrol.launch_dependents; // dummy
     ld.global.v4.b32  {%r5, %r6, %r7, %r8}, [%rd3];
     st.global.b16  [%rd4], %rs1;
+    ret;
 """
 READ, WAIT, LET = "    ld.global.b32  %r9, [%rd5];\n", "    griddepcontrol.wait; // dummy\n", "launch_dependents"
 
@@ -255,12 +263,67 @@ SASS = """
         /*0000*/                   LDG.E.128 R4, desc[UR4][R2.64] ;
         /*0010*/                   ACQBULK ;
         /*0020*/                   LDG.E R4, desc[UR4][R2.64] ;
+        /*0030*/                   EXIT ;
 """
+
+
+BRANCHES = """
+    @%p1 bra 	$L__BB0_2;
+    @%p2 ld.global.L1::evict_first.v4.b32  {%r1, %r2, %r3, %r4}, [%rd1];
+    griddepcontrol.wait; // dummy
+    griddepcontrol.launch_dependents; // dummy
+    ld.global.b32  %r5, [%rd3];
+    bra.uni 	$L__BB0_3;
+$L__BB0_2: // another kind
+    @%p2 ld.global.L1::evict_first.v4.b32  {%r1, %r2, %r3, %r4}, [%rd2];
+    ld.global.b32  %r6, [%rd2];
+    griddepcontrol.wait; // dummy
+    griddepcontrol.launch_dependents; // dummy
+$L__BB0_3:
+    st.global.b16  [%rd4], %rs1;
+    ret;
+"""
+
+
+def test_each_way_through_a_kernel_waits_for_the_kernel_ahead():
+    judge = asm.ptx_dependence
+    assert judge(BRANCHES, 1) == [] and asm.ptx_asked_before_wait(BRANCHES) == 3
+    assert judge(BRANCHES, 0)  # a scale that is asked for on one way
+    assert judge(BRANCHES.replace(f"{WAIT}    griddepcontrol.{LET}; // dummy\n$", "$"), 1)  # one way without a wait
+    assert judge(BRANCHES.replace("    griddepcontrol.wait", "    @%p3 griddepcontrol.wait", 1), 1)
+    assert judge(BRANCHES.replace("ld.global.L1::evict_first", "ld.global", 1), 1)
+    assert judge("    @%p3 bra 	$L__BB0_3;\n" + BRANCHES, 1)
+
+
+def test_a_kernel_without_weights_waits_before_anything_else():
+    no_weight = "\n".join(line for line in DEPENDENT.splitlines() if "evict_first" not in line)
+    assert asm.ptx_dependence(no_weight, 0, weights=False) == [] != asm.ptx_dependence(no_weight, 0)
+    assert asm.ptx_dependence(READ + no_weight, 0, weights=False)
+
+
+@pytest.mark.parametrize(
+    ("name", "kinds", "tiles", "rows", "asked"),
+    [
+        ("_head_kernel", dict(KIND=0), 2, 8, 8),
+        ("_head_kernel", dict(KIND="q6_k"), 2, 8, 2 * 2 * 2 + 3),
+        ("_head_kernel", dict(KIND="q8_0"), 2, 16, 2 + 6),
+        ("_linear_residual_kernel", dict(KIND="int8"), 1, 1, 0),
+        ("_gate_up_act_kernel", dict(GATE_KIND="q4_k", UP_KIND="q4_k"), 2, 1, 4),
+        ("_gate_up_act_kernel", dict(GATE_KIND="q4_k", UP_KIND="q6_k"), 2, 1, 2),
+        ("_qkv_rope_append_kernel", dict(Q_KIND="q4_k", K_KIND="q4_k", V_KIND="q6_k"), 2, 1, 4 + 4 + 8),
+        ("_round_rows_kernel", {}, 0, 0, 0),
+    ],
+)  # fmt: skip
+def test_what_is_asked_for_besides_weights(name, kinds, tiles, rows, asked):
+    code_of = {kind.name: kind.code for kind in (*KINDS, *BY_SEGMENT)}
+    codes = {argument: code_of[kind] if kind else 0 for argument, kind in kinds.items()}
+    assert gpu_static.asked_besides(name, codes | dict(TILES=tiles, ROWS=rows)) == asked
 
 
 def test_what_ptxas_left_before_the_wait():
     assert asm.sass_asked_before_wait(SASS) == 1
     assert asm.sass_asked_before_wait(SASS.replace("ACQBULK", "NOP")) is None
+    assert asm.sass_asked_before_wait("        /*0000*/ @P0 BRA `(.L_x_0) ;\n" + SASS + ".L_x_0:\n") is None
     assert gpu_static.dependence_problems(DEPENDENT, SASS, 0) == []
     assert gpu_static.dependence_problems(DEPENDENT, SASS.replace("LDG.E.128", "LDC"), 0)
     assert gpu_static.dependence_problems(DEPENDENT, SASS.replace("ACQBULK", "LDG.E R8, desc[UR4][R2.64]", 1) + SASS, 0)

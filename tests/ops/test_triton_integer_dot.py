@@ -32,6 +32,21 @@ def test_same_bits_at_any_number_of_rows(name):
         assert_equal(linear(x[:rows], weight, bias), expected[:rows])
 
 
+@pytest.mark.skipif(GPU, reason="kernels are launched, not interpreted")
+@pytest.mark.parametrize("name", TYPES)
+def test_same_bits_of_kernels_that_begin_before_the_one_ahead_is_done(name):
+    from support.dependent_launches import dependent_launches
+
+    x, weight = activations(17, 300), random_weight(name, N, 300)
+    expected = reference.linear(x, weight, None, N)
+    for rows in (1, 8, 17):
+        with dependent_launches() as begun:
+            assert_equal(linear(x[:rows], weight), expected[:rows])
+        assert begun == {"_round_rows_kernel": 1, "_linear_kernel": 1}
+    with dependent_launches(waiting=False):
+        assert not torch.equal(linear(x, weight), expected)
+
+
 @pytest.mark.parametrize("name", TYPES)
 @pytest.mark.parametrize("k", [1, 31, 33, 255, 257, *([576, 2304, 4096] if GPU else [])])
 def test_same_bits_at_odd_sizes(name, k):
