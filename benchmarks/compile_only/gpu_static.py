@@ -373,15 +373,22 @@ def loop_work(kernel: Kernel, num_bytes: int) -> dict[str, float]:
             "integer_products": times * kernel.loop.get("IMMA", 0)}  # fmt: skip
 
 
-def file_bytes(config: Any, weights: str, layers: int) -> int:
-    """Beyond a bf16 model's bytes (a negative number): those of quantised matrices as they are stored."""
+def packed_bytes(n: int, k: int, weights: str) -> int:
+    """Of a matrix as kernels read it: what a file has of it, but that scales of six bits are bytes."""
     import torch
 
-    from gpu_compile import types_of
     from layerskip_kernels.evaluation.floors import matrix_bytes
 
+    of_scales = 4 * n * -(-k // 256) if weights in ("q4_k", "q5_k") else 0
+    return matrix_bytes((n, k), torch.bfloat16, weights) + of_scales
+
+
+def quantised_bytes(config: Any, weights: str, layers: int) -> int:
+    """Beyond a bf16 model's bytes (a negative number): those of quantised matrices."""
+    from gpu_compile import types_of
+
     def beyond(n: int, k: int, name: str) -> int:
-        return matrix_bytes((n, k), torch.bfloat16, name) - 2 * n * k
+        return packed_bytes(n, k, name) - 2 * n * k
 
     fine, outer, other = types_of(weights)
     d, f, k = config.hidden_size, config.intermediate_size, config.head_dim
@@ -397,7 +404,7 @@ def paper_bytes(config: Any, gpu: Any, step: Any, numbers: str) -> int:
     dtype, weights = NUMBERS[numbers]
     if weights is not None:
         layers = EXIT_LAYER if step.kind == "draft" else config.num_layers
-        return paper_bytes(config, gpu, step, "bf16") + file_bytes(config, weights, layers)
+        return paper_bytes(config, gpu, step, "bf16") + quantised_bytes(config, weights, layers)
     from layerskip_kernels.evaluation import floors
 
     if step.kind == "draft":

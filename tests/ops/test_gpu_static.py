@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from math import prod
 from pathlib import Path
 
 import pytest
@@ -477,6 +478,12 @@ def test_a_step_beside_the_paper():
     assert gpu_static.count_problems(moved=100, paper=103, in_layers=96, layers=16, besides=4)
     assert gpu_static.count_problems(moved=100, paper=100, in_layers=97, layers=16, besides=4)
     assert gpu_static.count_problems(moved=100, paper=100, in_layers=96, layers=16, besides=5)
+
+
+@pytest.mark.parametrize("kind", (*KINDS, *BY_SEGMENT), ids=lambda kind: kind.name)
+def test_quantised_weights_on_paper_are_as_large_as_packed(kind):
+    packed = prod(kind.packed_shape(48, 2048)) * kind.dtype.itemsize
+    assert packed == gpu_static.packed_bytes(48, 2048, kind.name)
 
 
 TILE_LOOP = """
