@@ -21,6 +21,7 @@ __all__ = [
     "is_quantised",
     "rows_per_program",
     "streaming",
+    "wide_dots_are_chains",
 ]
 
 # Never contract a multiply and an add: the contract says where fma may stand.
@@ -82,6 +83,15 @@ def launches_depend() -> bool:
         return False
     target = triton.runtime.driver.active.get_current_target()
     return target.backend == "cuda" and target.arch >= 90
+
+
+def wide_dots_are_chains() -> bool:
+    """Whether Triton makes of attention's dots of fp32 numbers one chain of fma for each sum: not on AMD's GPUs, nor
+    from sm_100 on, where it gives them to the tensor cores, as tf32, whatever precision they ask for."""
+    if INTERPRETED:
+        return True
+    target = triton.runtime.driver.active.get_current_target()
+    return target.backend == "cuda" and target.arch < 100
 
 
 def begun_early(dependent: bool) -> dict[str, bool]:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .attention_chunk import attend_to_chunk
 from .contract import CHUNK, INTERPRETED, exp, rounded, segment_offset
-from .launch import OPTIONS, PROMPT_ROWS, blocks, exact_products, threads_per_warp
+from .launch import OPTIONS, PROMPT_ROWS, blocks, exact_products, wide_dots_are_chains
 from .packing import row_stride
 from .rms_norm import from_segments
 
@@ -178,7 +178,7 @@ class AttentionScratch:
     ) -> None:  # fmt: skip
         ratio = triton.next_power_of_2(num_heads // num_kv_heads)
         self.tiled = max_rows >= PROMPT_ROWS and exact_products(dtype) and head_dim >= LEAST_DOT
-        self.tiled = self.tiled and ratio <= TILE_ROWS and threads_per_warp() == 32
+        self.tiled = self.tiled and ratio <= TILE_ROWS and wide_dots_are_chains()
         self.rows = min(TILE_ROWS // ratio if self.tiled else MAX_ROWS, 1 << (max_rows - 1).bit_length())
         self.row_blocks = blocks(max_rows, self.rows)
         self.num_chunks = max(1, blocks(max_positions, CHUNK))

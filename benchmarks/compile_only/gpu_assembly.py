@@ -26,6 +26,7 @@ PTX_FORBIDDEN = {
     "denormals flushed to zero": r"\S+\.ftz\S*",
     "div.full": r"div\.full\S*",
     "a division or root that is not rounded to nearest": r"(?:div|sqrt)\.(?!rn\b)(?:\S*\.)?f(?:16|32|64)\b",
+    "floats that tensor cores multiply": r"(?:tcgen05\.|wg)?mma\S*(?:tf32|f16|bf16|f8)\S*",
     "an atomic on floats": r"(?:atom|red)\.\S*\.b?f(?:16|32|64)\S*",
     "a conversion to 16 bits that is not rounded to nearest": r"cvt\.(?!rn\b)\S*\bb?f16(?:x2)?\.f32\S*",
 }

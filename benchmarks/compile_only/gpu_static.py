@@ -200,7 +200,7 @@ def examine(target: str, shape: str, dtype: str, launch: Any, folder: Path) -> K
                 loops = [min(loops, key=lambda ops: (not any(map(ops.get, products)), sum(ops.values())))]
             else:
                 loops = [max(loops, key=two_roundings)]
-        loop = dict(max(loops, key=lambda ops: (ops["IMMA"], ops["FFMA"] + ops["FMUL"]), default={}))
+        loop = dict(max(loops, key=lambda ops: (ops["IMMA"], ops["FFMA"] + ops["FFMA2"] + ops["FMUL"]), default={}))
     threads, shared = compiled.metadata.num_warps * limits.warp, compiled.metadata.shared
     resident = resident_programs(limits, threads, registers, shared)
     # Of a prompt's tile, the sums of other segments may lie in memory while those of one grow, but no word of the loop.
@@ -352,7 +352,7 @@ def attention_tile_problems(tile: Any, arguments: dict[str, Any], loops: list[Co
 
 def norm_problems(rows: int, loops: list[Counter[str]]) -> list[str]:
     """Of the norm at the end of a kernel, whose loops square and scale: its loads go out together."""
-    loads = [ops["LDG"] for ops in loops if ops["FMUL"] and ops["LDG"] and not ops["FFMA"]]
+    loads = [ops["LDG"] for ops in loops if ops["FMUL"] + ops["FMUL2"] and ops["LDG"] and not ops["FFMA"]]
     least = 16 if rows == 1 else 8
     if len(loads) != 2:
         return [f"{len(loads)} loops of a norm, not 2"]
@@ -361,7 +361,8 @@ def norm_problems(rows: int, loops: list[Counter[str]]) -> list[str]:
 
 def streamed_by_loop(loop: dict[str, int], arguments: dict[str, Any], bytes_of_warp: int) -> int:
     """Weight bytes that a warp uses up in one pass through the loop, which may have been unrolled; 0 if unknown."""
-    products = loop.get("FFMA" if arguments["FMA"] else "FMUL", 0)
+    op = "FFMA" if arguments["FMA"] else "FMUL"
+    products = loop.get(op, 0) + 2 * loop.get(op + "2", 0)  # two at a time: sm_100
     return products // (8 * arguments["ROWS"]) * bytes_of_warp
 
 

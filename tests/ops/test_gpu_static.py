@@ -172,6 +172,7 @@ def test_a_norm_that_waits_for_each_load_is_seen():
     assert not judge(1, 16, 32) and judge(1, 16, 2)
     assert not judge(8, 8, 12) and judge(8, 4, 12)
     assert judge(1, 16) == ["1 loops of a norm, not 2"]
+    assert not gpu_static.norm_problems(8, [Counter(FFMA2=8, LDG=1), *(Counter(FMUL2=4, LDG=n) for n in (8, 12))])
 
 
 WAITS = """
@@ -222,6 +223,7 @@ def test_what_is_allowed_passes():
     assert asm.ptx_forbidden(PTX) == []
     assert asm.ptx_multiply_adds(PTX) == 3
     assert asm.ptx_weight_loads(PTX) == {16: 1}
+    assert asm.ptx_forbidden("    mma.sync.aligned.m16n8k32.row.col.satfinite.s32.s8.s8.s32 {%r1}, {%r2};\n") == []
 
 
 def test_a_bf16_sum_on_sm_80_is_no_multiply_add():
@@ -336,7 +338,8 @@ def test_what_ptxas_left_before_the_wait():
         "ex2.approx.f32", "ex2.approx.ftz.f32", "rcp.approx.f32", "rsqrt.approx.f32", "add.ftz.f32", "div.full.f32",
         "div.approx.f32", "rcp.rn.f32", "sqrt.approx.f32", "tanh.approx.f32", "atom.global.gpu.relaxed.add.f32",
         "red.global.add.f32", "atom.global.add.noftz.f16x2", "red.shared.add.noftz.bf16x2", "cvt.rz.bf16.f32",
-        "cvt.rz.bf16x2.f32", "div.rz.f32",
+        "cvt.rz.bf16x2.f32", "div.rz.f32", "tcgen05.mma.cta_group::1.kind::tf32",
+        "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32", "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16",
     ],
 )  # fmt: skip
 def test_forbidden_instructions_are_seen(line):

@@ -1,12 +1,14 @@
 """Attention of many rows on Triton: tiles of rows and query heads have the bits of the reference."""
 
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from layerskip_kernels import triton_ops
 from layerskip_kernels.ops import reference
+from layerskip_kernels.triton_ops import launch
 from support.triton_arguments import assert_equal, attention_case, on_device, random
 
 attention = sys.modules[triton_ops.paged_attention.__module__]
@@ -71,3 +73,19 @@ def test_what_has_no_tiles(scratches, dtype, head_dim):
     """Numbers whose products are rounded, and heads of fewer numbers than a dot takes."""
     check(dtype, 1, 1, head_dim, 16, 0)
     assert not scratches[0].tiled
+
+
+def test_no_tiles_where_dots_are_no_chains(scratches, monkeypatch):
+    monkeypatch.setattr(attention, "wide_dots_are_chains", lambda: False)
+    check(torch.bfloat16, 1, 1, 16, 16, 0)
+    assert not scratches[0].tiled
+
+
+@pytest.mark.parametrize(("backend", "arch", "chains"), [("cuda", 80, True), ("cuda", 90, True), ("cuda", 100, False),
+                                                         ("hip", "gfx942", False)])  # fmt: skip
+def test_which_gpus_have_no_chains(monkeypatch, backend, arch, chains):
+    target = SimpleNamespace(backend=backend, arch=arch)
+    driver = SimpleNamespace(active=SimpleNamespace(get_current_target=lambda: target))
+    monkeypatch.setattr(launch.triton.runtime, "driver", driver)
+    monkeypatch.setattr(launch, "INTERPRETED", False)
+    assert launch.wide_dots_are_chains() == chains
