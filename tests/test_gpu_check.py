@@ -1,5 +1,6 @@
 """`make gpu-check` without a GPU: every stage runs at tiny sizes, leaves its results, and fails where it should."""
 
+import ast
 import importlib.util
 import json
 import os
@@ -40,6 +41,16 @@ def rehearsed(tmp_path_factory):
     done = rehearse(out)
     assert done.returncode == 0, done.stderr[-3000:]
     return {file.stem: json.loads(file.read_text()) for file in out.glob("*.json")}
+
+
+@pytest.mark.parametrize("file", sorted(STAGES.glob("*.py")), ids=lambda file: file.stem)
+def test_a_stage_sets_its_paths_before_it_imports_what_they_lead_to(file):
+    """The package need not be installed, and Triton reads once whether it interprets."""
+    body = ast.parse(file.read_text(encoding="utf-8")).body
+    lines = {node.module: node.lineno for node in body if isinstance(node, ast.ImportFrom)}
+    lines |= {alias.name: node.lineno for node in body if isinstance(node, ast.Import) for alias in node.names}
+    others = {name: line for name, line in lines.items() if name.split(".")[0] not in sys.stdlib_module_names}
+    assert min(others, key=others.__getitem__, default="stage") == "stage"
 
 
 def test_every_stage_leaves_what_it_found(rehearsed):

@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from stage import DEVICE, REHEARSING, Stage, StageError, main
+
 import torch
 import triton
 import triton.language as tl
@@ -19,7 +21,6 @@ from layerskip_kernels import PagedKVCache, triton_ops
 from layerskip_kernels.operands import PendingRows
 from layerskip_kernels.ops import reference
 from layerskip_kernels.triton_ops import launch, tuned
-from stage import DEVICE, REHEARSING, Stage, StageError, main
 from support.models import SMALL, tiny_model
 
 TILE = 16 if REHEARSING else 64

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from stage import DEVICE, REHEARSING, Stage, StageError, main, milliseconds
+
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -19,7 +21,6 @@ from layerskip_kernels.evaluation.datasheets import SHAPES
 from layerskip_kernels.model.checkpoint import Checkpoint
 from layerskip_kernels.model.hf_config import read_hf_config
 from layerskip_kernels.operands import DraftRows, PendingRows
-from stage import DEVICE, REHEARSING, Stage, StageError, main, milliseconds
 
 TINY = dict(vocab_size=40, hidden_size=16, intermediate_size=16, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=8)
 CONTEXTS = (3,) if REHEARSING else (200, 4000)

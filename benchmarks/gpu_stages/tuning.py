@@ -17,6 +17,8 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from stage import DEVICE, REHEARSING, Stage, StageError, main, milliseconds
+
 import torch
 from torch import Tensor
 
@@ -24,7 +26,6 @@ from layerskip_kernels import triton_ops
 from layerskip_kernels.evaluation import datasheets
 from layerskip_kernels.triton_ops import launch, tuned
 from layerskip_kernels.triton_ops.tuned import DEFAULTS, Config
-from stage import DEVICE, REHEARSING, Stage, StageError, main, milliseconds
 from timings import CONTEXTS, TINY, our_model, random_llama, steps_after
 
 # Of Llama-3-8B: columns and inputs of the matrices that an op multiplies with (of qkv, those of q).
