@@ -65,6 +65,18 @@ def test_what_cuda_allows(pair):
     assert (device.device, device.is_cuda, host.is_cuda) == (DEVICE, True, False)
 
 
+def test_a_number_of_the_host_divides_by_its_reciprocal(two_devices):
+    x = torch.arange(1.0, 400.0)
+    device, reciprocal = x.to(DEVICE), 1 / torch.tensor(127.0)
+    assert not torch.equal(x / 127, x * reciprocal)
+    for divided in (device / 127, device / torch.tensor(127.0), device.clone().div_(127)):
+        assert torch.equal(divided.cpu(), x * reciprocal)
+    for divided in (device / torch.full_like(device, 127), device / torch.tensor(127.0, device=DEVICE)):
+        assert torch.equal(divided.cpu(), x / 127)
+    halves = device.bfloat16() / 127  # multiplied in fp32
+    assert torch.equal(halves.cpu(), (x.bfloat16().float() * reciprocal).bfloat16()) and halves.dtype == torch.bfloat16
+
+
 def test_copies_and_waits_are_counted(two_devices):
     host, pinned = torch.ones(3), torch.ones(2).pin_memory()
     with two_devices.watched() as seen:

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from layerskip_kernels.errors import shown
 from layerskip_kernels.model.files import whole
+from layerskip_kernels.model.finite import check_finite
 from layerskip_kernels.model.quantise import quantise
 from layerskip_kernels.model.safetensors_file import (
     DTYPE_CODES,
@@ -34,7 +35,7 @@ from layerskip_kernels.model.safetensors_file import (
     read_tensor,
     write_safetensors,
 )
-from layerskip_kernels.model.tensor_names import check_finite, check_names, layer_products, layer_shapes
+from layerskip_kernels.model.tensor_names import check_names, layer_products, layer_shapes
 from layerskip_kernels.model.weight_files import TensorsOnDemand, check_entries
 from layerskip_kernels.model_config import ModelConfig
 from layerskip_kernels.operands import DraftHead, LayerWeights, ModelSizes, ModelWeights

@@ -12,12 +12,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from layerskip_kernels.model.end_tokens import gguf_end_token_ids
+from layerskip_kernels.model.finite import check_finite
 from layerskip_kernels.model.gguf_config import LONG_FACTORS, ROPE_FACTORS, SHORT_FACTORS, family_of, hf_config
 from layerskip_kernels.model.gguf_content import GgufFile, GgufTensor, read_gguf_blocks, read_gguf_tensor
 from layerskip_kernels.model.gguf_vocabulary import gguf_tokenizer, gguf_tokenizer_config, gguf_tokens
 from layerskip_kernels.model.hf_config import read_hf_config
 from layerskip_kernels.model.safetensors_file import DTYPE_CODES, write_safetensors
-from layerskip_kernels.model.tensor_names import NORMS, check_finite, expected_shapes, fused_rows
+from layerskip_kernels.model.tensor_names import NORMS, expected_shapes, fused_rows
 from layerskip_kernels.model_config import ModelConfig
 
 __all__ = ["FUSED_NAMES", "OUTER_NAMES", "convert_gguf", "converted_bytes", "layer_names"]

@@ -4,7 +4,6 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,9 +22,16 @@ from layerskip_kernels.model.lora import ADAPTER_CONFIG, Adapter
 from layerskip_kernels.model.model import Model
 from layerskip_kernels.model.safetensors_file import TORCH_DTYPES, TensorEntry, read_tensor
 from layerskip_kernels.model.sources import locate, locate_exit_adapter
-from layerskip_kernels.model.tensor_names import check_finite, expected_shapes
+from layerskip_kernels.model.tensor_names import expected_shapes
 from layerskip_kernels.model.tokenizer import Tokenizer
-from layerskip_kernels.model.weight_files import TensorsOnDemand, check_entries, read_entries, split_fused
+from layerskip_kernels.model.weight_files import (
+    OnDemand,
+    Read,
+    TensorsOnDemand,
+    check_entries,
+    read_entries,
+    split_fused,
+)
 from layerskip_kernels.model_config import ModelConfig
 
 __all__ = ["load_model", "read_checkpoint"]
@@ -202,6 +208,7 @@ def _read_adapted(directory: Path, name: str, dtype: torch.dtype | None, on_dema
     adapter = adapter.split(base.config)
     adapter.check({name: tuple(tensor.shape) for name, tensor in base.tensors.items()})
     dtype = dtype or _own_dtype(_read_config(base_directory), read_entries(base_directory))
+    assert isinstance(base.tensors, OnDemand)
     tensors: dict[str, Tensor] = AdaptedOnDemand(base.tensors, adapter, dtype)
     if not on_demand:
         tensors = {name: tensors.pop(name) for name in list(tensors)}
@@ -221,18 +228,20 @@ def _locate_base(adapter: Adapter) -> Path:
     return directory
 
 
-class AdaptedOnDemand(dict[str, Tensor]):
+class AdaptedOnDemand(OnDemand):
     """The base's tensors, fp32, which get their adapters and are rounded to ``dtype`` when they are popped."""
 
-    def __init__(self, base: dict[str, Tensor], adapter: Adapter, dtype: torch.dtype) -> None:
+    def __init__(self, base: OnDemand, adapter: Adapter, dtype: torch.dtype) -> None:
         super().__init__({name: tensor.to(dtype) for name, tensor in base.items()})  # on the meta device
         self._base, self._adapter, self._dtype = base, adapter, dtype
 
-    def pop(self, name: str, *default: Any) -> Tensor:
-        if name not in self:
-            return super().pop(name, *default)
-        adapted = self._adapter.applied(name, self._base.pop(name))
-        tensor = adapted.to(self._dtype)
-        check_finite(f"tensor {name!r} with the adapters of {self._adapter.config.parent}", tensor, adapted)
-        super().pop(name)
-        return tensor
+    def read(self, name: str) -> Read:
+        base = self._base.read(name)
+        base.check()
+        adapted = self._adapter.applied(name, base.tensor)
+        what = f"tensor {name!r} with the adapters of {self._adapter.config.parent}"
+        return Read(what, adapted.to(self._dtype), adapted)
+
+    def drop(self, name: str) -> None:
+        super().drop(name)
+        self._base.drop(name)

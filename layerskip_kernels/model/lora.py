@@ -13,10 +13,11 @@ from typing import Any
 from torch import Tensor
 
 from layerskip_kernels.errors import UnsupportedModel, shown
+from layerskip_kernels.model.finite import check_finite
 from layerskip_kernels.model.json_file import JsonObject, read_json_object
 from layerskip_kernels.model.module_patterns import check_patterns, first_pattern
 from layerskip_kernels.model.safetensors_file import TORCH_DTYPES, TensorEntry, read_header, read_tensor
-from layerskip_kernels.model.tensor_names import check_finite, fused_parts
+from layerskip_kernels.model.tensor_names import fused_parts
 from layerskip_kernels.model.weight_files import split_fused, split_rows
 from layerskip_kernels.model_config import ModelConfig
 

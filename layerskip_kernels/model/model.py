@@ -21,11 +21,12 @@ from layerskip_kernels.model import quantise
 from layerskip_kernels.model.checkpoint import Checkpoint
 from layerskip_kernels.model.defaults import DraftDefaults
 from layerskip_kernels.model.exit_adapter import DraftExit, ExitAdapter
+from layerskip_kernels.model.finite import LateChecks
 from layerskip_kernels.model.layout import laid_out_adapter, layer_weights
 from layerskip_kernels.model.rope import rope_names, rope_tables
 from layerskip_kernels.model.tensor_names import layer_products
 from layerskip_kernels.model.tokenizer import Tokenizer
-from layerskip_kernels.model.weight_hash import HashedTensors, tensor_digest
+from layerskip_kernels.model.weight_hash import HashedTensors, UploadedTensors, tensor_digest
 from layerskip_kernels.model_config import ModelConfig
 from layerskip_kernels.operands import DraftHead, ModelSizes, ModelWeights
 from layerskip_kernels.ops import Backend
@@ -302,8 +303,12 @@ class Model:
         quantise.check_weights(weights)
         config, its = checkpoint.config, ops.backend(backend, device)
         pack_weight, place = its.pack_weight, its.placer()
-        on_gpu = its.empty(0, dtype=checkpoint.dtype).is_cuda
-        tensors = HashedTensors(checkpoint.tensors) if on_gpu else checkpoint.tensors
+        tensors: dict[str, Tensor] | HashedTensors = checkpoint.tensors
+        checks = None
+        if its.empty(0, dtype=checkpoint.dtype).is_cuda:
+            checks = None if weights in quantise.ON_HOST else LateChecks()
+            read = checkpoint.tensors
+            tensors = HashedTensors(read) if checks is None else UploadedTensors(read, place, checks)
 
         def pack(weight: Tensor) -> Tensor:
             return place(pack_weight(weight))
@@ -312,7 +317,7 @@ class Model:
             if weights in (None, "16bit"):
                 return pack(weight)
             # Some rows at a time: quantising takes several times a weight's memory.
-            return pack(torch.cat([quantise.quantise(rows, weights) for rows in weight.split(QUANTISED_ROWS)]))
+            return pack(torch.cat([quantise.quantise(rows, weights, checks) for rows in weight.split(QUANTISED_ROWS)]))
 
         head_rows = tensors.pop("model.embed_tokens.weight")
         embedding = pack(head_rows)
@@ -331,6 +336,8 @@ class Model:
         laid_out = ModelWeights(embedding, final_norm, lm_head, cos, sin, layers)
         defaults, digest = checkpoint.defaults, None
         if isinstance(tensors, HashedTensors):
+            if checks is not None:
+                checks.settle()
             digest = hashlib.sha256(tensors.digest() + (weights or "16bit").encode()).digest()
         model = cls(
             config, checkpoint.dtype, laid_out, backend, checkpoint.tokenizer, checkpoint.name, defaults=defaults,

@@ -11,12 +11,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from layerskip_kernels.model.finite import LateChecks
 from layerskip_kernels.ops.reference import BLOCK_TYPES, has_finite_scales, quantise_int8, quantise_int15
 
-__all__ = ["WEIGHT_TYPES", "check_weights", "quantise"]
+__all__ = ["ON_HOST", "WEIGHT_TYPES", "check_weights", "quantise"]
 
 BY_SEGMENT = {"int8": quantise_int8, "int15": quantise_int15}  # types of our own
 WEIGHT_TYPES = (*BY_SEGMENT, *BLOCK_TYPES)
+# Those whose scales are fitted with sums, in the order of torch's reductions on the CPU: a GPU's is another. The rest
+# divide by a largest magnitude and round, which gives the same bits wherever the numbers are.
+ON_HOST = tuple(name for name in BLOCK_TYPES if name != "q8_0")
 CANDIDATES = 20  # scales that are tried for a block
 SUBS = 8  # blocks of 32 in one of 256
 
@@ -27,19 +31,27 @@ def check_weights(weights: str | None) -> None:
         raise ValueError(f"weights must be None, '16bit' or one of {', '.join(WEIGHT_TYPES)}, got {weights!r}")
 
 
-def quantise(weight: Tensor, name: str) -> Tensor:
+def quantise(weight: Tensor, name: str, checks: LateChecks | None = None) -> Tensor:
     """A matrix [N, K] of finite numbers as the type ``name``: uint8 [N, blocks, bytes], or as quantise_int8 has it.
 
-    Rows that are no whole number of blocks are filled up with zeros. Raises ValueError where a block's scale would be
-    beyond fp16, which the type stores it in.
+    Rows that are no whole number of blocks are filled up with zeros. Where ``weight`` is, but for types of ON_HOST,
+    which take one of the CPU. Raises ValueError where a block's scale would be beyond fp16, which the type stores it
+    in; with ``checks``, not before they are settled.
     """
     if name in BY_SEGMENT:
         return BY_SEGMENT[name](weight)
     kind = BLOCK_TYPES[name]
     filled = torch.nn.functional.pad(weight.float(), (0, -weight.size(1) % kind.size))
     blocks = QUANTISERS[name](filled.unflatten(1, (-1, kind.size)))
-    if not has_finite_scales(blocks):
-        raise ValueError(f"a matrix has numbers up to {weight.abs().max():.3g}, too large for {name}'s fp16 scales")
+    largest = torch.stack(weight.aminmax()).abs().max()
+
+    def refuse() -> None:
+        raise ValueError(f"a matrix has numbers up to {largest.item():.3g}, too large for {name}'s fp16 scales")
+
+    if checks is not None:
+        checks.add(has_finite_scales(blocks), refuse)
+    elif not has_finite_scales(blocks):
+        refuse()
     return blocks
 
 
@@ -141,7 +153,8 @@ def _small(x: Tensor, bits: int, offset: bool) -> Tensor:
 
 
 def _q8_0(x: Tensor) -> Tensor:
-    d = _as_stored(x.abs().amax(-1, keepdim=True) / 127.0)
+    largest = x.abs().amax(-1, keepdim=True)
+    d = _as_stored(largest / torch.full_like(largest, 127.0))  # a tensor: CUDA multiplies by a number's reciprocal
     return torch.cat([_bytes(d[..., 0]), _codes(x, d, 0.0, -127, 127).to(torch.int8).view(torch.uint8)], dim=-1)
 
 

@@ -1,18 +1,14 @@
-"""Which tensors a checkpoint holds, under which names, and what their values must be."""
+"""Which tensors a checkpoint holds, and under which names."""
 
 import math
 import re
 from collections.abc import Iterable
-
-import torch
-from torch import Tensor
 
 from layerskip_kernels.model_config import ModelConfig, NormPlacement
 
 __all__ = [
     "FUSED",
     "NORMS",
-    "check_finite",
     "check_names",
     "expected_shapes",
     "fused_parts",
@@ -150,18 +146,3 @@ def check_names(where: object, found: set[str], shapes: dict[str, tuple[int, ...
 def _listed(names: list[str]) -> str:
     shown = ", ".join(map(repr, names[:3]))
     return f"tensor {shown}" + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-def check_finite(what: object, tensor: Tensor, source: Tensor) -> None:
-    """Raise ValueError when ``tensor``, converted from ``source``, holds a NaN or an infinity."""
-    if _is_finite(tensor):
-        return
-    if not _is_finite(source):
-        raise ValueError(f"{what} holds a NaN or an infinity; the file is damaged or the training diverged")
-    wider = "torch.bfloat16 or torch.float32" if tensor.dtype is torch.float16 else "torch.float32"
-    raise ValueError(f"{what} has values beyond the range of {tensor.dtype}; ask for dtype={wider}")
-
-
-def _is_finite(tensor: Tensor) -> bool:
-    # One pass without a temporary: aminmax hands a NaN on.
-    return bool(torch.stack(tensor.aminmax()).isfinite().all())

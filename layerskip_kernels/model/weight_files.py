@@ -4,20 +4,21 @@ import os
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from layerskip_kernels.errors import shown
+from layerskip_kernels.model.finite import check_finite
 from layerskip_kernels.model.json_file import read_json_object
 from layerskip_kernels.model.safetensors_file import TORCH_DTYPES, TensorEntry, read_header, read_tensor
-from layerskip_kernels.model.tensor_names import check_finite, fused_parts
+from layerskip_kernels.model.tensor_names import fused_parts
 from layerskip_kernels.model_config import ModelConfig
 from layerskip_kernels.ops import reference
 
-__all__ = ["TensorsOnDemand", "check_entries", "read_entries", "split_fused", "split_rows"]
+__all__ = ["OnDemand", "Read", "TensorsOnDemand", "check_entries", "read_entries", "split_fused", "split_rows"]
 
 LARGE_BYTES = 2 << 30  # from here on, reading shows its progress
 DEQUANTISED_ROWS = 4096  # at a time: it takes several times their memory
@@ -110,8 +111,40 @@ def _is_in_blocks(entry: TensorEntry, shape: tuple[int, ...]) -> bool:
     return entry.shape in [(shape[0], shape[1] // kind.size, kind.nbytes) for kind in kinds]
 
 
-class TensorsOnDemand(dict[str, Tensor]):
-    """Tensors of ``shapes``, read when they are popped; until then a meta tensor stands for each.
+class Read(NamedTuple):
+    """A tensor that was read, its values not checked yet."""
+
+    what: object  # its name, for an error
+    tensor: Tensor
+    source: Tensor  # what it was converted from
+
+    def check(self) -> None:
+        """Raise ValueError for a NaN, an infinity, or a value beyond the range of the dtype."""
+        check_finite(self.what, self.tensor, self.source)
+
+
+class OnDemand(dict[str, Tensor]):
+    """Tensors that are read, and checked, when they are popped; until then a meta tensor stands for each."""
+
+    def pop(self, name: str, *default: Any) -> Tensor:
+        if name not in self:
+            return super().pop(name, *default)
+        read = self.read(name)
+        read.check()
+        self.drop(name)
+        return read.tensor
+
+    def read(self, name: str) -> Read:
+        """The tensor of this name, on the CPU, whether it was dropped or not."""
+        raise NotImplementedError
+
+    def drop(self, name: str) -> None:
+        """This tensor is not asked for any more."""
+        super().pop(name)
+
+
+class TensorsOnDemand(OnDemand):
+    """Tensors of ``shapes`` in a directory's files.
 
     Each is of ``dtype``. With ``keep_quantised``, a quantised one stays uint8 [N, blocks, bytes of a block].
     """
@@ -125,29 +158,23 @@ class TensorsOnDemand(dict[str, Tensor]):
     ) -> None:
         super().__init__({name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in shapes.items()})
         self._entries = {name: entries[name] for name in shapes}
+        self._shapes = shapes
         self._dtype, self._keep_quantised = dtype, keep_quantised
         large = sum(entry.size for entry in self._entries.values()) >= LARGE_BYTES
         self._progress = tqdm(total=len(shapes), desc="Reading weights", unit="tensor", disable=not large)
 
-    def pop(self, name: str, *default: Any) -> Tensor:
-        if name not in self:
-            return super().pop(name, *default)
-        tensor = self._read(self._entries[name], self[name].shape[-1])
-        super().pop(name)
+    def read(self, name: str) -> Read:
+        entry = self._entries[name]
+        source = read_tensor(entry)
+        if source.dtype != torch.uint8:
+            return Read(entry, source.to(self._dtype), source)
+        if self._keep_quantised:
+            return Read(entry, source, source)
+        width, rows = self._shapes[name][-1], source.split(DEQUANTISED_ROWS)
+        return Read(entry, torch.cat([reference.dequantise(some, width).to(self._dtype) for some in rows]), source)
+
+    def drop(self, name: str) -> None:
+        super().drop(name)
         self._progress.update()
         if not self:
             self._progress.close()
-        return tensor
-
-    def _read(self, entry: TensorEntry, width: int) -> Tensor:
-        source = read_tensor(entry)
-        if source.dtype == torch.uint8:
-            if not reference.has_finite_scales(source):
-                raise ValueError(f"{entry} has a block whose scale is a NaN or an infinity; the file is damaged")
-            if self._keep_quantised:
-                return source
-            rows = source.split(DEQUANTISED_ROWS)
-            return torch.cat([reference.dequantise(some, width).to(self._dtype) for some in rows])
-        tensor = source.to(self._dtype)
-        check_finite(entry, tensor, source)
-        return tensor

@@ -15,7 +15,7 @@ from layerskip_kernels.errors import UnsupportedModel
 from layerskip_kernels.model import sources
 from layerskip_kernels.model.hf_config import read_hf_config
 from layerskip_kernels.model.json_file import JsonObject
-from layerskip_kernels.model.loading import read_checkpoint
+from layerskip_kernels.model.loading import load_model, read_checkpoint
 from layerskip_kernels.model.module_patterns import check_patterns, first_pattern
 from layerskip_kernels.model.sources import shipped_checkpoints
 from layerskip_kernels.model.tensor_names import tensor_shapes
@@ -343,6 +343,17 @@ def test_adapters_on_demand_are_the_same(tmp_path: Path, base: Path) -> None:
     for name in list(lazy.tensors):
         assert torch.equal(lazy.tensors.pop(name), at_once.tensors[name])
     assert not lazy.tensors
+
+
+def test_adapted_weights_beyond_a_dtype_are_named_wherever_they_are(two_devices, tmp_path: Path, base: Path) -> None:
+    tensors = {name: 1e3 * tensor for name, tensor in pair().items()}
+    folder = write_adapter(tmp_path / "adapted", base, tensors)
+    said = rf"tensor '{NAME}\.weight' with the adapters of {folder} has values beyond the range of torch\.float16"
+    with pytest.raises(ValueError, match=said):
+        read_checkpoint(folder, torch.float16)
+    with pytest.raises(ValueError, match=said):
+        load_model(folder, torch.float16, backend="triton")
+    assert load_model(folder, backend="triton").dtype == torch.bfloat16
 
 
 def test_adapters_of_adapters_are_refused(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from layerskip_kernels.evaluation.prompts import human_eval_prompts
 from layerskip_kernels.model.checkpoint import Checkpoint
 from layerskip_kernels.model.hf_config import read_hf_config
 from layerskip_kernels.model.loading import read_checkpoint
+from layerskip_kernels.model.quantise import quantise
 from layerskip_kernels.model.tensor_names import tensor_shapes
 from support.checkpoint_files import EMBEDDING, HF_CONFIG, UP, assert_same, random_tensors, write_directory
 
@@ -234,6 +235,16 @@ def test_a_value_beyond_fp16_suggests_bf16(tmp_path: Path):
     assert read_checkpoint(tmp_path, torch.bfloat16).tensors[UP][0, 0] == 65536.0
 
 
+def test_blocks_that_stand_for_values_beyond_fp16(tmp_path: Path):
+    tensors = random_tensors(HF_CONFIG)
+    tensors[UP][0, 0] = 65520.0
+    write_directory(tmp_path, tensors | {UP: quantise(tensors[UP], "q8_0")})
+    with pytest.raises(ValueError, match=rf"'{UP}' .* beyond the range of torch.float16; .*torch.bfloat16"):
+        read_checkpoint(tmp_path, torch.float16)
+    assert read_checkpoint(tmp_path, torch.bfloat16).tensors[UP][0, 0] == 65536.0
+    assert read_checkpoint(tmp_path, torch.float16, keep_quantised=True).tensors[UP].dtype == torch.uint8
+
+
 def split_header(path: Path) -> tuple[dict[str, Any], bytes]:
     raw = path.read_bytes()
     (length,) = struct.unpack("<Q", raw[:8])
@@ -413,6 +424,7 @@ import time
 import torch
 imported = time.process_time()
 from layerskip_kernels.model.loading import read_checkpoint
+from layerskip_kernels.model.quantise import quantise
 read_checkpoint()
 print((time.process_time() - imported) / imported)
 """

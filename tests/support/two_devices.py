@@ -8,6 +8,7 @@ through ``TwoDevices``, which follows the rules of CUDA tensors:
 - a function whose tensors are on the host and on a GPU raises, unless CUDA allows it (a CPU tensor of no dimensions in
   an elementwise function, indices on the CPU, ``copy_``, ``to``); so does a Triton kernel that is given a host tensor,
   and a CPU kernel that is given a device tensor;
+- a tensor that is divided by a number of the host is multiplied by the number's reciprocal;
 - every copy between the devices is noted, with whether the host waits for it. It does not wait for a copy from pinned
   memory, nor for one to pinned memory, if ``non_blocking`` says so;
 - what a copy that was not waited for brings is not there before the next wait, and reading it raises; the memory that
@@ -44,6 +45,7 @@ HOST = torch.device("cpu")
 aten = torch.ops.aten
 WAITING = {aten._local_scalar_dense, aten.equal, aten.nonzero, aten.masked_select, aten.bincount, aten._unique2}
 SCALARS = {aten.fill_, aten.masked_fill_, aten.masked_fill, aten.index_fill_}  # take a host tensor of no dimensions
+DIVISIONS = {aten.div: aten.mul.Tensor, aten.div_: aten.mul_.Tensor}
 CUDA_OPS = {"copy_pages", "gather_kv", "scatter_kv"}
 POISON = 0x7B  # each byte of memory that a copy has not reached yet
 
@@ -366,6 +368,8 @@ class TwoDevices(TorchDispatchMode):
         self._check_devices(func, packet, tensors)
         if func.namespace == "layerskip":
             return self._move(func, packet.__name__, args)
+        if packet in DIVISIONS and args[0].is_floating_point() and not (on_device(args[1]) or kwargs):
+            func, args = DIVISIONS[packet], (args[0], float(1 / torch.as_tensor(args[1], dtype=torch.float32)))
         if packet in WAITING:
             self.copied(to_device=False, shape=(), blocking=True)  # what it found
         return self._run(func, args, kwargs, device, where)

@@ -142,9 +142,9 @@ def block_type(weight: Tensor) -> BlockType:
     return kind
 
 
-def has_finite_scales(weight: Tensor) -> bool:
-    """Whether a weight uint8 [N, blocks, bytes] stands for numbers: no scale is a NaN or an infinity."""
-    return all(bool(_halves(weight[..., at : at + 2]).isfinite().all()) for at in block_type(weight).fp16)
+def has_finite_scales(weight: Tensor) -> Tensor:
+    """Whether a weight uint8 [N, blocks, bytes] stands for numbers: no scale is a NaN or an infinity. bool []."""
+    return torch.stack([_halves(weight[..., at : at + 2]).isfinite().all() for at in block_type(weight).fp16]).all()
 
 
 # ---- activations ----
@@ -282,7 +282,8 @@ def _rounded_segments(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tenso
     N, K = weight.shape
     blocks = -(-K // BLOCK)
     segments = _padded(weight.float(), SEGMENTS * -(-blocks // SEGMENTS) * BLOCK).view(N, SEGMENTS, -1)
-    scales = segments.abs().amax(dim=2) / LARGEST[dtype]
+    maxima = segments.abs().amax(dim=2)
+    scales = maxima / torch.full_like(maxima, LARGEST[dtype])  # a tensor: CUDA multiplies by a number's reciprocal
     safe = torch.where(scales > 0, scales, 1.0)
     integers = (segments / safe[:, :, None]).round().clamp(-LARGEST[dtype], LARGEST[dtype])
     return integers.view(N, -1)[:, : blocks * BLOCK], scales
