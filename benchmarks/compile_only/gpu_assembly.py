@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 import subprocess
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 from math import prod
@@ -88,11 +89,10 @@ def ptx_tile_loop(ptx: str) -> TileLoop:
     lines = [re.sub(r"//.*", "", line).strip() for line in ptx.splitlines()]
     blocks = re.split(r"^(?:\$L__BB\S+:|(?:@!?%p\d+ )?bra\S* .*)$", "\n".join(lines), flags=re.MULTILINE)
     block = max(blocks, key=lambda text: text.count("fma.rn.f32"))
-    adds = re.findall(r"fma\.rn\.f32(x2)?\s+(%\w+), (%\w+), (%\w+), (%\w+);", block)
     length: dict[str, int] = {}
     passed: dict[str, tuple[str, str]] = {}  # sums that were taken on, and what was added
     problems = []
-    for _, result, a, b, summand in adds:
+    for result, a, b, summand in _ptx_single_adds(block):
         if a in length or b in length or a in passed or b in passed:
             problems.append("a sum is multiplied")
         if summand in passed:
@@ -102,12 +102,27 @@ def ptx_tile_loop(ptx: str) -> TileLoop:
         if summand in length:
             passed[summand] = (a, b)
         length[result] = length.pop(summand, 0) + 1
-    pairs = {result for pair, result, *_ in adds if pair}
-    chains = [turn for result, turn in length.items() for _ in range(2 if result in pairs else 1)]
+    chains = list(length.values())
     others = re.findall(r"\b(?:add|mul|sub)\.\S*f32\S*", block)
     problems += [f"beside the chains: {op}" for op in sorted(set(others))]
     loads = re.findall(r"\bld\.global\S*?(?:\.v(\d))?\.[bsuf](\d+)\s", block)
     return TileLoop(chains, Counter(int(count or 1) * int(bits) // 8 for count, bits in loads), sorted(set(problems)))
+
+
+def _ptx_single_adds(block: str) -> Iterator[tuple[str, str, str, str]]:
+    """Multiply-adds as (result, factor, factor, summand); those of pairs one by one, however numbers are paired."""
+    same: dict[str, str] = {}  # numbers of pairs (register.0, register.1) and what they are known by elsewhere
+    add = r"fma\.rn\.f32(x2)?\s+(%\w+), (%\w+), (%\w+), (%\w+);"
+    pairing = r"mov\.b64\s+(%\w+), \{(%\w+), (%\w+)\};|mov\.b64\s+\{(%\w+), (%\w+)\}, (%\w+);"
+    for match in re.finditer(f"{add}|{pairing}", block):
+        pair, result, a, b, summand, paired, first, second, *single = match.groups()
+        if paired:
+            same |= {f"{paired}.{i}": same.get(name, name) for i, name in enumerate((first, second))}
+        elif single[0]:
+            same |= {single[i]: same.get(f"{single[2]}.{i}", f"{single[2]}.{i}") for i in range(2)}
+        for lane in (".0", ".1") if pair else ("",) if result else ():
+            same.pop(result + lane, None)
+            yield result + lane, *(same.get(name + lane, name + lane) for name in (a, b, summand))
 
 
 def ptx_dependence(ptx: str, others: int, weights: bool = True) -> list[str]:

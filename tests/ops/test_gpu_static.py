@@ -512,6 +512,27 @@ def test_a_tiles_sums_are_chains():
     assert gpu_static.tile_problems(asm.TileLoop([16] * 8, Counter({16: 3}), []), 8, {"FFMA": 60, "LDS": 40})
 
 
+PAIRS = """
+$L__BB0_5:
+    @%p1 ld.global.v4.b32 { %r1, %r2, %r3, %r4 }, [ %rd1 + 0 ];
+    mov.b64 %rd9, {%r2, %r3};
+    mov.b64 %rd2, {%r40, %r41};
+    fma.rn.f32x2 %rd3, %rd8, %rd9, %rd2;
+    mov.b64 {%r10, %r11}, %rd3;
+    mov.b64 %rd4, {%r11, %r10};
+    fma.rn.f32x2 %rd5, %rd7, %rd9, %rd4;
+    mov.b64 {%r41, %r40}, %rd5;
+    @%p2 bra $L__BB0_5;
+"""
+
+
+def test_chains_of_numbers_that_are_paired_anew():
+    found = asm.ptx_tile_loop(PAIRS)
+    assert (found.chains, found.problems) == ([2, 2], [])
+    assert asm.ptx_tile_loop(PAIRS.replace("{%r11, %r10}", "{%r11, %r11}")).problems  # one of them is used twice
+    assert asm.ptx_tile_loop(PAIRS.replace("%rd7, %rd9, %rd4", "%rd3, %rd9, %rd4")).problems  # both are multiplied
+
+
 @pytest.mark.parametrize(
     ("line", "other"),
     [
