@@ -39,7 +39,7 @@ from ptx_run import Counts, run
 
 ROWS, INPUTS, OUTPUTS = 70, 136, 40  # segments of 17: three steps, of which two are multiplied at once
 HEADS, KV_HEADS, HEAD, PAGE = 3, 1, 8, 16
-QUANTISED = ["q4_0", "q8_0", "q4_k", "int8", "int15"]
+QUANTISED = ["q4_0", "q8_0", "q4_k", "q6_k", "int8", "int15"]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 

@@ -201,6 +201,9 @@ class Program:
             values = [self.registers[arg] if arg in self.registers else np.full(self.threads, arg != "0")
                       for arg in args]  # fmt: skip
             return ~values[0] if name == "not" else LOGIC[name](*values)
+        if kind in ("s16x2", "u16x2"):  # of a pair in 32 bits, each is computed by itself
+            pair = [self.read(arg, np.uint32).view(INTEGERS[kind.removesuffix("x2")]) for arg in args]
+            return self.integer(name, op, pair, args).view(np.uint32)
         dtype = INTEGERS[kind]
         if name in LOGIC:
             return LOGIC[name](*(self.read(arg, dtype) for arg in args))

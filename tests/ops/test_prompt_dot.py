@@ -4,12 +4,14 @@ The interpreter takes the chain as it is written; what the compiler makes of the
 from its PTX.
 """
 
+import importlib
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -139,6 +141,17 @@ def test_the_compiled_dot_has_rule_1s_bits(tmp_path):
 
 def test_the_compiled_tiles_of_quantised_weights_and_of_attention(tmp_path):
     """Run from their PTX as well: rule 8's bits, and rule 4's."""
-    quantised, attention = run_compiled(tmp_path, "--quantised", "q4_0", "--attention")
-    assert quantised["bits"] == {"linear": True, "gate_up_act": True} and quantised["integer_products"] > 0
+    *quantised, attention = run_compiled(tmp_path, "--quantised", "q4_0", "--quantised", "q6_k", "--attention")
+    assert [found["weights"] for found in quantised] == ["q4_0", "q6_k"]
+    for found in quantised:
+        assert found["bits"] == {"linear": True, "gate_up_act": True} and found["integer_products"] > 0
     assert attention["bits"] == {"attention": True} and attention["multiply_adds"] > 0
+
+
+def test_pairs_of_16_bits_are_added_apart(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks" / "compile_only"))
+    ptx_run = importlib.import_module("ptx_run")
+    program = ptx_run.Program(".entry add() { ret;", 2, 0, np.zeros(0, np.uint8), {}, ptx_run.Counts())
+    words = np.array([[0x0001FFFF, 0x7FFF8000], [0x00010001, 0x00018000]], np.uint32)
+    program.registers = dict(zip("ab", words, strict=True))
+    assert program.value(("add", "s16x2"), ("a", "b")).tolist() == [0x00020000, 0x80000000]
