@@ -21,7 +21,7 @@ from layerskip_kernels.ops import cache_ops, staging
 from layerskip_kernels.ops.triton import TritonOps
 from layerskip_kernels.triton_ops import graphs, workspace
 from support.exit_adapters import random_adapter
-from support.models import SMALL, agreeing_model, random_tokens
+from support.models import SMALL, agreeing_model, random_tokens, tiny_model
 from support.two_devices import DEVICE, Copy, on_device
 
 PROMPTS = [random_tokens(4, seed=1), random_tokens(2, seed=2)]
@@ -66,6 +66,23 @@ def test_cycles_with_mixed_exits_a_chunk_and_plain_decoding(two_devices):
         return [*found, *cache.export(one), *cache.export(new)]
 
     device, cpu = on_both(run, SMALL)
+    assert same_bits(device, cpu)
+
+
+def test_quantised_weights(two_devices):
+    """Launched, captured and replayed."""
+
+    def run(model):
+        cache, sequences = prefilled(model)
+        found = []
+        for _ in range(3):
+            verdict = verify_step(model, cache, draft_step(model, cache, sequences, 1, [1, 2]))
+            cache.rollback(sequences)
+            found += [verdict.draft.tokens, verdict.num_accepted, verdict.next_tokens, verdict.logits]
+        assert model.backend == "cpu" or model.ops.captured_steps() > 0
+        return found
+
+    device, cpu = (run(tiny_model(backend=name, weights="q4_k", **TWO_LAYERS)) for name in ("triton", "cpu"))
     assert same_bits(device, cpu)
 
 
