@@ -462,7 +462,8 @@ def check_target(job: tuple[str, list[Case]]) -> dict[str, Any]:
     kernels: dict[str, Kernel] = {}
     steps = []
     with tempfile.TemporaryDirectory() as folder:
-        for shape, dtype, kind, rows in cases:
+        for number, (shape, dtype, kind, rows) in enumerate(cases, 1):
+            print(f"{target}, {number} of {len(cases)}: {shape} {dtype} {kind}, {rows} rows", file=sys.stderr)
             depends = kind == "dependent"
             step = gpu_compile.Step("verify" if depends else kind, rows)
             if kind == "sampling":
