@@ -122,25 +122,60 @@ constexpr int GroupsPerPass(int64_t) { return 1; }
 #endif
 constexpr int64_t kPassesPerBlock = 8;
 
+// Whether rows that one pass cannot hold are shared out evenly. Eight 8-lane sums, of four rows, are the fewest that
+// keep AVX2's multipliers busy; wider ones have enough with any rows, and a full pass has its own advantages
+// (pairs.inl).
+#if defined(LAYERSKIP_AVX2)
+constexpr bool kEvenPasses = true;
+#else
+constexpr bool kEvenPasses = false;
+#endif
+
+// Which of how many passes over a tile's weights that share the fetching of the next ones.
+struct Pass {
+  int64_t index, count;
+};
+
 // Weights are fetched ahead of the arithmetic, because a pass over them is too slow or too fast for the processor's own
 // prefetching: into the second-level cache, which has more requests on their way at a time, and with more rows, which
-// take longer over each weight, from there into the first (docs/log.md). A tile's groups lie one after the other, so
-// what is beyond the end of a group is the next group's beginning, which was read long ago: there the next tile begins.
-constexpr int64_t kFarAhead = 4096, kNearAhead = 1024;  // bytes
-
-// For kGroups groups of `group_bytes` of which the first begins at `tile`, at byte `at` of each.
+// take longer over each weight, from there into the first (docs/log.md).
+//
+// The kGroups groups of a tile lie one after the other and are read side by side, the next tile follows. So what is a
+// little beyond the end of a group was read long ago, and the next tile begins there. Of several passes over a tile all
+// but the first find it in a cache, and the memory would rest: each fetches its share of the next tile's lines.
 template <int kRows, int kGroups>
-LAYERSKIP_FN void FetchAhead(const void* tile, int64_t at, int64_t group_bytes) {
-  const auto ahead = [&](int64_t bytes) {
-    const int64_t of_next_tile = at + bytes >= group_bytes ? (kGroups - 1) * group_bytes : 0;
-    return static_cast<const char*>(tile) + at + bytes + of_next_tile;
-  };
-  const char *far = ahead(kFarAhead), *near = ahead(kNearAhead);
-  for (int g = 0; g < kGroups; ++g) {
-    __builtin_prefetch(far + g * group_bytes, 0, 2);
-    if constexpr (kRows > 2) __builtin_prefetch(near + g * group_bytes, 0, 3);
+class Ahead {
+ public:
+  Ahead(const void* tile, int64_t group_bytes, Pass pass)
+      : tile_(static_cast<const char*>(tile)),
+        group_bytes_(group_bytes),
+        far_(pass.count == 1 ? 4096 : group_bytes),
+        between_(pass.count - 1),
+        wait_(pass.index) {}
+
+  // What is to be fetched while byte `at` of each group is multiplied, a line at a time.
+  LAYERSKIP_FN void Fetch(int64_t at) {
+    if (wait_-- == 0) {
+      FetchLines<2>(At(at + far_));
+      wait_ = between_;
+    }
+    if constexpr (kRows > 2) FetchLines<3>(At(at + 1024));
   }
-}
+
+ private:
+  LAYERSKIP_FN const char* At(int64_t at) const {
+    return tile_ + at + (at >= group_bytes_ ? (kGroups - 1) * group_bytes_ : 0);
+  }
+  // One of each group; kLocality as __builtin_prefetch has it: 2 for the second-level cache, 3 for the first.
+  template <int kLocality>
+  LAYERSKIP_FN void FetchLines(const char* line) const {
+    for (int g = 0; g < kGroups; ++g) __builtin_prefetch(line + g * group_bytes_, 0, kLocality);
+  }
+
+  const char* tile_;
+  int64_t group_bytes_, far_;
+  int64_t between_, wait_;  // lines that other passes fetch: from one of this pass to the next, and now
+};
 
 // The sum of p(first), ... in a balanced tree of adjacent pairs.
 template <int kCount, class P>
@@ -194,8 +229,10 @@ struct SingleProducts {
 
 // Rule 1 up to the bias, for kRows rows and kGroups groups of columns. Returns what was watched on the way.
 template <class W, int kRows, int kGroups, class Products>
-LAYERSKIP_FN uint32_t DotTile(const Products& products, int64_t k, const W* weight, F32x16 (&out)[kRows][kGroups]) {
+LAYERSKIP_FN uint32_t DotTile(const Products& products, int64_t k, const W* weight, Pass pass,
+                              F32x16 (&out)[kRows][kGroups]) {
   uint32_t watched = 0;
+  Ahead<kRows, kGroups> ahead(weight, GroupSize(k) * sizeof(W), pass);
   constexpr int64_t kLine = kLineInputs<W>;
   const int64_t length = (k + kSegments - 1) / kSegments;
   F32x16 partial[kSegments][kRows][kGroups];
@@ -208,7 +245,7 @@ LAYERSKIP_FN uint32_t DotTile(const Products& products, int64_t k, const W* weig
     if constexpr (!Products::kWholeLines)
       for (; i < end && i % kLine != 0; ++i) products.Fold(i, acc);
     for (; i + kLine <= end; i += kLine) {
-      FetchAhead<kRows, kGroups>(weight, i * kGroup * sizeof(W), GroupSize(k) * sizeof(W));
+      ahead.Fetch(i * kGroup * sizeof(W));
       products.FoldLine(i, acc, watched);
     }
     if constexpr (!Products::kWholeLines)
@@ -235,8 +272,8 @@ class Operands {
 
   // Of rows row .. row + kRows with the columns of kGroups groups from `weight` on.
   template <int kRows, int kGroups>
-  LAYERSKIP_FN void Dot(int64_t row, const W* weight, F32x16 (&y)[kRows][kGroups]) {
-    DotTile(SingleProducts<W, kRows, kGroups>{x_ + row * k_, k_, weight}, k_, weight, y);
+  LAYERSKIP_FN void Dot(int64_t row, const W* weight, Pass pass, F32x16 (&y)[kRows][kGroups]) {
+    DotTile(SingleProducts<W, kRows, kGroups>{x_ + row * k_, k_, weight}, k_, weight, pass, y);
   }
 
  private:
@@ -269,16 +306,18 @@ struct LinearTask {
 
   void RunBlock(int64_t first, int64_t count, int64_t group_begin, int64_t group_end) const {
     Operands<T> operands(x + first * k, count, k);
-    const int64_t groups_at_once = GroupsPerPass(Min(count, kRowsPerPass));
+    const int64_t passes = kEvenPasses ? (count + kRowsPerPass - 1) / kRowsPerPass : 1;
+    const int64_t rows_at_once = kEvenPasses ? (count + passes - 1) / passes : kRowsPerPass;
+    const int64_t groups_at_once = GroupsPerPass(Min(count, rows_at_once));
     for (int64_t group = group_begin; group < group_end; group += groups_at_once) {
       operands.NextTile();
-      for (int64_t row = 0; row < count; row += kRowsPerPass) {
-        WithConstant<kRowsPerPass>(Min(kRowsPerPass, count - row), [&](auto r) {
+      for (int64_t row = 0; row < count; row += rows_at_once) {
+        WithConstant<kRowsPerPass>(Min(rows_at_once, count - row), [&](auto r) {
           constexpr int kRows = decltype(r)::value;
           WithConstant<GroupsPerPass(kRows)>(Min(groups_at_once, group_end - group), [&](auto g) {
             constexpr int kGroups = decltype(g)::value;
             F32x16 y[kRows][kGroups];
-            operands.template Dot<kRows, kGroups>(row, Group(group), y);
+            operands.template Dot<kRows, kGroups>(row, Group(group), {row / rows_at_once % passes, passes}, y);
             Finish(first + row, group, y);
           });
         });

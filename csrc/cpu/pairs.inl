@@ -125,9 +125,9 @@ class Operands<BFloat16> {
   void NextTile() { weights_ = kUnknown; }
 
   template <int kRows, int kGroups>
-  void Dot(int64_t row, const BFloat16* weight, F32x16 (&y)[kRows][kGroups]) {
-    if (pairs_ != nullptr && weights_ != kTiny) DotPairs(row, weight, y);
-    if (pairs_ == nullptr || weights_ == kTiny) DotSingly(row, weight, y);
+  void Dot(int64_t row, const BFloat16* weight, Pass pass, F32x16 (&y)[kRows][kGroups]) {
+    if (pairs_ != nullptr && weights_ != kTiny) DotPairs(row, weight, pass, y);
+    if (pairs_ == nullptr || weights_ == kTiny) DotSingly(row, weight, pass, y);
   }
 
  private:
@@ -136,29 +136,29 @@ class Operands<BFloat16> {
 
   // A tile's weights are watched in the first of its passes, and in one of fewer rows.
   template <int kRows, int kGroups>
-  LAYERSKIP_FN void DotPairs(int64_t row, const BFloat16* weight, F32x16 (&y)[kRows][kGroups]) {
+  LAYERSKIP_FN void DotPairs(int64_t row, const BFloat16* weight, Pass pass, F32x16 (&y)[kRows][kGroups]) {
     const uint32_t* x = pairs_ + row * k_ / 2;
     const auto least = _mm512_set1_epi16(static_cast<int16_t>(Min(least_exponent_ << 8, 0xffff) - 1));
     if (kRows < kRowsPerPass || weights_ == kUnknown) {
       const PairProducts<kRows, kGroups, true> watching{x, k_, weight, least};
-      weights_ = DotTile(watching, k_, weight, y) != 0 ? kTiny : kFine;
+      weights_ = DotTile(watching, k_, weight, pass, y) != 0 ? kTiny : kFine;
       return;
     }
     if constexpr (kRows == kRowsPerPass)
-      DotTile(PairProducts<kRows, kGroups, false>{x, k_, weight, least}, k_, weight, y);
+      DotTile(PairProducts<kRows, kGroups, false>{x, k_, weight, least}, k_, weight, pass, y);
   }
 
   // From row `kFirst` of the tile on, a few rows at a time.
   template <int kFirst = 0, int kRows, int kGroups>
-  LAYERSKIP_FN void DotSingly(int64_t row, const BFloat16* weight, F32x16 (&y)[kRows][kGroups]) {
+  LAYERSKIP_FN void DotSingly(int64_t row, const BFloat16* weight, Pass pass, F32x16 (&y)[kRows][kGroups]) {
     constexpr int kSome = kRows - kFirst < kFewRows ? kRows - kFirst : kFewRows;
-    DotFew(row + kFirst, weight, *reinterpret_cast<F32x16(*)[kSome][kGroups]>(&y[kFirst]));
-    if constexpr (kFirst + kSome < kRows) DotSingly<kFirst + kSome>(row, weight, y);
+    DotFew(row + kFirst, weight, pass, *reinterpret_cast<F32x16(*)[kSome][kGroups]>(&y[kFirst]));
+    if constexpr (kFirst + kSome < kRows) DotSingly<kFirst + kSome>(row, weight, pass, y);
   }
 
   template <int kRows, int kGroups>
-  void DotFew(int64_t row, const BFloat16* weight, F32x16 (&y)[kRows][kGroups]) {
-    DotTile(SingleProducts<BFloat16, kRows, kGroups>{x_ + row * k_, k_, weight}, k_, weight, y);
+  void DotFew(int64_t row, const BFloat16* weight, Pass pass, F32x16 (&y)[kRows][kGroups]) {
+    DotTile(SingleProducts<BFloat16, kRows, kGroups>{x_ + row * k_, k_, weight}, k_, weight, pass, y);
   }
 
   const float* x_;
