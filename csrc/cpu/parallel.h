@@ -112,11 +112,13 @@ class Team {
     for (int64_t i = 0; i < size; ++i) {
       const int64_t owner = (rank + i) % size, begin = n * owner / size, end = n * (owner + 1) / size;
       PhaseCount& dealt = state_.dealt[owner].count;
+      int64_t done = 0;  // told once a share: all threads write that count, and cores may be far apart
       for (int64_t at; (at = dealt.Add(phase_, piece, end - begin)) >= 0;) {
         const int64_t first = begin + at, last = first + piece < end ? first + piece : end;
         f(first, last);
-        state_.done.count.Add(phase_, last - first, n);
+        done += last - first;
       }
+      if (done > 0) state_.done.count.Add(phase_, done, n);
     }
     for (int turns = 0; !state_.done.count.Reached(phase_, n) && n > 0; ++turns) Pause(turns);
   }
