@@ -376,33 +376,36 @@ def segment_offset(i, length):
 @device_function
 def norm_rows(
     hidden_ptr, rows, mask_rows, D, weight_ptr, eps, offset, x_ptr, stride_x, ROWS: tl.constexpr,
-    HAS_NORM: tl.constexpr,
+    HAS_NORM: tl.constexpr, THREADS: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """Rule 2 for rows int64 [ROWS] of hidden [T, D] -> x fp32, as a dot reads it. Reads past the first-level cache.
 
-    Unless HAS_NORM: the rows as they are.
+    Unless HAS_NORM: the rows as they are. THREADS: of the program. WHOLE: D is a multiple of 64, so that x lies as
+    hidden does. Where it is, a thread loads four neighbours of a row, and stores them at once: 16 bytes.
     """
-    lanes = tl.arange(0, 256)
+    COLUMNS: tl.constexpr = 4 * THREADS // ROWS
+    AT_ONCE: tl.constexpr = 2 if ROUND_BY_HAND else 8 if ROWS == 1 else 16  # 8: one trip for rows of 4,096 numbers
     offs_row = rows[:, None] * D
     if HAS_NORM:
         inv = inverse_norm_of(hidden_ptr, offs_row, mask_rows, D, eps, ROWS)
     length = (D + 7) // 8
-    AT_ONCE: tl.constexpr = 2 if ROUND_BY_HAND else 16 if ROWS == 1 else 4  # 16: one trip for rows of 4,096 numbers
-    for start in range(0, D, 256 * AT_ONCE):
-        xs = _load_lanes(hidden_ptr, offs_row, mask_rows, start, D, AT_ONCE)
+    for start in range(0, D, COLUMNS * AT_ONCE):
+        xs = _load_lanes(hidden_ptr, offs_row, mask_rows, start, D, COLUMNS, AT_ONCE)
         weights = ()
         if HAS_NORM:
             for i in tl.static_range(AT_ONCE):
-                offs = start + i * 256 + lanes
-                weights = weights + (tl.load(weight_ptr + offs, mask=offs < D, other=0.0),)
+                weights = weights + (_load_weights(weight_ptr, mask_rows, start + i * COLUMNS, D, ROWS, COLUMNS),)
         for i in tl.static_range(AT_ONCE):
-            offs = start + i * 256 + lanes
+            offs = start + i * COLUMNS + tl.arange(0, COLUMNS)
             y = xs[i].to(tl.float32)
             if HAS_NORM:
                 weight = weights[i].to(tl.float32) + offset
-                y = rounded(rounded(y * inv[:, None], xs[i].dtype) * weight[None, :], xs[i].dtype)
+                y = rounded(rounded(y * inv[:, None], xs[i].dtype) * weight, xs[i].dtype)
             mask = mask_rows[:, None] & (offs < D)[None, :]
-            tl.store(x_ptr + rows[:, None] * stride_x + segment_offset(offs, length)[None, :], y, mask=mask)
+            if WHOLE:
+                tl.store(x_ptr + rows[:, None] * stride_x + offs[None, :], y, mask=mask)
+            else:
+                tl.store(x_ptr + rows[:, None] * stride_x + segment_offset(offs, length)[None, :], y, mask=mask)
 
 
 @device_function
@@ -411,7 +414,7 @@ def inverse_norm_of(x_ptr, offs_row, mask_rows, D, eps, ROWS: tl.constexpr):
     sums = tl.zeros([ROWS, 256], tl.float32)
     AT_ONCE: tl.constexpr = 2 if ROUND_BY_HAND else 16 if ROWS == 1 else 4
     for start in range(0, D, 256 * AT_ONCE):
-        xs = _load_lanes(x_ptr, offs_row, mask_rows, start, D, AT_ONCE)
+        xs = _load_lanes(x_ptr, offs_row, mask_rows, start, D, 256, AT_ONCE)
         for i in tl.static_range(AT_ONCE):
             x = xs[i].to(tl.float32)
             sums = sums + x * x
@@ -419,31 +422,41 @@ def inverse_norm_of(x_ptr, offs_row, mask_rows, D, eps, ROWS: tl.constexpr):
 
 
 @device_function
-def _load_lanes(x_ptr, offs_row, mask_rows, start, D, AT_ONCE: tl.constexpr):
-    """AT_ONCE times 256 numbers of each row, from ``start`` on, 0 beyond D: all on their way before one is used."""
+def _load_lanes(x_ptr, offs_row, mask_rows, start, D, LANES: tl.constexpr, AT_ONCE: tl.constexpr):
+    """AT_ONCE times LANES numbers of each row, from ``start`` on, 0 beyond D: all on their way before one is used."""
     xs = ()
     for i in tl.static_range(AT_ONCE):
-        offs = start + i * 256 + tl.arange(0, 256)
+        offs = start + i * LANES + tl.arange(0, LANES)
         mask = mask_rows[:, None] & (offs < D)[None, :]
         xs = xs + (tl.load(x_ptr + offs_row + offs[None, :], mask=mask, other=0.0, cache_modifier=".cg"),)
     return xs
 
 
 @device_function
+def _load_weights(weight_ptr, mask_rows, start, D, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """A norm's weights [ROWS, COLUMNS], the same for each row: each thread loads those of its own numbers, so that none
+    has to be passed to another."""
+    offs = start + tl.arange(0, COLUMNS)
+    mask = mask_rows[:, None] & (offs < D)[None, :]
+    ptrs = weight_ptr + tl.broadcast_to(offs[None, :], [ROWS, COLUMNS])
+    return tl.load(ptrs, mask=mask, other=0.0, cache_modifier=".ca")  # as any load, but told apart from a dot's weights
+
+
+@device_function
 def add_normed_rows(
     y_ptr, hidden_ptr, rows, mask_rows, D, weight_ptr, eps, offset, multiplier, slots_ptr, hidden_cache_ptr,
-    num_slots, ROWS: tl.constexpr, KEEP: tl.constexpr,
+    num_slots, ROWS: tl.constexpr, KEEP: tl.constexpr, THREADS: tl.constexpr,
 ):  # fmt: skip
     """hidden = to_dtype(hidden + to_dtype(rms_norm(y) * multiplier)) for rows int64 [ROWS] of y, hidden [T, D]."""
-    lanes = tl.arange(0, 256)
+    COLUMNS: tl.constexpr = 4 * THREADS // ROWS
     offs_row = rows[:, None] * D
     inv = inverse_norm_of(y_ptr, offs_row, mask_rows, D, eps, ROWS)
-    for start in range(0, D, 256):
-        offs = start + lanes
+    for start in range(0, D, COLUMNS):
+        offs = start + tl.arange(0, COLUMNS)
         mask = mask_rows[:, None] & (offs < D)[None, :]
         y = tl.load(y_ptr + offs_row + offs[None, :], mask=mask, other=0.0, cache_modifier=".cg")
-        weight = tl.load(weight_ptr + offs, mask=offs < D, other=0.0).to(tl.float32) + offset
-        z = rounded(rounded(y.to(tl.float32) * inv[:, None], y.dtype) * weight[None, :], y.dtype)
+        weight = _load_weights(weight_ptr, mask_rows, start, D, ROWS, COLUMNS).to(tl.float32) + offset
+        z = rounded(rounded(y.to(tl.float32) * inv[:, None], y.dtype) * weight, y.dtype)
         residual = tl.load(hidden_ptr + offs_row + offs[None, :], mask=mask, other=0.0).to(tl.float32)
         h = to_dtype(residual + rounded(z * multiplier, y.dtype), y.dtype)
         tl.store(hidden_ptr + offs_row + offs[None, :], h, mask=mask)

@@ -12,7 +12,7 @@ from torch import Tensor
 from .contract import norm_rows, rounded, to_dtype
 from .errors import BAD_PAGE, BAD_POSITION, BAD_TOKEN
 from .integer_rows import Rows
-from .launch import OPTIONS
+from .launch import OPTIONS, norm_layout
 from .quantised import code_of
 from .stored_rows import stored_number
 
@@ -27,6 +27,7 @@ def _join_rows_kernel(
     norm_offset, multiplier,
     HAS_NORM: tl.constexpr, FROM_EMBEDDING: tl.constexpr, KIND: tl.constexpr,
     BAD_TOKEN: tl.constexpr, BAD_POSITION: tl.constexpr, BAD_PAGE: tl.constexpr,
+    THREADS: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     row = first_row + tl.program_id(0).to(tl.int64)
     given = tl.load(order_ptr + row)
@@ -69,7 +70,7 @@ def _join_rows_kernel(
         tl.store(hidden_ptr + row * D + i, value, mask=i < D)
     tl.debug_barrier()  # the norm's threads read what others of this program wrote
     rows = row + tl.arange(0, 1)
-    norm_rows(hidden_ptr, rows, rows >= 0, D, norm_ptr, eps, norm_offset, x_ptr, stride_x, 1, HAS_NORM)
+    norm_rows(hidden_ptr, rows, rows >= 0, D, norm_ptr, eps, norm_offset, x_ptr, stride_x, 1, HAS_NORM, THREADS, WHOLE)
 
 
 def join_rows(
@@ -118,6 +119,7 @@ def join_rows(
         BAD_TOKEN=BAD_TOKEN,
         BAD_POSITION=BAD_POSITION,
         BAD_PAGE=BAD_PAGE,
+        **norm_layout(hidden_size, 4),
         num_warps=4,
         **OPTIONS,
     )

@@ -19,6 +19,7 @@ __all__ = [
     "columns_of",
     "exact_products",
     "is_quantised",
+    "norm_layout",
     "rows_per_program",
     "streaming",
     "wide_dots_are_chains",
@@ -97,6 +98,11 @@ def wide_dots_are_chains() -> bool:
 def begun_early(dependent: bool) -> dict[str, bool]:
     """The argument and the option of a kernel that begins before the one ahead of it is done, or does not."""
     return {"DEPENDENT": True, "launch_pdl": True} if dependent else {"DEPENDENT": False}
+
+
+def norm_layout(size: int, warps: int) -> dict[str, Any]:
+    """What contract.norm_rows has to know, of rows of so many numbers, in a program of so many warps."""
+    return {"THREADS": warps * threads_per_warp(), "WHOLE": size % (8 * SEGMENTS) == 0}
 
 
 def needs_all_registers(op: str, rows: int, dtype: torch.dtype) -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor
 from .contract import INTERPRETED, add_normed_rows, device_function, norm_rows, rounded, to_dtype
 from .integer_dot import products
 from .integer_rows import Rows
-from .launch import blocks, streaming
+from .launch import blocks, norm_layout, streaming
 from .prompt_dot import row_of
 from .prompt_rows import rows_for
 from .quantised import code_of
@@ -39,19 +39,21 @@ def _normalise(
     projected_ptr, hidden_ptr, row0, T, N, post_norm_ptr, next_norm_ptr, next_x_ptr, slots_ptr, hidden_cache_ptr,
     stride_next_x, num_slots, eps, norm_offset, multiplier, ROWS: tl.constexpr,
     NORM: tl.constexpr, HAS_NORM: tl.constexpr, POST: tl.constexpr, KEEP: tl.constexpr,
+    THREADS: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """What follows for ROWS rows from row0 on when all their columns are there."""
     rows = row0 + tl.arange(0, ROWS)
     if POST:
         add_normed_rows(
             projected_ptr, hidden_ptr, rows, rows < T, N, post_norm_ptr, eps, norm_offset, multiplier,
-            slots_ptr, hidden_cache_ptr, num_slots, ROWS, KEEP,
+            slots_ptr, hidden_cache_ptr, num_slots, ROWS, KEEP, THREADS,
         )  # fmt: skip
         tl.debug_barrier()  # the next norm's threads read what others of this program wrote
     if NORM:
         norm_rows(
-            hidden_ptr, rows, rows < T, N, next_norm_ptr, eps, norm_offset, next_x_ptr, stride_next_x, ROWS, HAS_NORM
-        )
+            hidden_ptr, rows, rows < T, N, next_norm_ptr, eps, norm_offset, next_x_ptr, stride_next_x, ROWS, HAS_NORM,
+            THREADS, WHOLE,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -60,6 +62,7 @@ def _linear_residual_kernel(
     post_norm_ptr, projected_ptr, stride_x, stride_next_x, T, N, steps, num_slots, eps, norm_offset, multiplier,
     KIND: tl.constexpr, HAS_BIAS: tl.constexpr,
     NORM: tl.constexpr, HAS_NORM: tl.constexpr, POST: tl.constexpr, KEEP: tl.constexpr,
+    THREADS: tl.constexpr, WHOLE: tl.constexpr,
     ROWS: tl.constexpr, TILES: tl.constexpr, C: tl.constexpr, AHEAD: tl.constexpr, EVEN: tl.constexpr,
     FMA: tl.constexpr, PROMPT: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
@@ -100,13 +103,13 @@ def _linear_residual_kernel(
                     _normalise(
                         projected_ptr, hidden_ptr, row0 + first, T, N, post_norm_ptr, next_norm_ptr, next_x_ptr,
                         slots_ptr, hidden_cache_ptr, stride_next_x, num_slots, eps, norm_offset, multiplier, 8,
-                        NORM, HAS_NORM, POST, KEEP,
+                        NORM, HAS_NORM, POST, KEEP, THREADS, WHOLE,
                     )  # fmt: skip
             else:
                 _normalise(
                     projected_ptr, hidden_ptr, row0, T, N, post_norm_ptr, next_norm_ptr, next_x_ptr,
                     slots_ptr, hidden_cache_ptr, stride_next_x, num_slots, eps, norm_offset, multiplier, ROWS,
-                    NORM, HAS_NORM, POST, KEEP,
+                    NORM, HAS_NORM, POST, KEEP, THREADS, WHOLE,
                 )  # fmt: skip
 
 
@@ -155,6 +158,7 @@ def linear_residual(
         HAS_NORM=next_norm is not None,
         POST=post_norm is not None,
         KEEP=hidden_cache is not None,
+        **norm_layout(hidden_size, options["num_warps"]),
         **options,
     )
 

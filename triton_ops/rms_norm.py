@@ -10,16 +10,19 @@ from torch import Tensor
 
 from .contract import norm_rows
 from .integer_rows import Rows, forms_of
-from .launch import OPTIONS
+from .launch import OPTIONS, norm_layout
 from .packing import SEGMENTS
 
 __all__ = ["from_segments", "normalised", "rms_norm"]
 
 
 @triton.jit
-def _rms_norm_kernel(hidden_ptr, weight_ptr, x_ptr, D, stride_x, eps, offset, HAS_NORM: tl.constexpr):
+def _rms_norm_kernel(
+    hidden_ptr, weight_ptr, x_ptr, D, stride_x, eps, offset,
+    HAS_NORM: tl.constexpr, THREADS: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
     rows = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
-    norm_rows(hidden_ptr, rows, rows >= 0, D, weight_ptr, eps, offset, x_ptr, stride_x, 1, HAS_NORM)
+    norm_rows(hidden_ptr, rows, rows >= 0, D, weight_ptr, eps, offset, x_ptr, stride_x, 1, HAS_NORM, THREADS, WHOLE)
 
 
 def normalised(hidden: Tensor, weight: Tensor | None, eps: float, offset: float, *next_weights: Tensor) -> Rows:
@@ -34,6 +37,7 @@ def normalised(hidden: Tensor, weight: Tensor | None, eps: float, offset: float,
         eps=eps,
         offset=offset,
         HAS_NORM=weight is not None,
+        **norm_layout(hidden.size(1), 4),
         num_warps=4,
         **OPTIONS,
     )

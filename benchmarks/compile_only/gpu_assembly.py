@@ -240,13 +240,27 @@ def disassemble(cubin: Path) -> str:
 
 def sass_loops(sass: str) -> list[Counter[str]]:
     """The instructions of every loop (a branch back), by opcode."""
+    return [Counter(filter(None, map(_sass_opcode, loop))) for loop in _loops(sass)]
+
+
+def sass_stores(sass: str) -> list[Counter[int]]:
+    """Of the same loops: how often a thread stores to memory, by the bytes that it stores at once."""
+    return [
+        Counter(
+            int(bits or 32) // 8 for bits in re.findall(r"\bSTG\.E(?:\.[A-Z]+\b)*(?:\.[US]?(\d+))?", "\n".join(loop))
+        )
+        for loop in _loops(sass)
+    ]
+
+
+def _loops(sass: str) -> list[list[str]]:
     lines = [line for line in sass.splitlines() if re.match(r"\s+/\*[0-9a-f]{4,}\*/|\.L_", line)]
     labels = {match[1]: i for i, line in enumerate(lines) if (match := re.match(r"(\.L_x_\d+):", line))}
     loops = []
     for i, line in enumerate(lines):
         match = re.search(r"\bBRA\S* (?:\S+, )?`\((\.L_x_\d+)\)", line)
         if match and labels.get(match[1], i) < i - 1:
-            loops.append(Counter(filter(None, map(_sass_opcode, lines[labels[match[1]] : i + 1]))))
+            loops.append(lines[labels[match[1]] : i + 1])
     return loops
 
 

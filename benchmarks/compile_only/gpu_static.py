@@ -185,12 +185,15 @@ def examine(target: str, shape: str, dtype: str, launch: Any, folder: Path) -> K
         if arguments.get("DEPENDENT"):
             asked = asked_besides(launch.name, arguments), launch.name in STREAMING
             problems += dependence_problems(ptx, asm.disassemble(cubin), *asked)
-        loops = asm.sass_loops(asm.disassemble(cubin)) if launch.name in MAY_FUSE else []
+        sass = asm.disassemble(cubin) if launch.name in MAY_FUSE else ""
+        loops = asm.sass_loops(sass)
         prompt = arguments.get("PROMPT", False)
         if launch.name == "_attend_kernel" and arguments["FMA"] and arguments["q_ptr"].size(0) <= MOST_DECODED:
             problems += position_problems(arguments["ROWS"], arguments["AT_ONCE"], loops)
         if launch.name == "_linear_residual_kernel" and arguments["FMA"] and not arguments["KIND"]:
             problems += norm_problems(8 if prompt else arguments["ROWS"], loops)
+        if launch.name == "_linear_residual_kernel":
+            problems += norm_store_problems(loops, asm.sass_stores(sass))
         if arguments.get("TILED"):
             problems += attention_tile_problems(asm.ptx_tile_loop(ptx), arguments, loops)
         loops = loops if launch.name in STREAMING else []
@@ -357,6 +360,17 @@ def norm_problems(rows: int, loops: list[Counter[str]]) -> list[str]:
     if len(loads) != 2:
         return [f"{len(loads)} loops of a norm, not 2"]
     return [f"a norm's loop loads {min(loads)} times before it computes, not {least}"] if min(loads) < least else []
+
+
+def norm_store_problems(loops: list[Counter[str]], stores: list[Counter[int]]) -> list[str]:
+    """Of the same norm's loop that scales and stores: 16 bytes a thread at once, and no thread waits for another."""
+    scaling = [(ops, widths) for ops, widths in zip(loops, stores, strict=True)
+               if widths and ops["FMUL"] + ops["FMUL2"] and ops["LDG"] and not ops["FFMA"]]  # fmt: skip
+    if not scaling:
+        return ["no loop of a norm that stores was found"]
+    problems = [f"a norm stores {width} bytes a thread at once, not 16" for _, widths in scaling
+                for width in widths if width != 16]  # fmt: skip
+    return problems + [f"{ops['BAR']} barriers in a norm's loop" for ops, _ in scaling if ops["BAR"]]
 
 
 def streamed_by_loop(loop: dict[str, int], arguments: dict[str, Any], bytes_of_warp: int) -> int:

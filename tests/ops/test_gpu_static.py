@@ -175,6 +175,33 @@ def test_a_norm_that_waits_for_each_load_is_seen():
     assert not gpu_static.norm_problems(8, [Counter(FFMA2=8, LDG=1), *(Counter(FMUL2=4, LDG=n) for n in (8, 12))])
 
 
+NORM_LOOP = """
+.L_x_3:
+        /*0000*/                   LDG.E.64.STRONG.GPU R4, desc[UR4][R2.64] ;
+        /*0010*/                   FMUL R5, R4, R5 ;
+        /*0020*/              @!P0 STG.E.128 desc[UR4][R2.64], R4 ;
+        /*0030*/               @P1 BRA `(.L_x_3) ;
+"""
+
+
+@pytest.mark.parametrize(
+    ("store", "problem"),
+    [
+        ("STG.E.128 desc[UR4][R2.64], R4", None),
+        ("STG.E desc[UR4][R2.64], R4", "a norm stores 4 bytes a thread at once, not 16"),
+        ("STG.E.64 desc[UR4][R2.64], R4", "a norm stores 8 bytes a thread at once, not 16"),
+        ("STG.E.U16 desc[UR4][R2.64], R4", "a norm stores 2 bytes a thread at once, not 16"),
+        ("STG.E.EF.64 desc[UR4][R2.64], R4", "a norm stores 8 bytes a thread at once, not 16"),
+        ("STG.E.128 [R2.64], R4 ;\n        /*0028*/ BAR.SYNC.DEFER_BLOCKING 0x0", "1 barriers in a norm's loop"),
+        ("NOP", "no loop of a norm that stores was found"),
+    ],
+)  # fmt: skip
+def test_a_norm_that_stores_few_bytes_at_once_or_waits_for_threads_is_seen(store, problem):
+    sass = NORM_LOOP.replace("STG.E.128 desc[UR4][R2.64], R4", store)
+    found = gpu_static.norm_store_problems(asm.sass_loops(sass), asm.sass_stores(sass))
+    assert found == ([] if problem is None else [problem])
+
+
 WAITS = """
 import sys
 sys.path[:0] = sys.argv[1:3]

@@ -10,6 +10,9 @@ import torch
 
 from layerskip_kernels import triton_ops
 from layerskip_kernels.ops import reference
+from layerskip_kernels.triton_ops.integer_rows import Rows
+from layerskip_kernels.triton_ops.out_residual import linear_residual
+from layerskip_kernels.triton_ops.rms_norm import from_segments
 from support.models import GPU
 from support.triton_arguments import DEVICE, assert_equal, attention_case, on_device, packed, random
 
@@ -56,7 +59,7 @@ def test_packing(dtype, inputs, outputs):
 
 
 @pytest.mark.parametrize("rows", ROWS)
-@pytest.mark.parametrize("size", [50, 300, *([2048] if GPU else [])])
+@pytest.mark.parametrize("size", [50, 300, 1088, *([2048, 8256] if GPU else [])])
 def test_rms_norm(dtype, rows, size):
     x, weight = random(rows, size, dtype=dtype), random(size, dtype=dtype)
     assert_equal(triton_ops.rms_norm(*on_device(x, weight), 1e-5), reference.rms_norm(x, weight, 1e-5))
@@ -71,6 +74,22 @@ def test_out_residual_and_down_residual(dtype, rows, bias):
     assert_equal(got, reference.out_residual(x, weight, added, residual))
     got = triton_ops.down_residual(*on_device(x, packed(weight), residual))
     assert_equal(got, reference.down_residual(x, weight, residual))
+
+
+@pytest.mark.parametrize("rows", range(1, 9))
+@pytest.mark.parametrize("size", [33, 128], ids=["segments filled up", "whole"])
+def test_a_residual_sum_and_the_norm_after_it(rows, size):
+    x, weight, hidden = (random(*s, dtype=torch.bfloat16, seed=rows) for s in ((rows, 100), (size, 100), (rows, size)))
+    norm, wo = random(size, dtype=torch.bfloat16), packed(weight)
+    got, next_x = hidden.to(DEVICE, copy=True), Rows(rows, size, (), torch.device(DEVICE))
+    arrivals = torch.zeros(1, dtype=torch.int32, device=DEVICE)
+    linear_residual(
+        Rows.of_numbers(x.to(DEVICE), wo), wo, None, got, rows, arrivals, norm.to(DEVICE), next_x, eps=1e-5
+    )  # fmt: skip
+    expected = reference.out_residual(x, weight, None, hidden)
+    assert_equal(got, expected)
+    assert_equal(from_segments(next_x.numbers, size, torch.bfloat16), reference.rms_norm(expected, norm, 1e-5))
+    assert not arrivals.any()
 
 
 @pytest.mark.parametrize("rows", ROWS)
