@@ -1,5 +1,6 @@
 """Tensors on their way to a GPU (tests/support/two_devices.py): hashed on the host, checked and quantised there."""
 
+import math
 import time
 import weakref
 from dataclasses import replace
@@ -7,6 +8,8 @@ from functools import partial
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from layerskip_kernels import Model, load_model, triton_ops
 from layerskip_kernels.model import finite, model, quantise, weight_files, weight_hash
@@ -17,6 +20,7 @@ from support.models import checkpoint, config
 from support.two_devices import DEVICE, OTHER, Copy, on_device
 
 Q = "model.layers.0.self_attn.q_proj.weight"
+SMALL_BYTES = 4096  # the norms, cos and sin, answers
 THERE = ("int8", "int15", "q8_0")  # are quantised on the device
 PARTS = dict(wq="self_attn.q_proj", wk="self_attn.k_proj", wv="self_attn.v_proj", wo="self_attn.o_proj",
              w_gate="mlp.gate_proj", w_up="mlp.up_proj", w_down="mlp.down_proj")  # fmt: skip
@@ -161,20 +165,73 @@ def test_a_scale_beyond_fp16_is_refused_late(two_devices, tmp_path, on_demand):
     assert len(seen.to_host()) == 2  # all answers, and this number
 
 
-@pytest.mark.parametrize("weights", [None, "int8", "q4_0"])
-def test_one_tensor_at_a_time_is_on_the_host(two_devices, tmp_path, monkeypatch, weights):
-    write_directory(tmp_path, tie_word_embeddings=False)
-    last = []
+class HostMemory(TorchDispatchMode):
+    """Bytes of tensors on the host, those of torch's functions on the way among them."""
+
+    def __init__(self):
+        super().__init__()
+        self.now, self.most, self._seen = 0, 0, set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if on_device(tensor):  # whose numbers are no memory of the host
+                self._note(tensor.numbers.untyped_storage(), 0)
+            elif isinstance(tensor, torch.Tensor) and tensor.device.type == "cpu":
+                self._note(tensor.untyped_storage(), tensor.untyped_storage().nbytes())
+        return result
+
+    def _note(self, storage, num_bytes):
+        if storage._cdata not in self._seen:
+            self._seen.add(storage._cdata)
+            self.now += num_bytes
+            self.most = max(self.most, self.now)
+            weakref.finalize(storage, self._freed, storage._cdata, num_bytes)
+
+    def _freed(self, which, num_bytes):
+        self._seen.remove(which)
+        self.now -= num_bytes
+
+
+@pytest.mark.parametrize(
+    ("weights", "dtype", "most"),
+    [
+        (None, None, 1.0),
+        ("int8", None, 1.0),
+        (None, torch.bfloat16, 1.5),  # what it is read as, and what it is turned into
+        ("q4_0", None, math.inf),  # is fitted on the host, some rows at a time, which takes more than these tensors
+    ],
+)
+def test_one_tensor_at_a_time_is_on_the_host(two_devices, tmp_path, monkeypatch, weights, dtype, most):
+    """And not twice, nor with what is made of it on the device: the largest is the peak."""
+    changes = dict(tie_word_embeddings=False, max_position_embeddings=16)
+    tensors = write_directory(tmp_path, **changes)
+    largest = max(tensor.nbytes for tensor in tensors.values())
+    memory, names = HostMemory(), []
 
     def read_tensor(entry, own=weight_files.read_tensor):
         until = time.monotonic() + 1.0  # a thread that has told the hash of a piece lets go of it a moment later
-        while last and last[-1]() is not None and time.monotonic() < until:
+        while memory.now > SMALL_BYTES and time.monotonic() < until:
             time.sleep(0.001)
-        assert not last or last[-1]() is None, f"something still holds the tensor before {entry.name}"
-        tensor = own(entry)
-        last.append(weakref.ref(tensor.untyped_storage()))
-        return tensor
+        assert memory.now <= SMALL_BYTES, f"something still holds the tensor before {entry.name}"
+        names.append(entry.name)
+        return own(entry)
 
     monkeypatch.setattr(weight_files, "read_tensor", read_tensor)
+    with memory:
+        load(tmp_path, dtype, weights=weights)
+    assert sorted(names) == sorted(tensors)
+    assert largest <= memory.most <= most * largest + SMALL_BYTES
+
+
+@pytest.mark.parametrize("weights", [None, "int8", "q4_0"])
+def test_large_weights_show_how_far_they_are(two_devices, tmp_path, monkeypatch, capsys, weights):
+    """As on the CPU: on stderr, and of a small model nothing."""
+    count = len(write_directory(tmp_path))
     load(tmp_path, weights=weights)
-    assert len(last) == len(random_tensors(HF_CONFIG | {"tie_word_embeddings": False}))
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(weight_files, "LARGE_BYTES", 1)
+    for backend, device in (("triton", "cuda:1"), ("cpu", None)):
+        load_model(tmp_path, backend=backend, device=device, weights=weights)
+        out, shown = capsys.readouterr()
+        assert out == "" and "Reading weights: 100%" in shown and f"{count}/{count}" in shown

@@ -356,7 +356,7 @@ class TwoDevices(TorchDispatchMode):
             self.copy(*args, **kwargs)
             return args[0]
         device, kwargs = kwargs.get("device"), dict(kwargs)
-        if device is not None:
+        if device is not None and torch.device(device).type != "meta":
             kwargs["device"] = HOST
         pinned = kwargs.get("pin_memory") and kwargs.pop("pin_memory")
         for tensor in tensors:
