@@ -76,6 +76,8 @@ class Program:
         self.threads, self.memory, self.arguments, self.counts = threads, memory, arguments, counts
         self.shared = np.full(max(16, shared), 0xFF, np.uint8)  # NaN, until it is written
         self.at_once = joined_loads(self.lines, set(self.labels.values()))
+        targets = [line.operands[0] for line in self.lines if line.operands and line.op[0] != "st"]
+        self.written = {name for target in targets for name in names(target)}
 
     def run(self, place: tuple[int, ...], grid: tuple[int, ...]) -> None:
         everyone = np.ones(self.threads, bool)
@@ -118,6 +120,8 @@ class Program:
             return value.astype(np.dtype(f"u{np.dtype(dtype).itemsize}")).view(dtype)
         if text.startswith("0f"):
             return np.full(self.threads, int(text[2:], 16), np.uint32).view(dtype)
+        if text.startswith("%r") and text not in self.written:  # half of a pair that nobody uses; NaN, if one did
+            return np.full(self.threads * np.dtype(dtype).itemsize, 0xFF, np.uint8).view(dtype)
         size = 8 * np.dtype(dtype).itemsize
         return np.full(self.threads, int(text, 0) % (1 << size), np.dtype(f"u{size // 8}")).view(dtype)
 

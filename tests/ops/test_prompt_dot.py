@@ -148,9 +148,28 @@ def test_the_compiled_tiles_of_quantised_weights_and_of_attention(tmp_path):
     assert attention["bits"] == {"attention": True} and attention["multiply_adds"] > 0
 
 
-def test_pairs_of_16_bits_are_added_apart(monkeypatch):
+@pytest.fixture
+def ptx_run(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks" / "compile_only"))
-    ptx_run = importlib.import_module("ptx_run")
+    return importlib.import_module("ptx_run")
+
+
+def test_half_of_a_pair_may_be_what_nobody_wrote(ptx_run):
+    """As LLVM leaves it where sm_100 multiplies two numbers at a time; what is written later is not that."""
+    pair = "mov.b32 %r1, 7; mov.b64 %rd1, {%r1, %r2}; mov.b64 {%r3, %r4}, %rd1;"
+
+    def run(ptx):
+        program = ptx_run.Program(f".entry pair() {{ {ptx} ret;", 2, 0, np.zeros(0, np.uint8), {}, ptx_run.Counts())
+        program.run((0, 0, 0), (1, 1, 1))
+        return program
+
+    program = run(pair)
+    assert program.read("%r3", np.int32).tolist() == [7, 7] and np.isnan(program.read("%r4", np.float32)).all()
+    with pytest.raises(ValueError, match="%r2"):
+        run(f"{pair} mov.b32 %r2, 1;")
+
+
+def test_pairs_of_16_bits_are_added_apart(ptx_run):
     program = ptx_run.Program(".entry add() { ret;", 2, 0, np.zeros(0, np.uint8), {}, ptx_run.Counts())
     words = np.array([[0x0001FFFF, 0x7FFF8000], [0x00010001, 0x00018000]], np.uint32)
     program.registers = dict(zip("ab", words, strict=True))
