@@ -2,7 +2,8 @@
 
 Triton's compiler and its interpreter exclude each other, so what compiles has a process of its own. The grid is trimmed
 to one GPU, the smallest model, the rows of decoding, drafting and verifying, one step of quantised weights, and what
-draws tokens: two minutes. `make gpu-static` compiles for all GPUs at the shapes of all models.
+draws tokens: two minutes; a step or two for each other GPU: one more. `make gpu-static` compiles for all GPUs at the
+shapes of all models.
 """
 
 import importlib.util
@@ -22,6 +23,8 @@ ROOT = Path(__file__).parents[2]
 HARNESS = ROOT / "benchmarks" / "compile_only"
 CASES = ["bf16,dependent,1", "bf16,decode,1", "bf16,draft,1", "bf16,verify,7", "bf16,prompt,64"]
 CASES += ["q4_k_m,verify,7", "q4_k_m,dependent,1", "fp32,sampling,7"]
+# AMD's GPUs multiply integers by instructions of their own.
+OF_OTHERS = {"sm_80": ["bf16,decode,1"], "sm_100": ["bf16,decode,1"], "gfx942": ["bf16,decode,1", "int8,verify,1"]}
 
 
 def load(name):
@@ -38,23 +41,34 @@ asm, gpu_static = load("gpu_assembly"), load("gpu_static")
 # ---- what the steps compile to ----
 
 
-@pytest.fixture(scope="session")
-def report(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("gpu_static")
-    cases = [option for case in CASES for option in ("--case", f"llama3.2-1b,{case}")]
-    command = [
-        sys.executable,
-        HARNESS / "gpu_static.py",
-        "--target",
-        "sm_90",
-        *cases,
-        "--json",
-        folder / "r.json",
-    ]
+def compiled(folder, target, cases):
+    options = [option for case in cases for option in ("--case", f"llama3.2-1b,{case}")]
+    command = [sys.executable, HARNESS / "gpu_static.py", "--target", target, *options, "--json", folder / "r.json"]
     environment = os.environ | {"TRITON_CACHE_DIR": str(folder / "cache"), "PYTHONPATH": str(ROOT)}
     result = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stdout + result.stderr
     return json.loads((folder / "r.json").read_text())
+
+
+@pytest.fixture(scope="session")
+def report(tmp_path_factory):
+    return compiled(tmp_path_factory.mktemp("gpu_static"), "sm_90", CASES)
+
+
+@pytest.mark.parametrize("target", OF_OTHERS)
+def test_steps_of_other_gpus(target, tmp_path):
+    """Each of their kernels was read, and is as it must."""
+    found = compiled(tmp_path, target, OF_OTHERS[target])
+    assert [f"{s['target']},{s['dtype']},{s['kind']},{s['rows']}" for s in found["steps"]] == [
+        f"{target},{case}" for case in OF_OTHERS[target]
+    ]
+    for step in found["steps"]:
+        kernels = [kernel for kernel in found["kernels"] if kernel["dtype"] == step["dtype"]]
+        streaming = [kernel for kernel in kernels if kernel["name"] in gpu_static.STREAMING]
+        assert {kernel["name"] for kernel in streaming} == set(gpu_static.STREAMING)
+        assert all(set(kernel["widths"]) == {"16"} for kernel in streaming)
+        assert "_attend_kernel" in {kernel["name"] for kernel in found["kernels"]}
+    assert not [entry for entry in (*found["kernels"], *found["steps"]) if entry["problems"]]
 
 
 def test_every_kernel_of_the_steps_was_read(report):
