@@ -9,6 +9,7 @@ import torch
 from layerskip_kernels import Engine, GenerationConfig, PagedKVCache, generate, load_model
 from layerskip_kernels.triton_ops import launch
 from support.families import transformers_model
+from support.generations import KEEP, drafts_accepted, same_bits
 from support.models import DTYPES, GPU, SMALL, agreeing_model, random_tokens, tiny_model
 from support.prompt_tiles import count_integer_tiles, count_tiles
 
@@ -83,3 +84,15 @@ def test_on_a_device_beside_another_request(two_devices, tiles):
     assert device == cpu
     assert sum(found.accepted for found in generations[0]) > 0
     assert tiles[1] == tiles[2] >= 2 * 2 * 2  # two layers, two products, two chunks at least
+
+
+def test_a_prompt_of_several_chunks_on_a_device(two_devices, tiles):
+    """300 tokens: two passes of at most 256 rows, and two chunks of attention."""
+    prompt, sizes = random_tokens(300, seed=4), dict(SMALL, hidden_size=16, head_dim=16, num_layers=2)
+    config = GenerationConfig(exit_layer=1, num_speculations=2, max_new_tokens=4, eos_token_ids=(), **KEEP)
+    device, cpu = (
+        generate(agreeing_model(backend=backend, **sizes), [prompt], config) for backend in ("triton", "cpu")
+    )
+    assert all(map(same_bits, device, cpu)) and drafts_accepted(device) > 0
+    assert [(g.drafted, g.accepted) for g in device] == [(g.drafted, g.accepted) for g in cpu]
+    assert tiles == {1: 2 * 2 * 2, 2: 2 * 2 * 2}  # two layers, two products, two chunks
