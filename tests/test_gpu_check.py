@@ -159,6 +159,7 @@ def test_the_package_reads_what_was_tuned(tmp_path, monkeypatch):
     file = tmp_path / "tuned.json"
     ahead = {"1": 16, "2": 1, "4": 2, "8": 4}
     said = {"A GPU": {"linear": {"columns": 16, "ahead": ahead, "prompt": [32, 64, 4], "dependent": True}}}
+    said["a third"] = {"out_residual": {"columns": 16, "ahead": ahead, "split": True}}
     file.write_text(json.dumps(said))
     monkeypatch.setenv("LAYERSKIP_TRITON_TUNED", str(file))
     weight = torch.empty(2, 32, 8, 16, 8, dtype=torch.bfloat16)
@@ -170,6 +171,10 @@ def test_the_package_reads_what_was_tuned(tmp_path, monkeypatch):
         assert launch.streaming("linear", 40, 1, 2048, weight)["ROWS"] == prompt
         assert tuned.config_of("linear").dependent == (gpu == "A GPU")
         assert tuned.config_of("out_residual") == tuned.DEFAULTS["out_residual"]
+    for gpu, split in (("another", False), ("a third", True)):
+        monkeypatch.setattr(tuned, "_gpu", lambda gpu=gpu: gpu)
+        assert [launch.is_split(rows, weight) for rows in (1, 31, 32)] == [split, split, False]
+        assert not launch.is_split(1, torch.empty(2, 8, 512, dtype=torch.uint8))
 
 
 @pytest.mark.parametrize(("backend", "arch", "depends"), [("cuda", 90, True), ("cuda", 80, False), ("hip", 0, False)])
@@ -203,6 +208,8 @@ def test_kernels_of_few_rows_alone_begin_early(monkeypatch, backend, arch, depen
         {"A GPU": {"linear": {"columns": 16, "ahead": {"1": 1}}}},
         {"A GPU": {"linear": {"columns": 16, "ahead": dict.fromkeys("1248", 1), "prompt": [48, 64, 4]}}},
         {"A GPU": {"linear": {"columns": 16, "ahead": dict.fromkeys("1248", 1), "dependent": 1}}},
+        {"A GPU": {"out_residual": {"columns": 16, "ahead": dict.fromkeys("1248", 1), "split": 1}}},
+        {"A GPU": {"linear": {"columns": 16, "ahead": dict.fromkeys("1248", 1), "split": True}}},
         {"A GPU": {"norm_head_argmax": {"columns": 16, "ahead": dict.fromkeys("1248", 1), "prompt": [64, 64, 4]}}},
     ],
 )  # fmt: skip

@@ -285,10 +285,10 @@ def _tree8(partials):
 
 
 @device_function
-def packed_offsets(n, steps, C: tl.constexpr):
-    """Where column n of a packed weight begins (triton_ops/packing.py), plus its segments and its first eight k.
+def packed_offsets(n, steps, C: tl.constexpr, OF: tl.constexpr = 8):
+    """Where column n of a packed weight begins (triton_ops/packing.py), plus its first OF segments and eight k.
 
-    n int32 [C], inside the padded columns -> int64 [8, 8 C]. The threads of a warp are to hold columns of one segment:
+    n int32 [C], inside the padded columns -> int64 [OF, 8 C]. The threads of a warp are to hold columns of one segment:
     they share their x, and their weights are neighbours. Triton lays threads along the most contiguous dimension first,
     so columns and k are one dimension. Eight of it lie together, whatever the columns are; `make gpu-static` checks the
     layout which comes of it.
@@ -296,7 +296,7 @@ def packed_offsets(n, steps, C: tl.constexpr):
     column = (n // 16).to(tl.int64) * (steps * 1024) + n % 16 * 8
     places = tl.reshape(column[:, None] + tl.arange(0, 8)[None, :], [8 * C])
     places = tl.multiple_of(tl.max_contiguous(places, 8), 8)
-    return (tl.arange(0, 8) * 128)[:, None] + places[None, :]
+    return (tl.arange(0, OF) * 128)[:, None] + places[None, :]
 
 
 @device_function
@@ -310,9 +310,11 @@ def wait_for_kernel_ahead():
 def dot(
     x_ptrs, w_ptrs, steps,
     ROWS: tl.constexpr, TILES: tl.constexpr, C: tl.constexpr, AHEAD: tl.constexpr, EVEN: tl.constexpr,
-    FMA: tl.constexpr, DEPENDENT: tl.constexpr,
+    FMA: tl.constexpr, DEPENDENT: tl.constexpr, OF: tl.constexpr = 8,
 ):  # fmt: skip
     """Rule 1 for ROWS rows and TILES times C columns: a tuple of fp32 [C], tile by tile, row by row.
+
+    OF: segments, 8, or 2 adjacent ones, whose sum is one of the first four of rule 1's tree; pointers are to the first.
 
     x_ptrs: a tuple of ROWS pointers, each to a row of fp32 [8, steps * 8] (the segments, filled up with zeros);
     w_ptrs: a tuple of TILES times [8, 8 C], packed_offsets of the columns. A thread holds a segment of one column of
@@ -322,8 +324,8 @@ def dot(
     DEPENDENT: the program may have begun before the kernel ahead of it was done. The first weights, which no kernel
     writes, are asked for; then it waits until all that was written is there, and lets the kernel behind it begin.
     """
-    x_offs = tl.arange(0, 8)[:, None, None] * (steps * 8) + tl.arange(0, 8)[None, None, :]
-    sums = (tl.zeros([8, C], tl.float32),) * (TILES * ROWS)
+    x_offs = tl.arange(0, OF)[:, None, None] * (steps * 8) + tl.arange(0, 8)[None, None, :]
+    sums = (tl.zeros([OF, C], tl.float32),) * (TILES * ROWS)
     waiting = ()
     for i in tl.static_range(AHEAD):
         for t in tl.static_range(TILES):
@@ -342,19 +344,22 @@ def dot(
                     xs = xs + (_split8(tl.load(x_ptrs[r] + x_offs + step * 8, mask=step < steps, other=0.0)),)
             new_sums = ()
             for t in tl.static_range(TILES):
-                w = _split8(tl.reshape(waiting[i * TILES + t], [8, C, 8]).to(tl.float32))
+                w = _split8(tl.reshape(waiting[i * TILES + t], [OF, C, 8]).to(tl.float32))
                 still_waiting = still_waiting + (_load_step(w_ptrs[t], step + AHEAD, steps, EVEN),)
                 for r in tl.static_range(ROWS):
                     x = xs[r]
                     sum_ = sums[t * ROWS + r]
                     for k in tl.static_range(8):
-                        sum_ = multiply_add(tl.broadcast_to(x[k], [8, C]), w[k], sum_, FMA)
+                        sum_ = multiply_add(tl.broadcast_to(x[k], [OF, C]), w[k], sum_, FMA)
                     new_sums = new_sums + (sum_,)
             sums = new_sums
         waiting = still_waiting
     y = ()
     for i in tl.static_range(TILES * ROWS):
-        y = y + (_tree8(tl.trans(sums[i])),)
+        if OF == 8:
+            y = y + (_tree8(tl.trans(sums[i])),)
+        else:
+            y = y + (tl.reshape(_add_pairs(tl.trans(sums[i])), [C]),)
     return y
 
 

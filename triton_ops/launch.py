@@ -14,13 +14,16 @@ from .tuned import config_of
 
 __all__ = [
     "OPTIONS",
+    "SPLIT",
     "begun_early",
     "blocks",
     "columns_of",
     "exact_products",
     "is_quantised",
+    "is_split",
     "norm_layout",
     "rows_per_program",
+    "split_memory",
     "streaming",
     "wide_dots_are_chains",
 ]
@@ -33,6 +36,7 @@ MAX_ROWS = 8  # rows that share a program's weights; more make more programs, wh
 MAX_INTEGER_ROWS = 16  # the same where weights are quantised: up to so many cost what one costs
 PROMPT_ROWS = 32  # from so many on, tiles of rows and columns are multiplied (prompt_dot.py, integer_tiles.py)
 INTEGER_TILES = ((32, 64), (64, 128))  # rows and columns of a tile of quantised weights, by rows
+SPLIT = 4  # programs that share a tile's columns where the segments of rule 1 are split over programs, two for each
 if INTERPRETED:
     INTEGER_TILES = ((32, 32), (64, 32))
 
@@ -103,6 +107,24 @@ def begun_early(dependent: bool) -> dict[str, bool]:
 def norm_layout(size: int, warps: int) -> dict[str, Any]:
     """What contract.norm_rows has to know, of rows of so many numbers, in a program of so many warps."""
     return {"THREADS": warps * threads_per_warp(), "WHOLE": size % (8 * SEGMENTS) == 0}
+
+
+def is_split(num_rows: int, weight: Tensor) -> bool:
+    """Whether the output projection's kernel splits segments over programs: of few rows, where tuned.Config says so."""
+    return config_of("out_residual").split and num_rows < PROMPT_ROWS and not is_quantised(weight)
+
+
+def split_memory(num_rows: int, size: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """For up to so many rows of ``size`` columns: the counters of the output projection's kernel, int32, all 0, of
+    groups of rows and then of tiles; and partial sums, fp32, or None where no segments are split."""
+    config, most = config_of("out_residual"), min(num_rows, PROMPT_ROWS - 1)
+    if not config.split:
+        return torch.zeros(num_rows, dtype=torch.int32, device=device), None
+    rows = rows_per_program(most)
+    groups, tiles = blocks(most, rows), blocks(size, SPLIT * config.columns)
+    counters = max(num_rows, groups * (1 + tiles))
+    partials = torch.empty(groups * tiles * rows * SPLIT * SPLIT * config.columns, device=device)
+    return torch.zeros(counters, dtype=torch.int32, device=device), partials
 
 
 def needs_all_registers(op: str, rows: int, dtype: torch.dtype) -> bool:

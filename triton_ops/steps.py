@@ -128,8 +128,8 @@ def raise_rows(
                 linear_residual(
                     x=rows.attention, weight=w.wo, bias=w.out_bias, hidden=rows.hidden, num_rows=joined,
                     arrivals=rows.arrivals, next_norm=w.mlp_norm, next_x=rows.x, post_norm=w.attn_post_norm,
-                    projected=rows.projected, multiplier=sizes.residual_multiplier,
-                    eps=sizes.eps, norm_offset=sizes.norm_offset,
+                    projected=rows.projected, partials=rows.partials,
+                    multiplier=sizes.residual_multiplier, eps=sizes.eps, norm_offset=sizes.norm_offset,
                 )  # fmt: skip
             gate_up_act(
                 x=rows.x, w_gate=w.w_gate, w_up=w.w_up, hidden=rows.hidden, activation=rows.activation,
@@ -142,8 +142,8 @@ def raise_rows(
                 x=rows.activation, weight=w.w_down, bias=w.down_bias, hidden=rows.hidden, num_rows=joined,
                 arrivals=rows.arrivals, next_norm=weights.final_norm if last else weights.layers[layer + 1].first_norm,
                 next_x=rows.x, slots=rows.slots if kept else None, hidden_cache=cache.hidden if kept else None,
-                post_norm=w.mlp_post_norm, projected=rows.projected, multiplier=sizes.residual_multiplier,
-                eps=sizes.eps, norm_offset=sizes.norm_offset,
+                post_norm=w.mlp_post_norm, projected=rows.projected, partials=rows.partials,
+                multiplier=sizes.residual_multiplier, eps=sizes.eps, norm_offset=sizes.norm_offset,
             )  # fmt: skip
 
 

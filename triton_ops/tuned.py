@@ -2,7 +2,7 @@
 
 No choice changes a bit. What `make gpu-check` found fastest on a GPU is in tuned.json beside this file, or in the file
 that LAYERSKIP_TRITON_TUNED names: {GPU: {op: {"columns": 16, "ahead": {"1": 8, ...}, "prompt": [64, 64, 4],
-"dependent": true}}}. What it does not say is as in DEFAULTS.
+"dependent": true, "split": true}}}. What it does not say is as in DEFAULTS.
 """
 
 from __future__ import annotations
@@ -31,12 +31,14 @@ class Config:
     """``columns`` of a tile; ``ahead``: by the rows of a program, how many steps of 16-bit weights are on their way
     while one is used (half as many of fp32 weights). ``prompt``: one of PROMPTS, for the ops that have tiles.
     ``dependent``: a kernel of few rows asks for its first weights while the kernel ahead of it runs (contract.dot,
-    integer_dot), on GPUs that can; off until it is measured to be faster."""
+    integer_dot), on GPUs that can; off until it is measured to be faster. ``split``: a program of out_residual of few
+    rows has two of rule 1's eight segments of four times the columns; off for the same reason."""
 
     columns: int
     ahead: dict[int, int]
     prompt: tuple[int, int, int] | None = None
     dependent: bool = False
+    split: bool = False
 
 
 DEFAULTS = {
@@ -77,14 +79,15 @@ def _config(op: str, values: dict[str, Any]) -> Config:
     default = DEFAULTS[op].prompt if op in DEFAULTS else None
     prompt: Any = tuple(values["prompt"]) if "prompt" in values else default
     ahead = {int(rows): ahead for rows, ahead in values["ahead"].items()}
-    config = Config(values["columns"], ahead, prompt, values.get("dependent", False))
+    config = Config(values["columns"], ahead, prompt, values.get("dependent", False), values.get("split", False))
     valid = op in DEFAULTS and config.columns in COLUMNS and set(config.ahead) == set(ROWS)
     valid = valid and (prompt is None if default is None else prompt in PROMPTS)
-    valid = valid and isinstance(config.dependent, bool)
+    valid = valid and isinstance(config.dependent, bool) and isinstance(config.split, bool)
+    valid = valid and (op == "out_residual" or not config.split)
     if not valid or not set(config.ahead.values()) <= set(AHEADS):
         raise ValueError(
             f"{op!r} is {values}; it must be one of {', '.join(DEFAULTS)}, with columns of {COLUMNS} and, for each of "
             f"{ROWS} rows, one of {AHEADS} steps ahead, and (but for the head) for prompts one of {PROMPTS}; "
-            "dependent is true or false"
+            "dependent is true or false, and so is, for out_residual, split"
         )
     return config

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .integer_rows import Rows
+from .launch import split_memory
 from .paged_attention import AttentionScratch, ScratchMemory
 from .row_maps import MoveKind
 
@@ -46,7 +47,7 @@ class Buffers:
         self.x, self.attention, self.activation = (
             Rows(num_rows, width, forms, device) for width, forms in zip(widths, sizes.forms, strict=True)
         )
-        self.arrivals = torch.zeros(num_rows, dtype=torch.int32, device=device)
+        self.arrivals, self.partials = split_memory(num_rows, sizes.hidden_size, device)
 
 
 class Workspace:

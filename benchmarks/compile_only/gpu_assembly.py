@@ -288,21 +288,22 @@ class WeightLoad:
 
 
 def weight_layout(ttgir: str) -> WeightLoad:
-    """The loads of tiles [8, 8 C] (contract.packed_offsets): those of norms, which may be as large, read
-    past the first-level cache. Raises ValueError unless all have one layout."""
+    """The loads of tiles [8, 8 C], or of two segments (contract.packed_offsets): those of norms, which may be as large,
+    name a cache. Raises ValueError unless all have one layout."""
     loads = set(re.findall(
         r"(?:tt\.load|buffer_load) (?!.*cache_?[mM]odifier = c).*: (?:!tt\.ptr<\w+> -> )?"
-        r"tensor<8x(\d\d+)x(?:!tt\.ptr<)?b?f(16|32)>?, (#blocked\d*)>", ttgir,
+        r"tensor<([28])x(\d\d+)x(?:!tt\.ptr<)?b?f(16|32)>?, (#blocked\d*)>", ttgir,
     ))  # fmt: skip
     if len(loads) != 1:
         raise ValueError(f"weight loads of {len(loads)} kinds: {sorted(loads)}")
-    numbers, bits, name = loads.pop()
+    segments, numbers, bits, name = loads.pop()
     found = re.search(rf"^{name} = #ttg\.blocked<{{(.*)}}>", ttgir, re.MULTILINE)
     if not found:
         raise ValueError(f"no layout {name}")
     layout = {key: [int(n) for n in values.split(", ")] for key, values in re.findall(r"(\w+) = \[(.*?)\]", found[1])}
     each, lanes, warps = layout["sizePerThread"], layout["threadsPerWarp"], layout["warpsPerCTA"]
-    times = prod(-(-size // prod(part)) for size, *part in zip((8, int(numbers)), each, lanes, warps, strict=True))
+    tile = int(segments), int(numbers)
+    times = prod(-(-size // prod(part)) for size, *part in zip(tile, each, lanes, warps, strict=True))
     size = int(bits) // 8
     places = [
         (lane * each[0] + i, other * each[1] + j)

@@ -114,10 +114,10 @@ def recording(launches: list[Launch]) -> Iterator[None]:
 
 
 @contextmanager
-def dependent_launches() -> Iterator[None]:
-    """Kernels are launched as tuned.Config says of ``dependent``."""
+def configured(**said: Any) -> Iterator[None]:
+    """Kernels are launched as tuned.Config says of these settings."""
     original = launching.config_of
-    launching.config_of = lambda op: replace(original(op), dependent=True)
+    launching.config_of = lambda op: replace(original(op), **said)
     try:
         yield
     finally:

@@ -16,7 +16,6 @@ import os
 import sys
 import tempfile
 from collections import Counter
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,8 @@ STEPS = (("decode", 1), ("draft", 1), ("verify", 7))
 CHUNK = 256  # rows of a prompt that go through the layers at once
 PROMPTS = ("bf16", "fp32", "int8", "int15", "q8_0", "q4_0", "q4_k_m")  # whose prompts docs/performance.md counts
 COUNTED = (("decode", 4), ("decode", 8), ("decode", 16))
-Case = tuple[str, str, str, int]  # shape, dtype, kind of step ("dependent": a verification so launched), rows
+Case = tuple[str, str, str, int]  # shape, dtype, kind of step (one of CONFIGURED: a verification so launched), rows
+CONFIGURED = ("dependent", "split")
 LATENCY = 0.7e-6  # seconds from a load to its data in a busy memory system: assumed, not measured
 TOLERANCE = 0.02  # bytes of a step beside the count on paper
 MAX_PER_LAYER, MAX_BESIDES = 6, 4
@@ -478,12 +478,12 @@ def check_target(job: tuple[str, list[Case]]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         for number, (shape, dtype, kind, rows) in enumerate(cases, 1):
             print(f"{target}, {number} of {len(cases)}: {shape} {dtype} {kind}, {rows} rows", file=sys.stderr)
-            depends = kind == "dependent"
-            step = gpu_compile.Step("verify" if depends else kind, rows)
+            said = {kind: True} if kind in CONFIGURED else {}
+            step = gpu_compile.Step("verify" if said else kind, rows)
             if kind == "sampling":
                 launches = gpu_compile.record_sampling(CONFIGS[shape], rows)
             else:
-                with gpu_compile.dependent_launches() if depends else nullcontext():
+                with gpu_compile.configured(**said):
                     launches = gpu_compile.record(CONFIGS[shape], dtype, step)
             work = Counter[str]()
             for launch in launches:
@@ -510,6 +510,7 @@ def whole_grid(target: str) -> list[Case]:
     cases = [(shape, "bf16", kind, rows) for shape in SHAPES for kind, rows in (*STEPS, *counted)]
     cases += [("llama3.2-1b", dtype, "verify", rows) for dtype in ("fp16", "fp32") for rows in (1, 7)]
     cases += [("llama3.2-1b", "fp32", "sampling", 7)]
+    cases += [("llama3.2-1b", dtype, "split", rows) for dtype in ("bf16", "fp32") for rows in (1, 7)]
     if target in DEPENDENT:
         cases += [("llama3.2-1b", numbers, "dependent", rows) for numbers, rows in MAY_DEPEND]
     cases += [("llama3.2-1b", "q4_k_m", kind, rows) for kind, rows in (*STEPS, ("verify", 16))]

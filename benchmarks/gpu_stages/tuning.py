@@ -34,14 +34,14 @@ SHAPES = {"out_residual": (4096, 14336), "norm_gate_up_act": (14336, 4096), "nor
 HEAD, PAGE = (8, 4) if REHEARSING else (128, 16)
 KERNELS = {"out_residual": "_linear_residual_kernel", "norm_gate_up_act": "_gate_up_act_kernel",
            "norm_qkv_rope_append": "_qkv_rope_append_kernel", "norm_head_argmax": "_head_kernel"}  # fmt: skip
-OPS = ("norm_qkv_rope_append",) if REHEARSING else tuple(KERNELS)
+OPS = ("norm_qkv_rope_append", "out_residual") if REHEARSING else tuple(KERNELS)
 ROWS = (1,) if REHEARSING else (1, 8, 4, 2)
 COLUMNS, AHEADS = ((16, 32), (4,)) if REHEARSING else (tuned.COLUMNS, (2, 4, 8, 16))
 WORKERS = 14
 PROMPT = 40 if REHEARSING else 256  # rows of a prompt that go through the layers at once
 PROMPTS = tuned.PROMPTS[:2] if REHEARSING else tuned.PROMPTS
 LAYERS, DEPENDENT_ROUNDS = (2, 1) if REHEARSING else (8, 7)
-LEAST_GAIN = 0.01  # of a step's time, for which kernels depend on one another
+LEAST_GAIN = 0.01  # of the time, for which kernels depend on one another, or segments are split over programs
 Choice = tuple[str, int, int, int]  # op, columns, rows, ahead
 
 
@@ -157,6 +157,23 @@ def timed_prompts(stage: Stage, op: str) -> dict[tuple[int, int, int], float]:
     return times
 
 
+def timed_split(op: str, config: Config) -> dict[str, dict[str, float]]:
+    """Milliseconds of the op, launched so, whose programs have all segments of their columns ("off"), or two of four
+    times the columns ("on"), by rows. Raises StageError where the bits differ."""
+    times: dict[str, dict[str, float]] = {}
+    for rows in ROWS:
+        run = operation(op, rows)
+        results = []
+        of_rows = times[f"{rows} rows"] = {}
+        for way in ("off", "on"):
+            choose_config(op, replace(config, split=way == "on"))
+            results.append(run())
+            of_rows[way] = round(kernel_ms(op, run), 5)
+        if not torch.equal(*results):
+            raise StageError(f"{op}: segments split over programs gave other bits, {rows} rows")
+    return times
+
+
 def timed_dependence(weights: str | None) -> dict[str, dict[str, float]]:
     """Milliseconds of steps of a few layers whose kernels begin when the one ahead is done ("off"), or before ("on").
 
@@ -230,6 +247,11 @@ def run(stage: Stage) -> None:
             configs[op] = found
             if prompts:
                 configs[op]["prompt"] = min(prompts, key=lambda tile: prompts[tile])
+            if op == "out_residual":
+                ahead = {int(rows): steps for rows, steps in found["ahead"].items()}
+                split = timed_split(op, replace(DEFAULTS[op], columns=found["columns"], ahead=ahead))
+                configs[op]["split"] = pays(split)
+                stage.note(split=split)
             write_all(folder, gpu, configs)
         stage.note(gpu=gpu, times=rows_of_table, fastest=configs)
     if stage.left() > 40:

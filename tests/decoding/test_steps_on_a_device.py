@@ -1,6 +1,7 @@
 """The steps where the backend's tensors are on another device than the host's (tests/support/two_devices.py)."""
 
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from layerskip_kernels.decoding.exits import each_exit
 from layerskip_kernels.operands import PendingRows
 from layerskip_kernels.ops import cache_ops, staging
 from layerskip_kernels.ops.triton import TritonOps
-from layerskip_kernels.triton_ops import graphs, workspace
+from layerskip_kernels.triton_ops import graphs, launch, tuned, workspace
 from support.exit_adapters import random_adapter
 from support.models import SMALL, agreeing_model, random_tokens, tiny_model
 from support.two_devices import DEVICE, Copy, on_device
@@ -376,8 +377,9 @@ def test_a_failed_capture_leaves_steps_that_run(two_devices):
     assert two_devices.capture_error_mode == "thread_local"
 
 
-def test_aborted_launches_do_not_spoil_later_ones(two_devices):
-    """Arrival counters that an aborted launch left standing: the norms after it are there all the same."""
+@pytest.mark.parametrize("split", [False, True], ids=["whole trees", "split"])
+def test_aborted_launches_do_not_spoil_later_ones(two_devices, split):
+    """Arrival counters that an aborted launch left standing: the sums and norms after it are there all the same."""
 
     def run(model):
         cache, sequences = prefilled(model, PROMPTS[:1])
@@ -399,8 +401,9 @@ def test_aborted_launches_do_not_spoil_later_ones(two_devices):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(graphs.VerifyPass, "__init__", noting)
+        patch.setattr(launch, "config_of", lambda op: replace(tuned.config_of(op), split=split))
         device = run(agreeing_model(backend="triton", **TWO_LAYERS))
-    assert moves
+    assert moves and all((move.buffers.partials is not None) == split for move in moves)
     moves.clear()
     assert same_bits(device, run(agreeing_model(**TWO_LAYERS)))
 

@@ -466,6 +466,13 @@ def test_a_warps_weight_load(version, each, lanes, warps, dtype, expected):
     assert bool(problems) == (expected[0] != 16 or not expected[3])
 
 
+def test_a_warps_load_of_two_segments():
+    load, pointer, element = (text.replace("{}", "bf16") for text in LOADS["nvidia"])
+    text = LAYOUT.format(each=8, lanes="1, 32", warps="2, 2", load=load, pointer=pointer, element=element)
+    found = asm.weight_layout(text.replace("tensor<8x128x", "tensor<2x512x"))
+    assert (found.bytes_at_once, found.bytes_of_thread, found.sector_use, found.columns_first) == (16, 16, 1.0, True)
+
+
 AMD = """
 	.amdhsa_float_denorm_mode_32 3
 	v_div_scale_f32 v1, vcc, v2, v3, v2

@@ -4,12 +4,14 @@ Sizes are tiny where kernels are interpreted, one NumPy call for each operation;
 """
 
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 
 from layerskip_kernels import triton_ops
 from layerskip_kernels.ops import reference
+from layerskip_kernels.triton_ops import launch, tuned
 from layerskip_kernels.triton_ops.integer_rows import Rows
 from layerskip_kernels.triton_ops.out_residual import linear_residual
 from layerskip_kernels.triton_ops.rms_norm import from_segments
@@ -76,20 +78,43 @@ def test_out_residual_and_down_residual(dtype, rows, bias):
     assert_equal(got, reference.down_residual(x, weight, residual))
 
 
-@pytest.mark.parametrize("rows", range(1, 9))
-@pytest.mark.parametrize("size", [33, 128], ids=["segments filled up", "whole"])
-def test_a_residual_sum_and_the_norm_after_it(rows, size):
-    x, weight, hidden = (random(*s, dtype=torch.bfloat16, seed=rows) for s in ((rows, 100), (size, 100), (rows, size)))
-    norm, wo = random(size, dtype=torch.bfloat16), packed(weight)
+@pytest.fixture(params=[False, True], ids=["whole tree", "split"])
+def programs_of_tiles(request, monkeypatch):
+    """How many programs have a tile of the output projection: as configured, and as launched, one after the other."""
+    monkeypatch.setattr(launch, "config_of", lambda op: replace(tuned.config_of(op), split=request.param))
+    launched = []
+    out_residual = sys.modules[linear_residual.__module__]
+
+    class Kernel:
+        def __getitem__(self, grid, kernel=out_residual._linear_residual_kernel):
+            def run(**arguments):
+                launched.append(grid[1] // -(-arguments["N"] // arguments["C"]))
+                kernel[grid](**arguments)
+
+            return run
+
+    monkeypatch.setattr(out_residual, "_linear_residual_kernel", Kernel())
+    return 4 if request.param else 1, launched
+
+
+@pytest.mark.parametrize("rows", [*range(1, 9), 17])
+@pytest.mark.parametrize(("size", "bias"), [(33, True), (128, False)], ids=["segments filled up", "whole"])
+def test_a_residual_sum_and_the_norm_after_it(programs_of_tiles, dtype, rows, size, bias):
+    expected_programs, launched = programs_of_tiles
+    x, weight, hidden = (random(*s, dtype=dtype, seed=rows) for s in ((rows, 100), (size, 100), (rows, size)))
+    norm, wo, added = random(size, dtype=dtype), packed(weight), random(size, dtype=dtype) if bias else None
     got, next_x = hidden.to(DEVICE, copy=True), Rows(rows, size, (), torch.device(DEVICE))
-    arrivals = torch.zeros(1, dtype=torch.int32, device=DEVICE)
+    arrivals, partials = launch.split_memory(rows, size, torch.device(DEVICE))
     linear_residual(
-        Rows.of_numbers(x.to(DEVICE), wo), wo, None, got, rows, arrivals, norm.to(DEVICE), next_x, eps=1e-5
+        Rows.of_numbers(x.to(DEVICE), wo), wo, *on_device(added), got, rows, arrivals, norm.to(DEVICE), next_x,
+        eps=1e-5, partials=partials,
     )  # fmt: skip
-    expected = reference.out_residual(x, weight, None, hidden)
+    expected = reference.out_residual(x, weight, added, hidden)
     assert_equal(got, expected)
-    assert_equal(from_segments(next_x.numbers, size, torch.bfloat16), reference.rms_norm(expected, norm, 1e-5))
-    assert not arrivals.any()
+    assert_equal(from_segments(next_x.numbers, size, dtype), reference.rms_norm(expected, norm, 1e-5))
+    assert not arrivals.any() and launched == [expected_programs]
+    assert_equal(triton_ops.out_residual(*on_device(x, wo, added, hidden)), expected)  # without a norm
+    assert launched == 2 * [expected_programs]
 
 
 @pytest.mark.parametrize("rows", ROWS)
