@@ -161,8 +161,16 @@ def test_cancelled_while_its_pages_are_in_a_file(tmp_path):
 # ---- interrupts ----
 
 
+@pytest.fixture
+def interruptible():
+    """A process that was started in the background may ignore Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("place", ["commit", "_publish"])
-def test_ctrl_c_between_what_belongs_together(place):
+def test_ctrl_c_between_what_belongs_together(interruptible, place):
     """While the cache keeps what was accepted, before or after it does: the requests still get it."""
     model, prompts = tiny_model(), [random_tokens(20), random_tokens(9, seed=1)]
     config = GenerationConfig(exit_layer=2, max_new_tokens=30, **KEEP)
