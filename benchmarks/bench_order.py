@@ -10,7 +10,6 @@ import ctypes
 import os
 import subprocess
 import tempfile
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -36,7 +35,6 @@ KERNELS = {
     "avx512_bf16": ("isa_avx512_bf16.cpp", "Avx512Bf16Kernels"),
     "portable": ("isa_portable.cpp", "PortableKernels"),
 }
-Products = Callable[[int], None]  # of so many rows
 
 
 class Matrix(ctypes.Structure):
