@@ -424,7 +424,6 @@ import time
 import torch
 imported = time.process_time()
 from layerskip_kernels.model.loading import read_checkpoint
-from layerskip_kernels.model.quantise import quantise
 read_checkpoint()
 print((time.process_time() - imported) / imported)
 """
